@@ -1,0 +1,378 @@
+"""The averaged models: what is averaged, the update, the restart and the state."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Optional, Union
+
+import torch
+from mmengine.logging import print_log
+from mmengine.model import BaseAveragedModel
+from torch import Tensor, nn
+
+from . import schedules
+from .registry import MODELS, register_everywhere
+from .tensors import Pair, Pairing, averaged_copy, unwrapped
+
+Device = Union[torch.device, str, None]
+
+
+class MomentumAveragedModel(BaseAveragedModel):
+    """Base of mmema's averages: everything but the schedule.
+
+    At every update ``avg <- (1 - m) avg + m src``, with ``m`` from :meth:`momentum_at`; the first
+    update, and the first after a hard restart, copies.
+
+    - Parameters are blended, once each: two names for one tensor are one tensor.
+    - Buffers are copied at every update, non-persistent ones too; with ``update_buffers`` those of
+      a floating-point dtype are blended instead.
+    - Sixteen-bit parameters have a float32 average.
+    - The tensors of the source are found by name in the ``model`` that the update is given, and
+      found again as soon as anything in it was re-assigned, converted or replaced.
+
+    Args:
+        model: The model to average. It is deep-copied; wrappers such as
+            MMDistributedDataParallel are taken off.
+        interval: Parameters are blended at every ``interval``-th update. Defaults to 1.
+        device: Where the average is kept. Defaults to None, the device of each tensor.
+        update_buffers: Whether float buffers are blended rather than copied. Defaults to False.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range or the model cannot be copied.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        interval: int = 1,
+        device: Device = None,
+        update_buffers: bool = False,
+    ) -> None:
+        # Not BaseAveragedModel's own: it would keep references to tensors that may be replaced.
+        nn.Module.__init__(self)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}')
+        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+            raise ValueError(f'interval must be an integer of at least 1, got {interval!r}')
+        if not isinstance(update_buffers, bool):
+            raise TypeError(f'update_buffers must be True or False, got {update_buffers!r}')
+        self.interval = interval
+        self.update_buffers = update_buffers
+        self.module = averaged_copy(unwrapped(model), as_device(device))
+        # On the CPU wherever the weights are: it is read at every update, and reading it from an
+        # accelerator would wait for all that the device has to do.
+        self.register_buffer('steps', torch.tensor(0))
+        self._pairing: Optional[Pairing] = None
+
+    def momentum_at(self, steps: int) -> float:
+        """Return the momentum of the update that finds the counter at ``steps`` > 0."""
+        raise NotImplementedError
+
+    @property
+    def current_momentum(self) -> float:
+        """The momentum that the next blend will use; 1.0 where the next update copies."""
+        steps = int(self.steps)
+        due = math.ceil(steps / self.interval) * self.interval
+        return self.momentum_at(due) if steps else 1.0
+
+    @property
+    def avg_parameters(self) -> dict:
+        """The averaged tensors by name, as BaseAveragedModel has them."""
+        if self.update_buffers:
+            return self.module.state_dict()
+        return dict(self.module.named_parameters())
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take the weights that ``model`` has now into the average.
+
+        Args:
+            model: The source; the same layers as the model that the average was made of.
+
+        Raises:
+            ValueError: If its tensors have other names or shapes than the average's.
+        """
+        pairing = self._pairing_with(model)
+        steps = int(self.steps)
+        if steps == 0:
+            pairing.copy_blended()
+        elif steps % self.interval == 0:
+            pairing.blend(self.momentum_at(steps))
+        pairing.copy()
+        self.steps += 1
+
+    def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: int) -> None:
+        """Blend one tensor: the plain form of what an update does to all of them at once."""
+        averaged_param.lerp_(source_param, self.momentum_at(int(steps)))
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """Load a state of this class or of an EMA class of MMEngine, MMDetection or MMYOLO.
+
+        Args:
+            state_dict: ``steps`` and the averaged tensors under ``module.``.
+            strict: Whether keys that the average does not know are an error, too.
+            assign: As in torch.
+
+        Raises:
+            RuntimeError: If ``steps`` or an averaged tensor is missing, strict or not: the next
+                update would replace the average, or blend random weights, and nothing would show
+                it. Also if a shape differs.
+        """
+        missing = sorted(set(self.module_and_steps()) - set(state_dict))
+        if missing:
+            more = f' and {len(missing) - 5} more' if len(missing) > 5 else ''
+            raise RuntimeError(
+                f'an EMA state must hold `steps` and every averaged tensor, but {missing[:5]}{more}'
+                ' are missing. Resume from a whole checkpoint, or start from its weights alone '
+                'with `load_from`.'
+            )
+        kwargs = {'assign': True} if assign else {}  # torch 2.0 does not know the argument
+        return super().load_state_dict(state_dict, strict=strict, **kwargs)
+
+    def module_and_steps(self) -> list:
+        """Return the keys that every EMA state has."""
+        return ['steps', *(f'module.{key}' for key in self.module.state_dict())]
+
+    def _pairing_with(self, model: nn.Module) -> Pairing:
+        source = unwrapped(model)
+        if self._pairing is None or not self._pairing.holds(source):
+            self._pairing = Pairing(self.module, source, self._is_blended)
+        return self._pairing
+
+    def _is_blended(self, pair: Pair, is_buffer: bool) -> bool:
+        number = pair.source.is_floating_point() or pair.source.is_complex()
+        return number and (self.update_buffers or not is_buffer)
+
+    def _apply(self, fn, *args, **kwargs):
+        steps = self.steps
+        super()._apply(fn, *args, **kwargs)
+        self.steps = steps
+        return self
+
+    def __getstate__(self):
+        # The pairing holds the source; a copy or a pickle of the average must not take it along.
+        return {**self.__dict__, '_pairing': None}
+
+
+@MODELS.register_module()
+class ExpMomentumEMA(MomentumAveragedModel):
+    """Exponential moving average with a momentum that falls exponentially, as YOLO uses it.
+
+    ``momentum(steps) = (1 - momentum) * exp(-(1 + steps) / gamma) + momentum``
+
+    Takes the config of MMDetection's and MMYOLO's class of this name and gives, bit for bit in
+    float32, MMYOLO's weights. What is averaged: see :class:`MomentumAveragedModel`.
+
+    Args:
+        model: The model to average.
+        momentum: Weight of the new value after the warm-up, in (0, 1). Defaults to 0.0002.
+        gamma: Time constant of the warm-up in updates, above 0. Defaults to 2000.
+        interval: Parameters are blended at every ``interval``-th update. Defaults to 1.
+        device: Where the average is kept. Defaults to None, the device of each tensor.
+        update_buffers: Whether float buffers are blended rather than copied. Defaults to False.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range or the model cannot be copied.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1)
+        >>> ema = ExpMomentumEMA(model, momentum=0.1, gamma=10)
+        >>> ema.update_parameters(model)  # the first update copies
+        >>> round(ema.current_momentum, 4)  # 0.9 * exp(-2 / 10) + 0.1
+        0.8369
+
+    Source: ``ModelEMA`` of YOLOv5; ``ExpMomentumEMA`` of MMDetection.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        momentum: float = 0.0002,
+        gamma: float = 2000,
+        interval: int = 1,
+        device: Device = None,
+        update_buffers: bool = False,
+    ) -> None:
+        self.check_hyperparameters(momentum=momentum, gamma=gamma)
+        super().__init__(model, interval, device, update_buffers)
+        self.momentum = momentum
+        self.gamma = gamma
+        warn_of_large(momentum)
+
+    @staticmethod
+    def check_hyperparameters(
+        momentum: Optional[float] = None, gamma: Optional[float] = None
+    ) -> None:
+        """Raise TypeError or ValueError if a given value breaks its rule."""
+        if momentum is not None and not 0 < real('momentum', momentum) < 1:
+            raise ValueError(
+                f'momentum must be in (0, 1), got {momentum}. It is the weight of the new value: '
+                'one minus the decay of other libraries.'
+            )
+        if gamma is not None and not 0 < real('gamma', gamma) < math.inf:
+            raise ValueError(f'gamma must be above 0 and finite, got {gamma}')
+
+    def momentum_at(self, steps: int) -> float:
+        return schedules.exp_momentum(steps, self.momentum, self.gamma)
+
+
+class Restartable(MomentumAveragedModel):
+    """Base of averages whose schedule can be restarted while training goes on.
+
+    A subclass names its hyperparameters in ``_LIVE``, checks them in ``check_hyperparameters`` and
+    lists them in its own ``restart``. They are live: assigning one changes the next update.
+    """
+
+    _LIVE = ()
+
+    restarts = 0
+
+    def __setattr__(self, name, value):
+        if name in self._LIVE:
+            self.check_hyperparameters(**{name: value})
+            if name in self.__dict__:  # else it is the constructor that sets it
+                self._changed.add(name)
+        super().__setattr__(name, value)
+
+    @property
+    def _changed(self) -> set:
+        """Which live values are no longer the constructor's."""
+        return self.__dict__.setdefault('_changed_names', set())
+
+    def _restart(self, steps: Optional[int], **live) -> None:
+        new = {name: value for name, value in live.items() if value is not None}
+        if steps is None and not new:
+            raise ValueError(
+                f'restart(steps=None) must change one of {", ".join(live)}, got None for all'
+            )
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int)):
+            raise TypeError(f'steps must be an integer or None, got {steps!r}')
+        if steps is not None and steps < 0:
+            raise ValueError(f'steps must be at least 0, got {steps}')
+        self.check_hyperparameters(**new)
+        if steps is not None:
+            self.steps.fill_(steps)
+        for name, value in new.items():
+            setattr(self, name, value)
+        self.restarts += 1
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._LIVE:
+            destination[prefix + name] = torch.tensor(getattr(self, name), dtype=torch.float64)
+        destination[prefix + 'changed'] = torch.tensor([n in self._changed for n in self._LIVE])
+        destination[prefix + 'restarts'] = torch.tensor(self.restarts)
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """Load a state; see :meth:`MomentumAveragedModel.load_state_dict`.
+
+        A live value that a restart or an assignment had set comes back with the state. One that
+        came from the constructor does not: the value that the config has now wins over the one it
+        had then. A warning names both.
+        """
+        state_dict = dict(state_dict)
+        live = {n: state_dict.pop(n, None) for n in (*self._LIVE, 'changed', 'restarts')}
+        result = super().load_state_dict(state_dict, strict, assign)
+        if any(value is None for value in live.values()):
+            log(
+                f'{type(self).__name__} took over an average after {int(self.steps)} updates from '
+                f'a state of another class; {" and ".join(self._LIVE)} are those of the config.'
+            )
+        else:
+            self._load_live(live)
+        return result
+
+    def _load_live(self, live: dict) -> None:
+        self.restarts = int(live['restarts'])
+        for name, was_changed in zip(self._LIVE, live['changed'].tolist()):
+            saved, configured = live[name].item(), getattr(self, name)
+            if was_changed:
+                setattr(self, name, saved)
+            if saved != configured:
+                used, other = ('state', 'config') if was_changed else ('config', 'state')
+                log(
+                    f'{name}: {getattr(self, name):g} from the {used} is used, the {other} has '
+                    f'{configured if was_changed else saved:g}.'
+                )
+
+
+@register_everywhere(MODELS)
+class RestartableExpMomentumEMA(Restartable, ExpMomentumEMA):
+    """:class:`ExpMomentumEMA` whose schedule can be restarted while training goes on.
+
+    ``momentum`` and ``gamma`` are live: assigning them changes the next update. The state holds
+    them, and the number of ``restarts``, beside the average. Arguments and errors: those of
+    :class:`ExpMomentumEMA`.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1)
+        >>> ema = RestartableExpMomentumEMA(model, momentum=0.1, gamma=10)
+        >>> for _ in range(1000):
+        ...     ema.update_parameters(model)
+        >>> round(ema.current_momentum, 4)
+        0.1
+        >>> ema.restart(steps=5, momentum=0.05)  # soft: part of the average is kept
+        >>> round(ema.current_momentum, 4)  # 0.95 * exp(-6 / 10) + 0.05
+        0.5714
+    """
+
+    _LIVE = ('momentum', 'gamma')
+
+    def restart(
+        self,
+        steps: Optional[int] = 0,
+        momentum: Optional[float] = None,
+        gamma: Optional[float] = None,
+    ) -> None:
+        """Restart the schedule; everything is checked before anything changes.
+
+        Args:
+            steps: 0, a hard restart: the next update copies the source, then the schedule warms up
+                again. Above 0, a soft one: the counter goes there, and part of the average is
+                kept. None: the counter goes on, only momentum or gamma change. Defaults to 0.
+            momentum: New momentum, in (0, 1). Defaults to None, as it is.
+            gamma: New gamma in updates, above 0. Defaults to None, as it is.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If one is out of range, or all are None.
+        """
+        self._restart(steps, momentum=momentum, gamma=gamma)
+
+
+def real(name: str, value) -> float:
+    """Return a number given by a user, or raise TypeError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f'{name} must be a number, got {value!r}')
+    return value
+
+
+def as_device(device: Device) -> Optional[torch.device]:
+    """Return a torch.device with its index, or None."""
+    if device is None:
+        return None
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f'device must be a string or a torch.device, got {device!r}')
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f'device must name a torch device, got {device!r} ({error})') from None
+    return torch.empty(0, device=device).device  # 'cuda' is 'cuda:0'
+
+
+def warn_of_large(momentum: float) -> None:
+    """Warn of what is probably a decay."""
+    if momentum > 0.5:
+        log(
+            f'momentum is {momentum:g}, the weight of the new value. Did you mean 1 - {momentum:g} '
+            f'= {1 - momentum:.6g}?'
+        )
+
+
+def log(message: str) -> None:
+    print_log(message, logger='current', level=logging.WARNING)
