@@ -101,7 +101,7 @@ class MomentumAveragedModel(BaseAveragedModel):
         elif steps % self.interval == 0:
             pairing.blend(self.momentum_at(steps))
         pairing.copy()
-        self.steps += 1
+        self.steps.add_(1)
 
     def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: int) -> None:
         """Blend one tensor: the plain form of what an update does to all of them at once."""

@@ -67,7 +67,11 @@ def assert_close(actual, expected, rtol=2e-6, atol=1e-6):
     for name, tensor in actual.items():
         if tensor.is_floating_point():
             torch.testing.assert_close(
-                tensor.double(), expected[name], rtol=rtol, atol=atol, msg=lambda m: f'{name}: {m}'
+                tensor.double(),
+                expected[name],
+                rtol=rtol,
+                atol=atol,
+                msg=lambda m, name=name: f'{name}: {m}',
             )
         else:
             assert torch.equal(tensor, expected[name]), name
