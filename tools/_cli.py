@@ -76,14 +76,19 @@ def load_config(args):
     except Exception as error:  # whatever happens in there, the file is what has to change
         die(f'{path} cannot be read: {type(error).__name__}: {error}')
     merge_options(config, args.cfg_options)
-    if 'model' not in config:
-        die(f'{path} has no `model`: it is a part for other configs, not a whole one')
     config.launcher = args.launcher
     if args.work_dir is not None:
         config.work_dir = args.work_dir
     elif config.get('work_dir') is None:
         config.work_dir = os.path.join('./work_dirs', path.stem)
     return config
+
+
+def need(config, *keys):
+    """Refuse a config that lacks a part; those under ``_base_`` hold a few parts only."""
+    missing = [key for key in ('model', *keys) if config.get(key) is None]
+    if missing:
+        die(f'{config.filename} has no {", ".join(missing)}: is it a part for other configs?')
 
 
 def similar_files(path):

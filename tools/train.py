@@ -1,0 +1,124 @@
+#!/usr/bin/env python3
+"""Train a detector from any MMYOLO or MMDetection config; mmema's names may stand in it bare.
+
+tools/train.py configs/digits/yolov5_n_digits.py --work-dir work_dirs/digits
+"""
+
+import argparse
+import os
+import sys
+import time
+
+import _cli as cli
+
+
+def main():
+    args = parse_args()
+    cli.import_stack()
+    config = cli.load_config(args)
+    cli.need(config, 'train_dataloader', 'train_cfg', 'optim_wrapper')
+    if args.amp:
+        use_amp(config)
+    if args.resume is not None:
+        resume(config, args.resume)
+    elif os.path.exists(last_checkpoint_file(config)):
+        cli.note(
+            f'{config.work_dir} holds an earlier run; this one begins anew and writes over its '
+            'checkpoints (--resume goes on with it)'
+        )
+    runner = cli.build_runner(config)
+    cli.build_loop(runner, 'train')
+    cli.build_loop(runner, 'val')
+    train(runner)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='file of the config')
+    cli.add_common_arguments(parser)
+    parser.add_argument('--amp', action='store_true', help='mixed precision (needs a GPU)')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CKPT',
+        help='go on from the last checkpoint of the work dir, or from CKPT',
+    )
+    return parser.parse_args()
+
+
+def use_amp(config):
+    from mmengine.device import get_device
+
+    kind = config.optim_wrapper.get('type', 'OptimWrapper')
+    kind = kind if isinstance(kind, str) else kind.__name__
+    kind = kind.rsplit('.', 1)[-1]
+    if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
+        cli.die(f'--amp works with optim_wrapper.type OptimWrapper, the config has {kind}')
+    device = get_device()
+    if device in ('cpu', 'mps'):
+        cli.die(f'--amp needs a GPU: MMEngine trains in one precision on {device}; leave --amp out')
+    if kind == 'OptimWrapper':
+        config.optim_wrapper.type = 'AmpOptimWrapper'
+        config.optim_wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def last_checkpoint_file(config):
+    """Return the path of the file in which MMEngine keeps the name of the latest checkpoint."""
+    return os.path.join(config.work_dir, 'last_checkpoint')
+
+
+def resume(config, checkpoint):
+    if checkpoint == 'auto':
+        checkpoint = latest_checkpoint(config)
+    content = cli.read_checkpoint(checkpoint)
+    missing = [key for key in ('state_dict', 'meta', 'optimizer') if key not in content]
+    if missing:
+        cli.die(
+            f'{checkpoint} has no {", ".join(missing)}, so a run cannot go on from it; to begin a '
+            f'new one with its weights: --cfg-options load_from={checkpoint}'
+        )
+    epochs, done = config.train_cfg.get('max_epochs'), content['meta'].get('epoch', 0)
+    if epochs is not None and done >= epochs:
+        cli.note(
+            f'{checkpoint} is the end of a finished run ({done} of {epochs} epochs); to train on, '
+            f'--cfg-options train_cfg.max_epochs={done + 10}'
+        )
+    config.resume = True
+    config.load_from = checkpoint
+
+
+def latest_checkpoint(config):
+    mark = last_checkpoint_file(config)
+    if not os.path.isfile(mark):
+        cli.die(
+            f'--resume finds no checkpoint in {config.work_dir}: name one (--resume FILE), or the '
+            'folder (--work-dir), or leave --resume out to begin anew'
+        )
+    with open(mark) as file:
+        named = file.read().strip()
+    # The work dir may have been moved, or be given from another folder, since it was written.
+    moved = os.path.join(config.work_dir, os.path.basename(named))
+    return moved if os.path.isfile(moved) else named
+
+
+def train(runner):
+    import _summary as summary
+
+    begin = time.monotonic()
+    try:
+        with cli.config_errors():
+            runner.train()
+    except KeyboardInterrupt:
+        cli.note(
+            f'interrupted after {runner.epoch} epochs, {runner.iter} iterations; --resume with '
+            f'--work-dir {runner.work_dir} goes on from its last checkpoint, if it has one'
+        )
+        sys.exit(130)
+    summary.report(runner, time.monotonic() - begin)
+
+
+if __name__ == '__main__':
+    main()
