@@ -32,7 +32,7 @@ MAX_ROTATION = 20.0  # degrees; a 6 must not become a 9
 BRIGHTNESS = (170, 256)  # of each colour channel of a digit
 OPACITY = (0.75, 1.0)
 PHOTO_SHARE = 0.45  # photographs are darkened to this, so that no digit is lost on them
-MAX_HIDDEN = 0.25  # of the area of a digit, under the digits drawn after it
+MAX_HIDDEN = 0.25  # of the area of a digit, under or over others
 INK = 0.5  # opacity from which a pixel belongs to the digit, and to its box
 ATTEMPTS = 20  # to find a place for a digit
 
@@ -140,15 +140,18 @@ def draw_scene(photo, images, labels, size, rng):
 
 
 def find_place(ink, masks, size, rng):
-    """Return ``(x, y, mask)`` of a place where ``ink`` hides little of any digit, or None."""
+    """Return ``(x, y, mask)`` of a place where ``ink`` shares little with other digits, or None."""
     height, width = ink.shape
     for _ in range(ATTEMPTS):
         x = int(rng.integers(size - width + 1))
         y = int(rng.integers(size - height + 1))
         mask = np.zeros((size, size), bool)
         mask[y : y + height, x : x + width] = ink
-        above = [*masks, mask]
-        if all(hidden_share(above, k) <= MAX_HIDDEN for k in range(len(masks))):
+        drawn = [*masks, mask]
+        shares = [hidden_share(drawn, k) for k in range(len(masks))]
+        # On top of another digit one is as hard to see as under it.
+        shares.append((mask & np.any(masks, axis=0)).sum() / mask.sum() if masks else 0)
+        if max(shares) <= MAX_HIDDEN:
             return x, y, mask
     return None
 
@@ -207,7 +210,9 @@ def contact_sheet(folder, annotations):
     bands = []
     for split in SPLITS:
         coco = annotations[split]
-        tiles = [annotated(folder / split, coco, k) for k in range(len(coco['images']))[:sheet(split)]]
+        tiles = [
+            annotated(folder / split, coco, k) for k in range(len(coco['images']))[: sheet(split)]
+        ]
         blank = np.full_like(tiles[0], 255)
         tiles += [blank] * (-len(tiles) % SHEET_COLUMNS)
         title = np.full((28, SHEET_COLUMNS * blank.shape[1], 3), 255, np.uint8)
@@ -237,7 +242,9 @@ def annotated(folder, coco, index):
         label = CLASSES[annotation['category_id'] - 1]
         # Above the box, or inside it where the picture ends.
         corner = (x, y - 3 if y > 14 else y + 12)
-        cv2.putText(picture, label, corner, cv2.FONT_HERSHEY_SIMPLEX, 0.5, (255, 220, 0), 1, cv2.LINE_AA)
+        cv2.putText(
+            picture, label, corner, cv2.FONT_HERSHEY_SIMPLEX, 0.5, (255, 220, 0), 1, cv2.LINE_AA
+        )
     picture[-2:] = picture[:, -2:] = 255
     return picture
 
@@ -253,7 +260,9 @@ def found_settings(out):
     foreign = UsageError(f'{out} is there and is not a digits set: move it away, or name another')
     try:
         info = [json.loads(annotation_file(out, split).read_text())['info'] for split in SPLITS]
-        settings = [{name: part[name] for name in ('generator', *SPLITS, 'seed', 'size')} for part in info]
+        settings = [
+            {name: part[name] for name in ('generator', *SPLITS, 'seed', 'size')} for part in info
+        ]
         counts = {split: len(list((out / split).glob('*.png'))) for split in SPLITS}
     except (OSError, ValueError, KeyError, TypeError):
         raise foreign from None
