@@ -113,7 +113,8 @@ def merge_options(config, options):
     try:
         config.merge_from_dict(parser.parse_args(['--options', *options]).options)
     except Exception as error:
-        die(f'--cfg-options {" ".join(options)}: {type(error).__name__}: {error}')
+        reason = str(error).split(' of list')[0]
+        die(f'--cfg-options {" ".join(options)}: {type(error).__name__}: {reason}')
 
 
 def check_key(config, key):
@@ -164,7 +165,8 @@ def config_errors():
             raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         text = str(text).split(' More details can be found')[0] or type(error).__name__
-        die(f'the config cannot be built: {text} ({last.filename}:{last.lineno})')
+        place = '' if last.name == 'build_from_cfg' else f' ({last.filename}:{last.lineno})'
+        die(f'the config cannot be built: {text}{place}')
 
 
 def build_runner(config):
@@ -197,13 +199,19 @@ def build_loop(runner, kind):
         if error.filename is None:
             raise
         die(missing_data(error.filename, where))
-    except ValueError as error:  # json's and COCO's ways to say that a file is cut short
-        if 'JSON' not in type(error).__name__:
+    except Exception as error:
+        # Whatever goes wrong while annotations are read, these are what has to change.
+        frames = traceback.extract_tb(error.__traceback__)
+        reading = ('load_data_list', '_serialize_data')
+        if not any(frame.name in reading or 'pycocotools' in frame.filename for frame in frames):
             raise
-        die(f'an annotation file of {where} is not whole JSON ({error}); make or copy it again')
+        die(
+            f'the annotations of {where} ({annotations(settings)}) cannot be used, they may be '
+            f'empty, cut short or of another format: {type(error).__name__}: {error}'
+        )
     dataset = loop.dataloader.dataset
     if len(dataset) == 0:
-        die(f'{where} is empty: no picture in {describe(settings)} passes its filter')
+        die(f'{where} is empty: no picture of {annotations(settings)} passes its filter')
     check_picture(dataset, where)
 
 
@@ -229,9 +237,11 @@ def missing_data(path, where):
     )
 
 
-def describe(settings):
+def annotations(settings):
     dataset = settings.get('dataset', {})
-    return os.path.join(str(dataset.get('data_root', '')), str(dataset.get('ann_file', '')))
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    return os.path.join(str(dataset.get('data_root') or ''), str(dataset.get('ann_file', '')))
 
 
 def read_checkpoint(path):
