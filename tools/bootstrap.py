@@ -48,6 +48,7 @@ def main():
     parser.add_argument('venv', type=Path, help='folder of the virtual environment')
     venv = parser.parse_args().venv.resolve()
     check_python()
+    check_compiler()
     python = venv / 'bin' / 'python'
     steps = Steps(venv)
 
@@ -81,11 +82,32 @@ def main():
 
 
 def check_python():
-    if not (3, 10) <= sys.version_info[:2] <= (3, 12):
+    if not (3, 11) <= sys.version_info[:2] <= (3, 12):
         sys.exit(
-            f'bootstrap: {TORCH} with mmcv 2.0.1 needs Python 3.10 to 3.12 (tested: 3.11), this is '
+            f'bootstrap: the pinned stack needs Python 3.11 or 3.12 (tested: 3.11), this is '
             f'{platform.python_version()}. Name another one: make setup PYTHON=python3.11'
         )
+
+
+def check_compiler():
+    """Look for what mmcv is built with, before the long downloads."""
+    if list(mmcv_cache().glob('*.whl')):
+        return
+    if not shutil.which(compiler()):
+        sys.exit(
+            f'bootstrap: no C++ compiler {compiler()}, which {MMCV} is built with: install one '
+            '(Debian, Ubuntu: apt-get install g++), or name yours: CXX=clang++ make setup'
+        )
+    header = Path(sysconfig.get_paths()['include']) / 'Python.h'
+    if not header.exists():
+        sys.exit(
+            f'bootstrap: no {header}, which {MMCV} is built with: install the headers of this '
+            'Python (Debian, Ubuntu: apt-get install python3-dev)'
+        )
+
+
+def compiler():
+    return os.environ.get('CXX', 'g++').split()[0]
 
 
 class Steps:
@@ -122,19 +144,27 @@ def pip_install(python, todo, *what):
     # A pip that was killed can leave half a package which the next pip takes for whole, and which
     # it could not uninstall; so write over whatever is there.
     over = ['--ignore-installed'] if todo == 'again' else []
-    pip(python, 'install', '-q', '--no-warn-conflicts', *over, *what)
+    pip(python, 'install', '-qq', '--no-warn-conflicts', *over, *what)
 
 
 def mmcv_wheel(python):
     """Return the wheel of mmcv with its ops, from the user's cache or built into it."""
-    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'mmema'
-    key = f'{MMCV}-{TORCH}-cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}'
-    folder = cache / key.replace('==', '-')
+    folder = mmcv_cache()
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / 'lock').open('w') as lock:  # two checkouts set up at once: one of them builds
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say('    another set-up builds the same wheel; waiting for it')
+            fcntl.flock(lock, fcntl.LOCK_EX)
         wheels = list(folder.glob('*.whl'))
         return wheels[0] if wheels else build_mmcv(python, folder)
+
+
+def mmcv_cache():
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'mmema'
+    key = f'{MMCV}-{TORCH}-cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}'
+    return cache / key.replace('==', '-')
 
 
 def build_mmcv(python, folder):
@@ -175,7 +205,7 @@ def unpack_mmcv(python, build):
     fresh.mkdir()
     pip(
         python,
-        *['download', '-q', '--no-deps', '--no-build-isolation', '--no-binary', 'mmcv'],
+        *['download', '-qq', '--no-deps', '--no-build-isolation', '--no-binary', 'mmcv'],
         *['-d', fresh, MMCV],
     )
     with tarfile.open(next(fresh.glob('*.tar.gz'))) as archive:
@@ -200,8 +230,7 @@ def precompiled_header(python, build):
     include = [f'-I{path}' for path in [*paths, sysconfig.get_paths()['include']]]
     header.write_text('#include <torch/types.h>\n')
     part = build / 'mmema_pch.part'
-    compiler = os.environ.get('CXX', 'g++')
-    command = [compiler, *CFLAGS, *EXTENSION_FLAGS, *include, '-x', 'c++-header', header]
+    command = [compiler(), *CFLAGS, *EXTENSION_FLAGS, *include, '-x', 'c++-header', header]
     try:
         run([*command, '-o', part])
     except (SystemExit, OSError):
@@ -256,4 +285,7 @@ def say(text):
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit('bootstrap: interrupted; the same command goes on where it stopped')
