@@ -15,8 +15,8 @@ model = dict(
     bbox_head=dict(
         head_module=dict(num_classes=10),
         prior_generator=dict(base_sizes=anchors),
-        # The stock rule, 0.5 * classes / 80, leaves 0.06 for 10 classes: in so short a run the boxes
-        # are found, but the digits in them are not told apart.
+        # The stock rule, 0.5 * classes / 80, leaves 0.06 for 10 classes: in so short a run the
+        # boxes are found, but the digits in them are not told apart.
         loss_cls=dict(loss_weight=1.0),
     )
 )
