@@ -304,15 +304,23 @@ def test_command_line(tmp_path):
     assert result.stdout == (
         'set: 2 training and 1 validation pictures, look at set/contact_sheet.png\n'
     )
-    assert (
-        run_tool('set', '--train', 2, '--val', 1, cwd=tmp_path).stdout == 'set is there already\n'
-    )
-    for options in (['--train', 0], ['--val', 3], ['--size', 'big']):
-        result = run_tool('set', '--train', 2, *options, cwd=tmp_path)
-        assert result.returncode != 0
-        assert result.stdout == ''
-        assert 'Traceback' not in result.stderr
-        assert result.stderr.splitlines()[-1].startswith('make_digits')
+    result = run_tool('set', '--train', 2, '--val', 3, cwd=tmp_path)
+    assert result.returncode == 1 and result.stdout == ''
+    assert result.stderr.startswith('make_digits: ') and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize('options', [['--train', '0'], ['--size', 'big'], ['--sed', '1']])
+def test_bad_command_lines(tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        digits.main(['set', *options])
+    assert end.value.code not in (None, 0)
+    assert not any(tmp_path.iterdir())
+
+
+def test_second_call_says_that_all_is_there(small_set, capsys):
+    digits.main([str(small_set), '--train', str(TRAIN), '--val', str(VAL), '--seed', '3'])
+    assert capsys.readouterr().out == f'{small_set} is there already\n'
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='sends a POSIX signal')

@@ -334,7 +334,7 @@ def write_set(folder, settings):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument('out', type=Path, help='folder to make, for example data/digits')
     parser.add_argument('--train', type=int, default=512, help='training pictures (512)')
     parser.add_argument('--val', type=int, default=128, help='validation pictures (128)')
