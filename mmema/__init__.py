@@ -2,8 +2,32 @@
 
 from .averaged import ExpMomentumEMA, RestartableExpMomentumEMA
 from .checkpoint import trust_mmengine_checkpoints
+from .hooks.monitor import EMAMonitorHook
+from .hooks.recalibrate import EMARecalibrateHook
+from .hooks.val_loop import EMAValLoop
+from .variants import (
+    RestartableAnnealingEMA,
+    RestartableConstantEMA,
+    RestartableDebiasedEMA,
+    RestartablePowerFunctionEMA,
+    RestartablePowerRampEMA,
+    RestartableThresholdEMA,
+)
 
 __version__ = '0.1.0'
-__all__ = ['ExpMomentumEMA', 'RestartableExpMomentumEMA', '__version__']
+__all__ = [
+    'EMAMonitorHook',
+    'EMARecalibrateHook',
+    'EMAValLoop',
+    'ExpMomentumEMA',
+    'RestartableAnnealingEMA',
+    'RestartableConstantEMA',
+    'RestartableDebiasedEMA',
+    'RestartableExpMomentumEMA',
+    'RestartablePowerFunctionEMA',
+    'RestartablePowerRampEMA',
+    'RestartableThresholdEMA',
+    '__version__',
+]
 
 trust_mmengine_checkpoints()

@@ -1,0 +1,411 @@
+"""The other schedules against their originals, and docs/migration.md row by row."""
+
+import doctest
+import math
+import re
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mmengine.hooks import EMAHook
+from mmengine.registry import MODELS
+from reference import ReferenceEMA, assert_close, blended_names, tensors_of
+from torch import nn
+from toys import Toy, seeded, shake
+
+import mmema
+from mmema import variants
+
+DOCS = Path(__file__).parent.parent / 'docs' / 'migration.md'
+CLASSES = {
+    'RestartableConstantEMA': {'momentum': 0.01},
+    'RestartableDebiasedEMA': {'momentum': 0.01},
+    'RestartableThresholdEMA': {'momentum': 0.01},
+    'RestartableAnnealingEMA': {'momentum': 0.01, 'gamma': 20},
+    'RestartablePowerRampEMA': {'momentum': 0.01},
+    'RestartablePowerFunctionEMA': {'sigma_rel': 0.1},
+}
+ALL = pytest.mark.parametrize('name', CLASSES)
+
+
+def one_weight(value=0.0):
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.constant_(model.weight, value)
+    return model
+
+
+def made(name, model=None, **changed):
+    return getattr(mmema, name)(model or one_weight(), **{**CLASSES[name], **changed})
+
+
+def value_at(update):
+    """Return the weight that training has at the given update, from 1."""
+    return math.sin(0.01 * update) + 1
+
+
+def averages(ema, updates):
+    """Return the average after each of the updates 1, 2, ..."""
+    model, found = one_weight(), {}
+    for update in range(1, max(updates) + 1):
+        nn.init.constant_(model.weight, value_at(update))
+        ema.update_parameters(model)
+        if update in updates:
+            found[update] = ema.module.weight.item()
+    return found
+
+
+# --- numbers that the originals gave ---------------------------------------------------------
+
+# The original libraries, run once in float64 on value_at(1), value_at(2), ... from initial weights
+# value_at(1): timm 1.0.31, diffusers 0.42.1, torch_ema 0.3, mmengine 0.10.7; the power function is
+# from the formula of the paper with numpy.roots for gamma.
+ORIGINALS = [
+    # timm: ModelEmaV2(decay=0.99)
+    (
+        ('RestartableConstantEMA', {'momentum': 0.01}),
+        [1.009999833334, 1.010099821668, 1.014376965413, 1.341908821455, 1.142712437946],
+    ),
+    # timm: ModelEmaV3(decay=0.99, use_warmup=True, warmup_gamma=1, warmup_power=2/3)
+    (
+        ('RestartablePowerRampEMA', {'momentum': 0.01}),
+        [1.009999833334, 1.016298703646, 1.072868942317, 1.723839093051, 1.147285417717],
+    ),
+    # diffusers: EMAModel(decay=0.99, use_ema_warmup=True, inv_gamma=2, power=3/4, min_decay=0.2)
+    (
+        (
+            'RestartablePowerRampEMA',
+            {'momentum': 0.01, 'gamma': 2, 'power': 3 / 4, 'max_momentum': 0.8},
+        ),
+        [1.009999833334, 1.017376852065, 1.079324999381, 1.739992115205, 1.154532576666],
+    ),
+    # diffusers: EMAModel(decay=0.99)
+    (
+        ('RestartableThresholdEMA', {'momentum': 0.01, 'offset': 0}),
+        [1.009999833334, 1.018180696992, 1.08987184751, 1.779946348389, 1.156468490679],
+    ),
+    # torch_ema: ExponentialMovingAverage(decay=0.99)
+    (
+        ('RestartableThresholdEMA', {'momentum': 0.01}),
+        [1.009999833334, 1.017498958354, 1.088875477209, 1.779264040072, 1.156381708224],
+    ),
+    # mmengine: MomentumAnnealingEMA(momentum=0.01, gamma=20)
+    (
+        ('RestartableAnnealingEMA', {'momentum': 0.01, 'gamma': 20}),
+        [1.009999833334, 1.019522531771, 1.095565691458, 1.814097856357, 0.886521771963],
+    ),
+    # Karras et al.: sigma_rel = 0.1
+    (
+        ('RestartablePowerFunctionEMA', {'sigma_rel': 0.1}),
+        [1.009999833334, 1.019957871137, 1.093015123436, 1.775254971743, 1.217078917949],
+    ),
+]
+
+
+@pytest.mark.parametrize(('ours', 'expected'), ORIGINALS)
+def test_averages_are_those_of_the_original(ours, expected):
+    name, arguments = ours
+    found = averages(made(name, **arguments), (1, 2, 10, 100, 1000))
+    assert list(found.values()) == pytest.approx(expected, rel=2e-12)
+
+
+# --- docs/migration.md -----------------------------------------------------------------------
+
+
+def yolov5(decay, tau=2000, start=0):
+    """YOLOv5's counter starts at 1; ``start`` calls do nothing (D-FINE, DEIM)."""
+    return lambda k: None if k <= start else decay * (1 - math.exp(-(k - start) / tau))
+
+
+def tensorflow(decay, first, factor=10):
+    return lambda k: min(decay, (1 + k - 1 + first) / (factor + k - 1 + first))
+
+
+def crowson(decay, inv_gamma=1, power=2 / 3, min_decay=0.0, after=0):
+    def decay_of(k):
+        step = max(0, k - after - 1)
+        if step == 0:
+            return 0.0
+        return max(min(1 - (1 + step / inv_gamma) ** -power, decay), min_decay)
+
+    return decay_of
+
+
+def torchvision(decay, steps, batch, epochs, processes):
+    alpha = min(1.0, (1 - decay) * processes * batch * steps / epochs)
+    iterations = 20 * steps  # an epoch's
+    return lambda k: (0.0 if k == 1 else 1 - alpha) if (k - 1) % iterations % steps == 0 else None
+
+
+def edm2(exponent):
+    return lambda k: (1 - 1 / k) ** (exponent + 1)
+
+
+# row of the table -> the original's decay at its k-th call (None: it does nothing there)
+TWINS = {
+    ('YOLOv5', 'decay=0.9999, tau=2000'): yolov5(0.9999),
+    ('YOLOX', 'decay=0.9998'): yolov5(0.9998),
+    ('RT-DETR', 'decay=0.9999, warmups=2000'): yolov5(0.9999),
+    ('D-FINE', 'decay=0.9999, warmups=1000, start=0'): yolov5(0.9999, 1000),
+    ('DEIM', 'decay=0.9999, warmups=1000, start=500'): yolov5(0.9999, 1000, 500),
+    ('PaddleDetection', "ema_decay=0.9998, ema_decay_type='exponential'"): yolov5(0.9998),
+    ('PaddleDetection', "ema_decay=0.9998, ema_decay_type='threshold'"): tensorflow(0.9998, 0),
+    ('PaddleDetection', "ema_decay=0.9998, ema_decay_type='normal'"): lambda k: 0.9998,
+    ('timm V1, V2, V3', 'decay=0.9998'): lambda k: 0.9998,
+    (
+        'timm V3',
+        'decay=0.9999, use_warmup=True, warmup_gamma=1, warmup_power=2/3',
+    ): crowson(0.9999),
+    (
+        'torchvision',
+        '--model-ema-decay 0.99998 --model-ema-steps 32 --batch-size 128 --epochs 600',
+    ): torchvision(0.99998, 32, 128, 600, 8),
+    ('TensorFlow', 'decay=0.9999'): lambda k: 0.9999,
+    ('TensorFlow', 'decay=0.9999, num_updates=step'): tensorflow(0.9999, 0),
+    ('pytorch_ema', 'decay=0.995, use_num_updates=True'): tensorflow(0.995, 1),
+    ('D2Go', 'DECAY 0.999'): lambda k: 0.999,
+    ('D2Go', 'DECAY 0.9998, DECAY_WARM_UP_FACTOR 100'): tensorflow(0.9998, 1, 100),
+    ('diffusers', 'decay=0.9999'): lambda k: tensorflow(0.9999, 0)(k) if k > 1 else 0.0,
+    (
+        'diffusers',
+        'decay=0.9999, use_ema_warmup=True, inv_gamma=2, power=3/4, min_decay=0.2',
+    ): crowson(0.9999, 2, 3 / 4, 0.2),
+    ('diffusers', 'decay=0.9999, use_ema_warmup=True, update_after_step=100'): crowson(
+        0.9999, after=100
+    ),
+    ('EDM', 'ema_halflife_kimg=500'): lambda k: 0.5 ** (512 / 500_000),
+    ('EDM2', 'std=0.10'): edm2(6.937203937601809),  # numpy.roots of its cubic
+    ('MMEngine', 'MomentumAnnealingEMA, momentum=0.0002, gamma=100'): 'mmengine',
+    ('MMEngine', 'ExponentialMovingAverage, momentum=0.0002'): 'mmengine',
+    ('MMYOLO, MMDetection', 'ExpMomentumEMA, momentum=0.0002, gamma=2000'): yolov5(0.9998),
+}
+
+
+def rows_of_the_table():
+    rows = {}
+    for line in DOCS.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip('|').split('|')]
+        if line.startswith('|') and len(cells) == 3 and 'ema_type=' in cells[2]:
+            settings = re.search('`([^`]*)`', cells[1]).group(1)
+            rows[cells[0], settings] = cells[2].strip('`')
+    return rows
+
+
+ROWS = rows_of_the_table()
+
+
+class Twin:
+    """The original's loop: blend with its decay at every call."""
+
+    def __init__(self, decay_of, start):
+        self.decay_of, self.average, self.calls, self.share_of_start = decay_of, start, 0, 1.0
+
+    def update(self, value):
+        self.calls += 1
+        decay = self.decay_of(self.calls)
+        if decay is not None:
+            self.average = decay * self.average + (1 - decay) * value
+            self.share_of_start *= decay
+
+
+def mmengine_decay(settings):
+    """MMEngine's own class is at hand, so no twin of its formula is needed."""
+    name, *arguments = settings.split(', ')
+    ema = MODELS.get(name)(one_weight(), **{k: float(v) for k, v in map(pair, arguments)})
+
+    def decay_of(k):
+        average, ema.steps = torch.zeros(1, dtype=torch.float64), torch.tensor(k - 1)
+        ema.avg_func(average, torch.ones(1, dtype=torch.float64), ema.steps)
+        return 1 - average.item() if k > 1 else 0.0
+
+    return decay_of
+
+
+def pair(argument):
+    return argument.split('=')
+
+
+def test_the_table_and_the_originals_are_the_same_rows():
+    assert set(ROWS) == set(TWINS)
+
+
+@pytest.mark.parametrize('row', TWINS, ids=' '.join)
+def test_row_of_the_table_gives_the_originals_average(row):
+    hook = EMAHook(**eval(f'dict({ROWS[row]})'))
+    decay_of = mmengine_decay(row[1]) if TWINS[row] == 'mmengine' else TWINS[row]
+    start = 0.0 if row[0] == 'PaddleDetection' else -7.0
+    twin = Twin(decay_of, start)
+    model = one_weight(start)
+    hook.before_run(runner_at(0, model))
+    first = None
+    for call in range(1, 3001):
+        nn.init.constant_(model.weight, value_at(call))
+        hook.after_train_iter(runner_at(call - 1, model), call - 1)
+        twin.update(value_at(call))
+        if first is None and twin.share_of_start != 1.0:
+            first = value_at(call)  # ours copies at the call at which theirs first blends
+        if call in (2, 3, 50, 600, 2999, 3000) and first is not None:
+            ours = hook.ema_model.module.weight.item()
+            if 'normal' in row[1]:  # they divide the start away when they read the average
+                read = twin.average / (1 - twin.share_of_start)
+                assert read == pytest.approx(ours, rel=1e-9), call
+            else:  # they start elsewhere, and differ by exactly the share that is left of it
+                expected = ours + twin.share_of_start * (start - first)
+                assert twin.average == pytest.approx(expected, abs=1e-9), call
+    assert first is not None
+
+
+def runner_at(iteration, model):
+    """Return all that MMEngine's EMAHook reads of a Runner."""
+    return SimpleNamespace(model=model, iter=iteration, epoch=0)
+
+
+def test_paddles_threshold_type_overshoots_by_what_the_page_says():
+    decay_of = tensorflow(0.9998, 0)
+    overshoot = [1 / (1 - decay_of(k) ** k) - 1 for k in range(1000, 45_000, 1000)]
+    assert max(overshoot) == pytest.approx(1.2e-4, rel=0.1)  # about e^-9
+
+
+def test_every_class_is_on_the_page():
+    text = DOCS.read_text()
+    assert all(name in text for name in (*CLASSES, 'RestartableExpMomentumEMA'))
+
+
+# --- what every restartable average must do --------------------------------------------------
+
+
+def test_examples_of_the_docstrings():
+    result = doctest.testmod(variants)
+    assert result.failed == 0
+    assert result.attempted >= 20
+
+
+@ALL
+@pytest.mark.parametrize('interval', [1, 3])
+@pytest.mark.parametrize('update_buffers', [False, True])
+def test_random_weights_and_restarts_follow_the_reference(name, interval, update_buffers):
+    class Reference(ReferenceEMA):
+        def update(self, tensors):
+            for key, tensor in tensors.items():
+                tensor = tensor.detach().double() if tensor.is_floating_point() else tensor.clone()
+                if self.steps == 0 or key not in self.blended:
+                    self.average[key] = tensor
+                elif self.steps % interval == 0:
+                    m = slow_momentum(name, self.steps, interval)
+                    self.average[key] = (1 - m) * self.average[key] + m * tensor
+            self.steps += 1
+
+    model, random = Toy(), seeded(1)
+    ema = made(name, model, interval=interval, update_buffers=update_buffers)
+    slow = Reference(tensors_of(model), blended_names(model, update_buffers), None, None, interval)
+    for update in range(60):
+        if update == 20:
+            ema.restart()
+            slow.restart()
+        if update == 40:
+            ema.restart(steps=5)
+            slow.restart(steps=5)
+        shake(model, random)
+        ema.update_parameters(model)
+        slow.update(tensors_of(model))
+        assert_close(tensors_of(ema.module), slow.average, rtol=1e-5, atol=1e-5)
+    assert ema.restarts == 2
+
+
+def slow_momentum(name, steps, interval):
+    blends = steps // interval
+    if name == 'RestartableConstantEMA':
+        return 0.01
+    if name == 'RestartableDebiasedEMA':
+        return 0.01 / (1 - 0.99 ** (blends + 1))
+    if name == 'RestartableThresholdEMA':
+        return 1 - min(0.99, (2 + steps) / (11 + steps))
+    if name == 'RestartableAnnealingEMA':
+        return max(0.01, 20 / (20 + steps))
+    if name == 'RestartablePowerRampEMA':
+        return max(0.01, (1 + steps) ** (-2 / 3))
+    return 1 - (1 - 1 / (blends + 1)) ** 7.937203937601809
+
+
+@ALL
+def test_the_live_values_and_the_restarts_come_back_with_the_state(name):
+    live = next(iter(CLASSES[name]))
+    ema, model = made(name), one_weight()
+    for _ in range(5):
+        ema.update_parameters(model)
+    ema.restart(steps=3, **{live: 0.02})
+    other = made(name)
+    other.load_state_dict(ema.state_dict())
+    assert (int(other.steps), other.restarts, getattr(other, live)) == (3, 1, 0.02)
+    assert other.current_momentum == ema.current_momentum
+    assert deepcopy(ema).current_momentum == ema.current_momentum
+
+
+@ALL
+def test_assigning_a_live_value_changes_the_next_update(name):
+    for live in made(name)._LIVE:
+        ema = made(name)
+        ema.steps.fill_(30)
+        values = {
+            'sigma_rel': 0.2,
+            'gamma': 7.0,
+            'factor': 90.0,
+            'power': 0.4,
+            'max_momentum': 0.002,
+        }
+        before = ema.current_momentum
+        setattr(ema, live, values.get(live, 0.45))
+        assert ema.current_momentum != before, live
+
+
+@ALL
+def test_registered_under_both_names(name):
+    cls = getattr(mmema, name)
+    assert MODELS.get(name) is MODELS.get(f'mmema.{name}') is cls
+    assert name in mmema.__all__
+
+
+@pytest.mark.parametrize('library', ['mmdet', 'mmyolo'])
+@ALL
+def test_bare_name_resolves_in_the_scope_of_a_library(name, library):
+    registry = pytest.importorskip(f'{library}.registry')
+    assert registry.MODELS.get(name) is getattr(mmema, name)
+
+
+@ALL
+@pytest.mark.parametrize('value', [0, 1, -0.1, 1.5, float('nan'), '0.1', True])
+def test_bad_values_are_refused_with_rule_and_value(name, value):
+    live = next(iter(CLASSES[name]))
+    with pytest.raises((TypeError, ValueError), match=f'{live} must be .*got'):
+        made(name, **{live: value})
+    ema = made(name)
+    with pytest.raises((TypeError, ValueError), match=f'{live} must be .*got'):
+        ema.restart(**{live: value})
+    assert (ema.restarts, getattr(ema, live)) == (0, CLASSES[name][live])
+
+
+@pytest.mark.parametrize(
+    ('name', 'argument', 'values'),
+    [
+        ('RestartableThresholdEMA', 'factor', [1, 0, math.inf, 'x']),
+        ('RestartableThresholdEMA', 'offset', [2, -1, True, 'x']),
+        ('RestartableAnnealingEMA', 'gamma', [0, -1, math.inf, 'x']),
+        ('RestartablePowerRampEMA', 'gamma', [0, -1, math.inf, 'x']),
+        ('RestartablePowerRampEMA', 'power', [0, -1, math.inf, 'x']),
+        ('RestartablePowerRampEMA', 'max_momentum', [0, 1.01, 'x']),
+        ('RestartablePowerFunctionEMA', 'sigma_rel', [0.29, 1]),
+    ],
+)
+def test_bad_arguments_are_refused_with_rule_and_value(name, argument, values):
+    for value in values:
+        with pytest.raises((TypeError, ValueError), match=f'{argument} must be .*got'):
+            made(name, **{argument: value})
+
+
+@ALL
+def test_misspelt_arguments_are_refused(name):
+    with pytest.raises(TypeError, match='momentun'):
+        made(name, momentun=0.1)
+    with pytest.raises(TypeError, match='momentun'):
+        made(name).restart(momentun=0.1)
