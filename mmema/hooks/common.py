@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import random
+from contextlib import contextmanager
+
+import numpy as np
+import torch
 from mmengine.hooks import EMAHook as StockEMAHook
 
 
@@ -18,3 +23,18 @@ def ema_hook_of(runner) -> StockEMAHook:
             "dict(type='EMAHook', ema_type='mmema.RestartableExpMomentumEMA')"
         )
     return found[0]
+
+
+@contextmanager
+def kept_rng():
+    """Give back the state of every random generator that training draws from."""
+    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+        torch.set_rng_state(kept[2])
+        if devices:
+            torch.cuda.set_rng_state_all(devices)

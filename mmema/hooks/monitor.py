@@ -1,0 +1,108 @@
+"""What the average does, as numbers beside the losses."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from mmengine.hooks import Hook, LoggerHook
+from torch import nn
+
+from ..registry import HOOKS, register_everywhere
+from ..tensors import pairs_of, unwrapped
+from .common import ema_hook_of
+
+
+@register_everywhere(HOOKS)
+class EMAMonitorHook(Hook):
+    """Put the state of the average into the log and every visualization backend.
+
+    The scalars, under ``train/``, are those that hold for the next update:
+
+    - ``ema_momentum``: the weight of the new value;
+    - ``ema_horizon``: ``1 / momentum``, about how many recent updates the average remembers;
+    - ``ema_steps``: updates since the last restart;
+    - ``ema_restarts``: how many restarts there have been;
+    - ``ema_distance``: ``||average - source|| / ||source||`` over all parameters.
+
+    Momentum and horizon are left out for averaged models that do not tell their momentum, and
+    restarts for those that have none. The numbers are worked out only at the iterations at which
+    LoggerHook writes; at all others the hook costs nothing.
+
+    Args:
+        interval: Iterations between two measurements. Defaults to None: those of LoggerHook, and
+            10 where the run has none.
+
+    Raises:
+        ValueError: If ``interval`` is not a positive integer, or the run has no EMAHook.
+
+    Example:
+        >>> custom_hooks = [  # in a config
+        ...     dict(type='EMAHook', ema_type='mmema.RestartableExpMomentumEMA'),
+        ...     dict(type='mmema.EMAMonitorHook'),
+        ... ]
+    """
+
+    priority = 55  # after EMAHook (NORMAL, 50) has updated, before LoggerHook (60) writes
+
+    def __init__(self, interval: Optional[int] = None):
+        if interval is not None and (
+            isinstance(interval, bool) or not isinstance(interval, int) or interval < 1
+        ):
+            raise ValueError(f'interval must be a positive integer or None, got {interval!r}')
+        self.interval = interval
+
+    def before_train(self, runner) -> None:
+        """Find the EMAHook, or say that there is none."""
+        self._ema_hook = ema_hook_of(runner)
+        self._logger = next((h for h in runner.hooks if isinstance(h, LoggerHook)), None)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        """Measure, if LoggerHook is about to write."""
+        if not self._is_due(runner, batch_idx):
+            return
+        for name, value in state_of(self._ema_hook.ema_model).items():
+            runner.message_hub.update_scalar(f'train/ema_{name}', value)
+        distance = relative_distance(self._ema_hook.ema_model.module, runner.model)
+        runner.message_hub.update_scalar('train/ema_distance', distance)
+
+    def _is_due(self, runner, batch_idx: int) -> bool:
+        if self.interval is not None or self._logger is None:
+            return self.every_n_inner_iters(batch_idx, self.interval or 10)
+        if self.every_n_inner_iters(batch_idx, self._logger.interval):
+            return True
+        # LoggerHook also writes at the end of an epoch that is shorter than its interval.
+        last = self.end_of_epoch(runner.train_dataloader, batch_idx)
+        short = len(runner.train_dataloader) <= self._logger.interval
+        return last and (short or not self._logger.ignore_last)
+
+
+def state_of(ema_model: nn.Module) -> dict:
+    """Return momentum, horizon, steps and restarts of an averaged model, as far as it has them."""
+    state = {}
+    momentum = getattr(ema_model, 'current_momentum', None)
+    if momentum is not None:
+        state.update(momentum=momentum, horizon=1 / momentum)
+    state['steps'] = int(ema_model.steps)
+    if hasattr(ema_model, 'restarts'):
+        state['restarts'] = ema_model.restarts
+    return state
+
+
+@torch.no_grad()
+def relative_distance(average: nn.Module, source: nn.Module) -> float:
+    """Return ``||average - source|| / ||source||`` over the parameters, each tensor once.
+
+    The only place that waits for the device, once.
+    """
+    apart, size = [], []
+    for pair, is_buffer in pairs_of(average, unwrapped(source)):
+        if not is_buffer and (pair.source.is_floating_point() or pair.source.is_complex()):
+            own = pair.source.to(pair.average.dtype)
+            apart.append(torch.linalg.vector_norm(pair.average.to(own.device) - own))
+            size.append(torch.linalg.vector_norm(own))
+    if not size:
+        return 0.0
+    device = size[0].device
+    norms = [torch.stack([n.to(device) for n in part]).norm() for part in (apart, size)]
+    return float(norms[0] / norms[1])

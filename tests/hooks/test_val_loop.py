@@ -1,0 +1,153 @@
+import pytest
+import torch
+from mmengine.hooks import Hook
+from toy_runs import Mean, Model, ema, make_runner, points
+
+from mmema.hooks.common import ema_hook_of
+
+BOTH = dict(type='mmema.EMAValLoop')
+
+
+def mean_of(weights, runner):
+    """The metric worked out by hand with the given weights."""
+    model = Model()
+    model.load_state_dict(weights)
+    model.eval()
+    data = runner.val_dataloader.dataset
+    with torch.no_grad():
+        outs = [model(data[i][0][None], None)[0] for i in range(len(data))]
+    return float(torch.stack(outs).mean())
+
+
+class Keep(Hook):
+    """Keeps the weights and the metrics of each validation, and which hooks were called."""
+
+    priority = 'LOWEST'
+
+    def __init__(self):
+        self.raw, self.ema, self.metrics, self.calls = [], [], [], []
+
+    def after_train_epoch(self, runner):
+        average = ema_hook_of(runner).ema_model.module
+        for kept, model in ((self.raw, runner.model), (self.ema, average)):
+            kept.append({k: v.clone() for k, v in model.state_dict().items()})
+
+    def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.calls.append(batch_idx)
+
+    def after_val_epoch(self, runner, metrics=None):
+        self.metrics.append(dict(metrics))
+
+
+@pytest.mark.parametrize('update_buffers', [False, True])
+def test_both_weights_are_evaluated(tmp_path, update_buffers):
+    keep = Keep()
+    runner = make_runner(tmp_path, [ema(update_buffers=update_buffers), keep], val_cfg=BOTH)
+    runner.train()
+    assert len(keep.metrics) == 3
+    for raw, average, metrics in zip(keep.raw, keep.ema, keep.metrics):
+        assert list(metrics) == [
+            'toy/mean',
+            'toy/accuracy',
+            'raw/toy/mean',
+            'raw/toy/accuracy',
+        ]
+        assert metrics['toy/mean'] == pytest.approx(mean_of(average, runner), abs=1e-6)
+        assert metrics['raw/toy/mean'] == pytest.approx(mean_of(raw, runner), abs=1e-6)
+    assert metrics['toy/mean'] != pytest.approx(metrics['raw/toy/mean'], abs=1e-3)
+    assert keep.calls == [0, 1] * 3  # hooks see the batches once
+
+
+def test_training_goes_on_as_with_the_stock_loop(tmp_path):
+    states = []
+    for name, val_cfg in (('stock', {}), ('both', BOTH)):
+        runner = make_runner(tmp_path / name, [ema()], dropout=0.5, val_cfg=val_cfg)
+        runner.train()
+        states.append({**runner.model.state_dict(), **ema_hook_of(runner).ema_model.state_dict()})
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values()))
+
+
+def test_log_and_best_checkpoint(tmp_path):
+    checkpoint = dict(type='CheckpointHook', interval=1, save_best='auto', rule='greater')
+    logger = dict(type='LoggerHook', interval=1)
+    runner = make_runner(
+        tmp_path, [ema()], val_cfg=BOTH, default_hooks=dict(checkpoint=checkpoint, logger=logger)
+    )
+    runner.train()
+    assert 'best_toy_mean_epoch' in runner.message_hub.get_info('best_ckpt')
+    validations = [point for point in points(runner) if 'raw/toy/mean' in point]
+    assert [point['step'] for point in validations] == [1, 2, 3]
+    assert all('toy/mean' in point for point in validations)
+
+
+@pytest.mark.parametrize('silent', ['raw', 'ema'])
+def test_no_metric_of_one_of_them(tmp_path, silent):
+    def is_silent(results, calls=[]):  # noqa: B006
+        calls.append(results)
+        return (len(calls) % 2 == 1) == (silent == 'raw')  # raw goes first
+
+    keep = Keep()
+    checkpoint = dict(type='CheckpointHook', interval=1, save_best='toy/mean', rule='greater')
+    runner = make_runner(
+        tmp_path,
+        [ema(), keep],
+        val_cfg=BOTH,
+        val_evaluator=[Mean(is_silent)],
+        default_hooks=dict(checkpoint=checkpoint),
+    )
+    runner.train()
+    expected = ['toy/mean', 'toy/accuracy'] if silent == 'raw' else []
+    assert [list(metrics) for metrics in keep.metrics] == [expected] * 3
+    in_log = 'val/raw/toy/mean' in runner.message_hub.log_scalars
+    assert in_log == (silent == 'ema')
+
+
+class Fail(Hook):
+    def __init__(self, error):
+        self.error = error
+
+    def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        raise self.error
+
+
+@pytest.mark.parametrize('error', [RuntimeError('no memory'), KeyboardInterrupt()])
+def test_an_error_leaves_the_raw_weights_in_the_model(tmp_path, error):
+    # MMEngine's loop leaves the EMA weights there.
+    keep = Keep()
+    hooks = [ema(update_buffers=True), dict(type='EMARecalibrateHook'), keep, Fail(error)]
+    runner = make_runner(tmp_path, hooks, val_cfg=BOTH, epochs=1)
+    with pytest.raises(type(error)):
+        runner.train()
+    for kept, model in (
+        (keep.raw, runner.model),
+        (keep.ema, ema_hook_of(runner).ema_model.module),
+    ):
+        assert all(torch.equal(kept[0][k], v) for k, v in model.state_dict().items())
+    assert not runner.val_evaluator.metrics[0].results
+
+
+def test_validation_alone_evaluates_once(tmp_path):
+    runner = make_runner(tmp_path, [ema()], val_cfg=BOTH)
+    assert list(runner.val()) == ['toy/mean', 'toy/accuracy']
+
+
+def test_without_an_emahook(tmp_path):
+    runner = make_runner(tmp_path, [], val_cfg=BOTH)
+    with pytest.raises(ValueError, match='EMAValLoop evaluates two weights: the run must have one'):
+        runner.train()
+
+
+@pytest.mark.parametrize(
+    'prefix, error, message',
+    [(3, TypeError, 'prefix must be a string, got 3'), ('/', ValueError, "not be empty, got '/'")],
+)
+def test_bad_prefix(tmp_path, prefix, error, message):
+    runner = make_runner(tmp_path, [ema()], val_cfg=dict(**BOTH, prefix=prefix))
+    with pytest.raises(error, match=message):
+        runner.train()
+
+
+def test_other_prefix(tmp_path):
+    keep = Keep()
+    make_runner(tmp_path, [ema(), keep], val_cfg=dict(**BOTH, prefix='source/')).train()
+    assert 'source/toy/mean' in keep.metrics[0]
