@@ -75,6 +75,12 @@ def test_another_seed_gives_other_scenes(small_set, tmp_path):
     digits.make_digits(tmp_path / 'other', train=TRAIN, val=VAL, seed=4)
     first, second = contents(small_set), contents(tmp_path / 'other')
     assert not any(first[name] == second[name] for name in first if name.endswith('.png'))
+    # The places of the digits are others too, not only the digits.
+    numbers = [
+        [annotation['image_id'] for annotation in annotations(folder, 'train')['annotations']]
+        for folder in (small_set, tmp_path / 'other')
+    ]
+    assert numbers[0] != numbers[1]
 
 
 def test_a_larger_set_begins_with_the_smaller_one(small_set, tmp_path):
