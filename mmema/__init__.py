@@ -4,6 +4,7 @@ from .averaged import ExpMomentumEMA, RestartableExpMomentumEMA
 from .checkpoint import trust_mmengine_checkpoints
 from .hooks.monitor import EMAMonitorHook
 from .hooks.recalibrate import EMARecalibrateHook
+from .hooks.restart import EMARestartHook
 from .hooks.val_loop import EMAValLoop
 from .variants import (
     RestartableAnnealingEMA,
@@ -18,6 +19,7 @@ __version__ = '0.1.0'
 __all__ = [
     'EMAMonitorHook',
     'EMARecalibrateHook',
+    'EMARestartHook',
     'EMAValLoop',
     'ExpMomentumEMA',
     'RestartableAnnealingEMA',

@@ -12,6 +12,7 @@ from mmengine.model import BaseAveragedModel
 from torch import Tensor, nn
 
 from . import schedules
+from .arguments import count, flag, real
 from .registry import MODELS, register_everywhere
 from .tensors import Pair, Pairing, averaged_copy, unwrapped
 
@@ -54,12 +55,8 @@ class MomentumAveragedModel(BaseAveragedModel):
         nn.Module.__init__(self)
         if not isinstance(model, nn.Module):
             raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}')
-        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-            raise ValueError(f'interval must be an integer of at least 1, got {interval!r}')
-        if not isinstance(update_buffers, bool):
-            raise TypeError(f'update_buffers must be True or False, got {update_buffers!r}')
-        self.interval = interval
-        self.update_buffers = update_buffers
+        self.interval = count('interval', interval)
+        self.update_buffers = flag('update_buffers', update_buffers)
         self.module = averaged_copy(unwrapped(model), as_device(device))
         # On the CPU wherever the weights are: it is read at every update, and reading it from an
         # accelerator would wait for all that the device has to do.
@@ -102,6 +99,13 @@ class MomentumAveragedModel(BaseAveragedModel):
             pairing.blend(self.momentum_at(steps))
         pairing.copy()
         self.steps.add_(1)
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Give ``model`` the averaged weights."""
+        pairing = self._pairing_with(model)
+        for pair in pairing.blended + pairing.copied:
+            pair.source.copy_(pair.average)
 
     def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: int) -> None:
         """Blend one tensor: the plain form of what an update does to all of them at once."""
@@ -249,10 +253,8 @@ class Restartable(MomentumAveragedModel):
             raise ValueError(
                 f'restart(steps=None) must change one of {", ".join(live)}, got None for all'
             )
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int)):
-            raise TypeError(f'steps must be an integer or None, got {steps!r}')
-        if steps is not None and steps < 0:
-            raise ValueError(f'steps must be at least 0, got {steps}')
+        if steps is not None:
+            count('steps', steps, least=0)
         self.check_hyperparameters(**new)
         if steps is not None:
             self.steps.fill_(steps)
@@ -285,6 +287,11 @@ class Restartable(MomentumAveragedModel):
         else:
             self._load_live(live)
         return result
+
+    def rewind(self, state_dict) -> None:
+        """Take the average and the counter from a state; live values and restarts stay."""
+        keys = self.module_and_steps()
+        super().load_state_dict({key: state_dict[key] for key in keys if key in state_dict})
 
     def _load_live(self, live: dict) -> None:
         self.restarts = int(live['restarts'])
@@ -343,13 +350,6 @@ class RestartableExpMomentumEMA(Restartable, ExpMomentumEMA):
             ValueError: If one is out of range, or all are None.
         """
         self._restart(steps, momentum=momentum, gamma=gamma)
-
-
-def real(name: str, value) -> float:
-    """Return a number given by a user, or raise TypeError."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f'{name} must be a number, got {value!r}')
-    return value
 
 
 def as_device(device: Device) -> Optional[torch.device]:

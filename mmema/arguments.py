@@ -1,0 +1,33 @@
+"""Checks of what users pass: an error names the rule and the value received."""
+
+from __future__ import annotations
+
+
+def real(name: str, value) -> float:
+    """Return a number, or raise TypeError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f'{name} must be a number, got {value!r}')
+    return value
+
+
+def count(name: str, value, least: int = 1) -> int:
+    """Return an integer of at least ``least``, or raise TypeError or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f'{name} must be an integer, got {value!r}')
+    if value < least:
+        raise ValueError(f'{name} must be at least {least}, got {value}')
+    return value
+
+
+def one_of(name: str, value, choices: tuple):
+    """Return one of the choices, or raise ValueError."""
+    if value not in choices:
+        raise ValueError(f'{name} must be one of {choices}, got {value!r}')
+    return value
+
+
+def flag(name: str, value) -> bool:
+    """Return True or False, or raise TypeError."""
+    if not isinstance(value, bool):
+        raise TypeError(f'{name} must be True or False, got {value!r}')
+    return value

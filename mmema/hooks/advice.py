@@ -1,0 +1,75 @@
+"""Advice before a run: does the schedule fit the time that is left for it?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Plan:
+    """What is known of a run before it starts; times in iterations, one update each.
+
+    ``moments`` and ``switches`` map a name to its iteration, ``epoch`` is the length of an epoch,
+    ``steps`` the counter after a restart (None: it goes on), ``momentum`` and ``gamma`` what holds
+    after the last one, ``own_momentum`` what the hook itself sets.
+    """
+
+    iterations: int
+    moments: dict = field(default_factory=dict)
+    switches: dict = field(default_factory=dict)
+    epoch: int = 1
+    steps: int | None = 0
+    momentum: float = 0.0002
+    gamma: float | None = 2000
+    own_momentum: list = field(default_factory=list)
+
+
+def advice(plan: Plan) -> list[str]:
+    """Return one line for each thing that does not fit, with numbers and a value that would."""
+    lines = [
+        f'momentum {m:g} is the weight of the new value; did you mean 1 - {m:g} = {1 - m:.6g}?'
+        for m in plan.own_momentum
+        if m > 0.5
+    ]
+    inside = {name: at for name, at in plan.moments.items() if at < plan.iterations}
+    lines += [
+        f'the milestone {name!r} is beyond the end of the run ({plan.iterations} iterations); the '
+        f'last that would fit is {_last_fitting(name, plan)}'
+        for name in plan.moments
+        if name not in inside
+    ]
+    lines += [
+        f'{name}, and no restart follows it; follow={name.split()[0]!r} would'
+        for name, at in plan.switches.items()
+        if at < plan.iterations and at not in inside.values()
+    ]
+    last = max(inside.values(), default=0)
+    return lines + _time_left(plan, last, plan.iterations - last)
+
+
+def _last_fitting(name: str, plan: Plan) -> int:
+    last = plan.iterations - 1
+    return last // plan.epoch if name.startswith('epoch') else last
+
+
+def _time_left(plan: Plan, last: int, left: int) -> list[str]:
+    lines = []
+    since = f'{left} updates are left after the last restart'
+    momentum = plan.momentum
+    if 1 / momentum > left:
+        momentum = min(2 / left, 0.5)
+        lines.append(
+            f'the horizon of momentum {plan.momentum:g} is {1 / plan.momentum:.0f} updates, but '
+            f'{since}; momentum={momentum:.2g} would fit'
+        )
+    if plan.gamma is not None:
+        begin = last if plan.steps is None else plan.steps
+        warm_up = plan.gamma * math.log(1 / plan.momentum)
+        if warm_up - begin > left:
+            fits = max(1, int(left / math.log(1 / momentum)))
+            lines.append(
+                f'the warm-up of gamma {plan.gamma:g} ends after about {warm_up:.0f} updates, but '
+                f'{since}: until then the average forgets fast; gamma={fits} would fit'
+            )
+    return lines

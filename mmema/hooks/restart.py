@@ -1,0 +1,409 @@
+"""When the schedule of an average is restarted, and what training goes on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Sequence
+
+from mmengine.dist import barrier, broadcast_object_list, is_main_process
+from mmengine.hooks import Hook
+from mmengine.runner import IterBasedTrainLoop
+
+from ..arguments import count, flag, one_of, real
+from ..averaged import Restartable
+from ..registry import HOOKS, register_everywhere
+from ..resume import check_ema_state, checkpoint_to_resume, is_whole
+from . import rewind
+from .advice import Plan, advice
+from .common import ema_hook_of
+from .plateau import Plateau
+from .rewind import SOURCES
+
+FOLLOWED = ('PipelineSwitchHook', 'YOLOXModeSwitchHook')
+
+
+@register_everywhere(HOOKS)
+class EMARestartHook(Hook):
+    """Restart the schedule of the run's average, and say so.
+
+    Works beside any EMAHook, stock or ours, whose average is restartable
+    (``ema_type='mmema.RestartableExpMomentumEMA'``). At least one trigger is needed; several
+    compose, and those that fall on one moment make one restart. A trigger is due from its moment on
+    until it is done, so a run resumed past it restarts, once.
+
+    Args:
+        milestones: Epochs (iterations with ``by_epoch=False``) by 0-based index before which a
+            restart takes place, as ``PipelineSwitchHook.switch_epoch`` counts. Defaults to None.
+        every: Restart after every so many epochs or iterations. Defaults to None.
+        by_epoch: Whether ``milestones`` and ``every`` count epochs. Defaults to True.
+        follow: ``'PipelineSwitchHook'`` or ``'YOLOXModeSwitchHook'``: restart when that hook of
+            the run switches. Defaults to None.
+        on_plateau: Restart when a metric stops improving; the arguments of
+            :class:`mmema.hooks.plateau.Plateau`. Defaults to None.
+        steps: 0, a hard restart; above 0, a soft one; None, the counter goes on. See
+            ``RestartableExpMomentumEMA.restart``. Defaults to 0.
+        momentum: New momentum in (0, 1), one value or one for each milestone. Defaults to None, as
+            it is.
+        gamma: New gamma in updates. Defaults to None, as it is.
+        source: What training goes on from. ``'model'``: the weights that it has. ``'ema'``: the
+            averaged weights. ``'best'``: model, average, optimizer and AMP scaler of the best
+            checkpoint so far, kept as ``best_before_restart_at_*.pth`` in the work folder; epoch,
+            data order and learning rate go on. Defaults to ``'model'``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, or there is no trigger.
+
+    Example:
+        >>> custom_hooks = [
+        ...     dict(type='EMAHook', ema_type='mmema.RestartableExpMomentumEMA'),
+        ...     dict(type='mmema.EMARestartHook', follow='PipelineSwitchHook', gamma=500),
+        ... ]
+    """
+
+    # Before any EMAHook, to check the state of a checkpoint before it is loaded.
+    priority = 'HIGH'
+
+    def __init__(
+        self,
+        milestones: Sequence[int] | None = None,
+        every: int | None = None,
+        by_epoch: bool = True,
+        follow: str | None = None,
+        on_plateau: dict | None = None,
+        steps: int | None = 0,
+        momentum: float | Sequence[float] | None = None,
+        gamma: float | None = None,
+        source: str = 'model',
+    ):
+        self.milestones = checked_milestones(milestones)
+        self.every = None if every is None else count('every', every)
+        self.by_epoch = flag('by_epoch', by_epoch)
+        self.follow = None if follow is None else one_of('follow', follow, FOLLOWED)
+        self.plateau = None if on_plateau is None else plateau_of(on_plateau)
+        if not (self.milestones or every or follow or on_plateau):
+            raise ValueError(
+                'EMARestartHook must have a trigger, got none of milestones, every, follow and '
+                'on_plateau'
+            )
+        self.steps = None if steps is None else count('steps', steps, least=0)
+        self.momentum = self._checked_momentum(momentum)
+        if gamma is not None and not 0 < real('gamma', gamma) < float('inf'):
+            raise ValueError(f'gamma must be above 0 and finite, got {gamma}')
+        self.gamma = gamma
+        self.source = one_of('source', source, SOURCES)
+        changes = (momentum, gamma, self.plateau and self.plateau.momentum_add)
+        if steps is None and source == 'model' and not any(changes):
+            raise ValueError(
+                'a restart with steps=None must change momentum, gamma or source, got none of them'
+            )
+        self.moments: dict[str, float | None] = {}  # each with the momentum that it sets
+        self.done: list[str] = []
+        self.plateau_due = False
+        self.kept: str | None = None
+        self.validated: int | None = None
+        self._just_resumed = False
+
+    def _checked_momentum(self, momentum):
+        each = isinstance(momentum, (list, tuple))
+        if each and (self.every or self.follow or len(momentum) != len(self.milestones)):
+            raise ValueError(
+                'a list of momentum must have one value for each milestone, and no other trigger '
+                f'but on_plateau, got {len(momentum)} values for {len(self.milestones)} milestones'
+            )
+        values = momentum if each else [momentum]
+        for value in values:
+            if value is not None and not 0 < real('momentum', value) < 1:
+                raise ValueError(
+                    f'momentum must be in (0, 1), got {value}. It is the weight of the new value: '
+                    'one minus the decay of other libraries.'
+                )
+        return momentum
+
+    # --- the start of a run ---------------------------------------------------------------------
+
+    def before_run(self, runner) -> None:
+        """Choose the file to resume from, before MMEngine opens it."""
+        if not runner._resume:
+            return
+        if runner._load_from is None:
+            file = checkpoint_to_resume(runner.work_dir)
+            if file is None:
+                return
+            runner._load_from = str(file)
+        elif Path(runner._load_from).is_file() and not is_whole(runner._load_from):
+            raise ValueError(
+                f'{runner._load_from} is cut short: the run was stopped while writing it. Resume '
+                'without a file name to take the newest whole checkpoint.'
+            )
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Check the EMA state of a run to be resumed, and take over what was done."""
+        if not runner._resume:
+            return
+        check_ema_state(checkpoint, self._ema(runner), str(runner._load_from))
+        state = checkpoint.get('ema_restart', {}).get(self._key(runner))
+        if state is None:
+            return
+        self.done = list(state['done'])
+        self.plateau_due = state['plateau_due']
+        self.kept = state['kept']
+        self.validated = state['validated']
+        if self.plateau and state['plateau']:
+            self.plateau.load_state_dict(state['plateau'])
+        self._just_resumed = True
+
+    def before_train(self, runner) -> None:
+        """Work out the moments, check what can be known now, and give advice."""
+        ema = self._ema(runner)
+        self.moments = self._moments(runner)
+        plateau_momentum = self.plateau and self.plateau.momentum_after(ema.momentum)
+        for momentum in (*self.moments.values(), plateau_momentum):
+            self._check_live(ema, self._live(momentum))
+        if self._uses_best() and not rewind.saves_best(runner):
+            runner.logger.warning(
+                "EMARestartHook: source='best' finds no best checkpoint in this run, so restarts "
+                'go on from the current weights. Set default_hooks.checkpoint.save_best.'
+            )
+        for line in advice(self._plan(runner, ema)):
+            runner.logger.warning(f'EMARestartHook: {line}')
+
+    def _moments(self, runner) -> dict[str, float | None]:
+        loop, unit = runner.train_loop, 'epoch' if self.by_epoch else 'iter'
+        iterations = isinstance(loop, IterBasedTrainLoop)
+        if iterations and (self.follow or (self.by_epoch and (self.milestones or self.every))):
+            raise ValueError(
+                'milestones, every and follow by epoch need a run by epochs, but this one counts '
+                'iterations. Set by_epoch=False and give iterations.'
+            )
+        each = isinstance(self.momentum, (list, tuple))
+        values = self.momentum if each else [self.momentum] * len(self.milestones)
+        moments = {f'{unit} {at}': value for at, value in zip(self.milestones, values)}
+        end = loop.max_epochs if self.by_epoch else loop.max_iters
+        one = None if each else self.momentum
+        if self.every:
+            moments.update({f'{unit} {at}': one for at in range(self.every, end, self.every)})
+        if self.follow:
+            moments.update({f'epoch {at}': one for at in switch_epochs(runner, self.follow)})
+        return moments
+
+    def _plan(self, runner, ema) -> Plan:
+        epoch = (
+            1 if isinstance(runner.train_loop, IterBasedTrainLoop) else len(runner.train_dataloader)
+        )
+        return Plan(
+            iterations=runner.max_iters,
+            moments={
+                moment: at_of(moment) * (epoch if moment.startswith('epoch') else 1)
+                for moment in self.moments
+            },
+            switches={
+                f'{name} switches at epoch {at}': at * epoch
+                for name in FOLLOWED
+                if name != self.follow and not isinstance(runner.train_loop, IterBasedTrainLoop)
+                for at in switch_epochs(runner, name, must=False)
+            },
+            epoch=epoch,
+            steps=self.steps,
+            momentum=next((m for m in reversed(self.moments.values()) if m), None) or ema.momentum,
+            gamma=self.gamma or getattr(ema, 'gamma', None),
+            own_momentum=self.momentum
+            if isinstance(self.momentum, (list, tuple))
+            else [m for m in [self.momentum] if m],
+        )
+
+    # --- training -------------------------------------------------------------------------------
+
+    def before_train_epoch(self, runner) -> None:
+        """Catch up on a validation which the resumed checkpoint was saved before.
+
+        Its result decides about a plateau and the best checkpoint; MMEngine would leave it out.
+        """
+        if not self._just_resumed:
+            return
+        self._just_resumed = False
+        wanted = self.plateau or self._uses_best()
+        if wanted and self.validated != runner.iter and validation_is_due(runner):
+            runner.logger.info('EMARestartHook: the validation before the resume comes first')
+            runner.val_loop.run()
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        """Restart if a trigger is due and not yet done."""
+        now = {'epoch': runner.epoch, 'iter': runner.iter}
+        due = [
+            moment
+            for moment in self.moments
+            if moment not in self.done and now[moment.split()[0]] >= at_of(moment)
+        ]
+        if due or self.plateau_due:
+            self._restart(runner, due)
+
+    def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
+        """Decide on rank 0 about a plateau, and tell the other ranks."""
+        if not hasattr(runner, '_train_loop') or isinstance(runner._train_loop, (dict, type(None))):
+            return  # a validation outside of training
+        self.validated = runner.iter
+        if self.plateau is None:
+            return
+        self.plateau_due |= self._on_main(lambda: self._is_plateau(metrics or {}))
+
+    def _is_plateau(self, metrics: dict) -> bool:
+        counting = bool(self.done) or not self.plateau.after_restart
+        return self.plateau.watch(metrics, counting)
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Save what is done beside the EMA state."""
+        state = dict(
+            done=list(self.done),
+            plateau_due=self.plateau_due,
+            plateau=self.plateau.state_dict() if self.plateau else None,
+            kept=self.kept,
+            validated=self.validated,
+        )
+        checkpoint.setdefault('ema_restart', {})[self._key(runner)] = state
+        if self._uses_best():
+            rewind.complete(runner, checkpoint)
+
+    # --- the restart ----------------------------------------------------------------------------
+
+    def _restart(self, runner, due: list[str]) -> None:
+        ema = self._ema(runner)
+        before = describe(ema)
+        momentum = self.moments[due[-1]] if due else self.plateau.momentum_after(ema.momentum)
+        live = self._live(momentum)
+        source = self.source if due else self.plateau.source or self.source
+        gone_on_from = self._go_on_from(runner, ema, source, ends_stage=bool(due))
+        if self.steps is None and not live:
+            live = {ema._LIVE[0]: getattr(ema, ema._LIVE[0])}  # only the source changes
+        ema.restart(self.steps, **live)
+        self.done += due
+        self.plateau_due = False
+        why = ', '.join(due) if due else f'{self.plateau.metric} stopped improving'
+        runner.logger.info(
+            f'EMA restart {ema.restarts} before iteration {runner.iter + 1} ({why}): '
+            f'{before} -> {describe(ema)}; training goes on from {gone_on_from}'
+        )
+        for name in ('restarts', *ema._LIVE):
+            runner.message_hub.update_scalar(f'train/ema_{name}', float(getattr(ema, name)))
+
+    def _go_on_from(self, runner, ema, source: str, ends_stage: bool) -> str:
+        """Put the weights in place; return what they are, for the log."""
+        if source == 'ema':
+            ema.copy_to(rewind.model_of(runner))
+            return 'the averaged weights'
+        if source == 'best':
+            if ends_stage or self.kept is None:
+                moment = f'iter {runner.iter}'
+                self.kept = self._on_main(lambda: rewind.keep_best(runner, moment))
+            if self.kept is not None:
+                barrier()  # the file is whole before any rank opens it
+                rewind.go_back(runner, ema, Path(runner.work_dir) / self.kept)
+                return f'the best checkpoint ({self.kept})'
+            runner.logger.warning('EMARestartHook: there is no best checkpoint yet')
+        return 'the current weights'
+
+    # --- small things ---------------------------------------------------------------------------
+
+    def _live(self, momentum: float | None) -> dict:
+        live = {'momentum': momentum, 'gamma': self.gamma}
+        return {name: value for name, value in live.items() if value is not None}
+
+    @staticmethod
+    def _check_live(ema: Restartable, live: dict) -> None:
+        unknown = sorted(set(live) - set(ema._LIVE))
+        if unknown:
+            raise ValueError(
+                f'a restart can only change what {type(ema).__name__} has, got {unknown[0]}; it '
+                f'has {", ".join(ema._LIVE)}'
+            )
+        ema.check_hyperparameters(**live)
+
+    def _uses_best(self) -> bool:
+        return 'best' in (self.source, self.plateau and self.plateau.source)
+
+    def _key(self, runner) -> str:
+        hooks = [hook for hook in runner.hooks if isinstance(hook, EMARestartHook)]
+        return str(hooks.index(self))
+
+    @staticmethod
+    def _ema(runner) -> Restartable:
+        ema = ema_hook_of(runner).ema_model
+        if not isinstance(ema, Restartable):
+            raise ValueError(
+                f'EMARestartHook needs a restartable average, got {type(ema).__name__}. Set '
+                "ema_type='mmema.RestartableExpMomentumEMA' in the EMAHook."
+            )
+        return ema
+
+    @staticmethod
+    def _on_main(decide):
+        """Return on every rank what ``decide()`` returns, or raises, on rank 0."""
+        answer = [None, None]
+        if is_main_process():
+            try:
+                answer[0] = decide()
+            except Exception as error:  # the other ranks wait for an answer, so they get this one
+                answer[1] = error
+        broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
+
+
+def checked_milestones(milestones) -> list[int]:
+    if milestones is None:
+        return []
+    if not isinstance(milestones, (list, tuple)):
+        raise TypeError(f'milestones must be a list of integers, got {milestones!r}')
+    milestones = [count('a milestone', at) for at in milestones]
+    if milestones != sorted(set(milestones)):
+        raise ValueError(f'milestones must rise, got {milestones}')
+    return milestones
+
+
+def plateau_of(settings) -> Plateau:
+    if not isinstance(settings, dict):
+        raise TypeError(f'on_plateau must be a dict, got {settings!r}')
+    try:
+        return Plateau(**settings)
+    except TypeError as error:
+        if '__init__' in str(error):
+            raise TypeError(f'on_plateau: {str(error).split("__init__() ")[-1]}') from None
+        raise
+
+
+def at_of(moment: str) -> int:
+    return int(moment.split()[1])
+
+
+def switch_epochs(runner, name: str, must: bool = True) -> list[int]:
+    """Return the 0-based epochs before which the hooks of this name switch in this run."""
+    epochs = []
+    hooks = [h for h in runner.hooks if any(c.__name__ == name for c in type(h).__mro__)]
+    for hook in hooks:
+        if hasattr(hook, 'switch_epoch'):
+            epochs.append(max(hook.switch_epoch, 0))
+        else:  # YOLOXModeSwitchHook compares epoch + 1, so it switches one epoch earlier
+            epochs.append(max(runner.max_epochs - hook.num_last_epochs - 1, 0))
+    if must and not hooks:
+        raise ValueError(
+            f'follow={name!r} must name a hook of the run, got '
+            f'{sorted({type(hook).__name__ for hook in runner.hooks})}'
+        )
+    return [at for at in epochs if at < runner.max_epochs]
+
+
+def validation_is_due(runner) -> bool:
+    """Tell whether the loop would have validated at this moment, had the run not been resumed."""
+    loop = runner.train_loop
+    if runner.val_loop is None:
+        return False
+    iterations = isinstance(loop, IterBasedTrainLoop)
+    now, end = (loop.iter, loop.max_iters) if iterations else (loop.epoch, loop.max_epochs)
+    loop._decide_current_val_interval()
+    return now >= loop.val_begin and (now % loop.val_interval == 0 or now == end)
+
+
+def describe(ema: Restartable) -> str:
+    values = ', '.join(f'{name} {getattr(ema, name):g}' for name in ema._LIVE)
+    return f'steps {int(ema.steps)}, {values}'

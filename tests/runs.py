@@ -1,0 +1,180 @@
+"""A small, real Runner: a model with BatchNorm that learns a line, trained in milliseconds."""
+
+import logging
+from pathlib import Path
+
+import torch
+from mmengine.evaluator import BaseMetric
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.registry import HOOKS, METRICS, MODELS
+from mmengine.runner import Runner
+from torch import nn
+from torch.utils.data import Dataset
+
+EMA = dict(type='EMAHook', ema_type='mmema.RestartableExpMomentumEMA', momentum=0.1, gamma=5)
+
+
+class Line(Dataset):
+    """Twenty-four points of a noisy line."""
+
+    def __init__(self, length=24):
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(length, 3, generator=generator)
+        self.y = self.x.sum(1, keepdim=True) + torch.randn(length, 1, generator=generator) / 3
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return dict(x=self.x[index], y=self.y[index])
+
+
+@MODELS.register_module()
+class LineModel(BaseModel):
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.norm = nn.BatchNorm1d(3)
+        self.layers = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+        self.register_buffer('calls', torch.tensor(0))
+
+    def forward(self, x, y=None, mode='tensor'):
+        out = self.layers(self.norm(x))
+        if mode == 'loss':
+            self.calls += 1
+            return dict(loss=(out - y).square().mean())
+        return [dict(error=(out - y).square())] if mode == 'predict' else out
+
+
+@METRICS.register_module()
+class Score(BaseMetric):
+    """Minus the mean error; or scripted: ``script[time of the run]``."""
+
+    now = None
+
+    def __init__(self, script=None):
+        super().__init__()
+        self.script = script
+
+    def process(self, data_batch, data_samples):
+        self.results.extend(sample['error'] for sample in data_samples)
+
+    def compute_metrics(self, results):
+        if self.script is not None:
+            return dict(score=self.script[Score.now])
+        return dict(score=-torch.cat(results).mean().item())
+
+
+@HOOKS.register_module()
+class Clock(Hook):
+    """Tells the scripted metric the time, and records what the average does."""
+
+    priority = 'LOWEST'
+
+    def __init__(self):
+        self.seen = []
+
+    def before_val(self, runner):
+        by_iter = type(runner.train_loop).__name__ == 'IterBasedTrainLoop'
+        Score.now = runner.iter if by_iter else runner.epoch
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        ema = ema_of(runner)
+        self.seen.append((runner.iter, int(ema.steps), ema.momentum, ema.restarts))
+
+
+def ema_of(runner):
+    return next(hook.ema_model for hook in runner.hooks if hasattr(hook, 'ema_model'))
+
+
+def loader(batch_size=6, shuffle=True):
+    return dict(
+        batch_size=batch_size,
+        num_workers=0,
+        dataset=Line(),
+        sampler=dict(type='DefaultSampler', shuffle=shuffle),
+        collate_fn=dict(type='default_collate'),
+    )
+
+
+def make_runner(
+    work_dir,
+    *hooks,
+    epochs=6,
+    iters=None,
+    ema=EMA,
+    script=None,
+    val_interval=1,
+    checkpoint=None,
+    seed=0,
+    **settings,
+):
+    """Return a Runner of 4 iterations an epoch; ``iters`` makes it one by iterations."""
+    by_epoch = iters is None
+    checkpoint = dict(
+        dict(type='CheckpointHook', interval=1, by_epoch=by_epoch, save_best='score'),
+        rule='greater',
+        **(checkpoint or {}),
+    )
+    train_cfg = (
+        dict(by_epoch=True, max_epochs=epochs, val_interval=val_interval)
+        if by_epoch
+        else dict(by_epoch=False, max_iters=iters, val_interval=val_interval)
+    )
+    settings = {
+        'randomness': dict(seed=0),
+        'optim_wrapper': dict(optimizer=dict(type='SGD', lr=0.05, momentum=0.9)),
+        'param_scheduler': dict(type='ExponentialLR', gamma=0.95, by_epoch=by_epoch),
+        **settings,
+    }
+    return Runner(
+        model=LineModel(seed),
+        work_dir=str(work_dir),
+        train_dataloader=loader(),
+        train_cfg=train_cfg,
+        val_dataloader=loader(shuffle=False),
+        val_cfg=dict(),
+        val_evaluator=dict(type='Score', script=script),
+        default_hooks=dict(checkpoint=checkpoint, logger=dict(type='LoggerHook', interval=2)),
+        custom_hooks=[dict(ema), *hooks, dict(type='Clock')],
+        log_level=logging.INFO,
+        experiment_name=f'{Path(work_dir).name}_{next(_number)}',
+        **settings,
+    )
+
+
+def _count():
+    number = 0
+    while True:
+        yield number
+        number += 1
+
+
+_number = _count()
+
+
+def state_of(runner):
+    """All tensors of a run: raw, averaged, and the optimizer's."""
+    state = {f'raw.{name}': t.clone() for name, t in runner.model.state_dict().items()}
+    state.update({f'ema.{name}': t.clone() for name, t in ema_of(runner).state_dict().items()})
+    for index, slots in runner.optim_wrapper.optimizer.state_dict()['state'].items():
+        state.update({f'optimizer.{index}.{name}': t for name, t in slots.items()})
+    return state
+
+
+def assert_same(first, second):
+    assert set(first) == set(second)
+    for name, value in first.items():
+        other = second[name]
+        same = torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+        assert same, f'{name}: {value} is not {other}'
+
+
+def seen(runner):
+    """What the clock recorded: (iteration, steps, momentum, restarts) after each update."""
+    return next(hook for hook in runner.hooks if isinstance(hook, Clock)).seen
+
+
+def log_of(runner):
+    return ''.join(file.read_text() for file in Path(runner.work_dir).rglob('*.log'))
