@@ -45,6 +45,20 @@ def add_common_arguments(parser):
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
+def check_arguments(args):
+    """Refuse what needs no library to be seen wrong; those take seconds to import."""
+    path = Path(args.config)
+    if not path.is_file():
+        die(f'no config file {path} (seen from {Path.cwd()}){similar_files(path)}')
+    for option in args.cfg_options:
+        key, equals, _ = option.partition('=')
+        if not (equals and key):
+            die(f'--cfg-options takes key=value without spaces, got {option!r}')
+    checkpoint = getattr(args, 'checkpoint', None) or args.resume
+    if checkpoint and checkpoint != 'auto' and '://' not in checkpoint:
+        check_file(checkpoint)
+
+
 def import_stack():
     """Import all that the tools need, or say what is missing."""
     try:
@@ -69,8 +83,6 @@ def load_config(args):
     from mmengine.config import Config
 
     path = Path(args.config)
-    if not path.is_file():
-        die(f'no config file {path} (seen from {Path.cwd()}){similar_files(path)}')
     try:
         config = Config.fromfile(path)
     except Exception as error:  # whatever happens in there, the file is what has to change
@@ -102,10 +114,7 @@ def merge_options(config, options):
     from mmengine.config import DictAction
 
     for option in options:
-        key, equals, _ = option.partition('=')
-        if not (equals and key):
-            die(f'--cfg-options takes key=value without spaces, got {option!r}')
-        check_key(config, key)
+        check_key(config, option.partition('=')[0])
     if not options:
         return
     parser = argparse.ArgumentParser()
@@ -244,15 +253,19 @@ def annotations(settings):
     return os.path.join(str(dataset.get('data_root') or ''), str(dataset.get('ann_file', '')))
 
 
+def check_file(path):
+    if os.path.isfile(path):
+        return
+    folder = os.path.dirname(path) or '.'
+    there = ', '.join(sorted(file.name for file in Path(folder).glob('*.pth')))
+    die(f'no checkpoint file {path}' + (f'; {folder} holds {there}' if there else ''))
+
+
 def read_checkpoint(path):
     """Load a checkpoint on the CPU, or say in one line what is wrong with the file."""
     import torch
 
-    if not os.path.isfile(path):
-        folder = os.path.dirname(path) or '.'
-        there = sorted(name for name in os.listdir(folder)) if os.path.isdir(folder) else []
-        there = ', '.join(name for name in there if name.endswith('.pth'))
-        die(f'no checkpoint file {path}' + (f'; {folder} holds {there}' if there else ''))
+    check_file(path)
     try:
         checkpoint = torch.load(path, map_location='cpu')
     except Exception as error:

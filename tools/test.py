@@ -15,6 +15,7 @@ import _cli as cli
 
 def main():
     args = parse_args()
+    cli.check_arguments(args)
     cli.import_stack()
     config = cli.load_config(args)
     cli.need(config, 'test_dataloader', 'test_cfg', 'test_evaluator')

@@ -14,6 +14,7 @@ import _cli as cli
 
 def main():
     args = parse_args()
+    cli.check_arguments(args)
     cli.import_stack()
     config = cli.load_config(args)
     cli.need(config, 'train_dataloader', 'train_cfg', 'optim_wrapper')

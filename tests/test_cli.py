@@ -1,0 +1,142 @@
+"""What the tools share, called in this process; test_train_tool.py calls the tools themselves."""
+
+import argparse
+import decimal
+import sys
+
+import pytest
+import torch
+from mmengine.config import Config
+from tool_runs import CONFIG, ROOT
+
+import mmema  # noqa: F401  # torch then loads MMEngine's checkpoints
+
+sys.path.insert(0, str(ROOT / 'tools'))
+import _cli as cli
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Return a function that calls another and gives the line with which it ends the program."""
+
+    def call(function, *arguments):
+        with pytest.raises(SystemExit) as stop:
+            function(*arguments)
+        assert stop.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return call
+
+
+def arguments(config, options=()):
+    return argparse.Namespace(
+        config=str(config),
+        cfg_options=list(options),
+        work_dir=None,
+        launcher='none',
+        local_rank=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ('text', 'reason'),
+    [
+        ('model = dict(', "SyntaxError: '(' was never closed"),
+        ('model = dict(type=foo)', "NameError: name 'foo' is not defined"),
+        ('_base_ = ["none.py"]', 'No such file'),
+    ],
+)
+def test_refuses_a_broken_config(tmp_path, refusal, text, reason):
+    path = tmp_path / 'broken.py'
+    path.write_text(text)
+    line = refusal(cli.load_config, arguments(path))
+    assert f'{path} cannot be read: ' in line
+    assert reason in line
+
+
+def test_refuses_a_part_of_a_config(tmp_path, refusal):
+    path = tmp_path / 'part.py'
+    path.write_text('model = dict(type="YOLODetector")')
+    config = cli.load_config(arguments(path))
+    line = refusal(cli.need, config, 'train_dataloader', 'train_cfg')
+    assert f'{path} has no train_dataloader, train_cfg' in line
+
+
+def test_work_dir_is_named_after_the_config(tmp_path):
+    path = tmp_path / 'mine.py'
+    path.write_text('x = 1')
+    assert cli.load_config(arguments(path)).work_dir == './work_dirs/mine'
+    path.write_text('work_dir = "there"')
+    assert cli.load_config(arguments(path)).work_dir == 'there'
+
+
+@pytest.mark.parametrize(
+    ('option', 'reason'),
+    [
+        ('trian_cfg.max_epochs=1', "the config has no 'trian_cfg'; did you mean train_cfg?"),
+        ('custom_hooks.9.momentum=1', 'Index 9 exceeds the length'),
+        ('train_cfg.max_epochs.x=1', 'train_cfg.max_epochs.x=1'),
+        ('optim_wrapper.x=[1,(2]', 'Imbalanced brackets'),
+    ],
+)
+def test_refuses_a_bad_option(refusal, option, reason):
+    line = refusal(cli.merge_options, Config.fromfile(CONFIG), [option])
+    assert reason in line
+    assert len(line) < 400
+
+
+def test_options_reach_dicts_and_lists():
+    config = Config.fromfile(CONFIG)
+    options = ['train_cfg.max_epochs=3', 'custom_hooks.0.gamma=7', 'load_from=a.pth']
+    cli.merge_options(config, options)
+    assert config.train_cfg.max_epochs == 3
+    assert config.custom_hooks[0].gamma == 7
+    assert config.custom_hooks[0].type == 'EMAHook'
+    assert config.load_from == 'a.pth'
+
+
+@pytest.mark.parametrize(
+    ('option', 'remark'),
+    [
+        ('digits_epochs=3', 'warning: --cfg-options digits_epochs sets a variable'),
+        ('train_cfg.max_epohcs=3', "'max_epohcs' is new in the config; did you mean max_epochs?"),
+        ('train_cfg.max_epochs=3', ''),
+        ('load_from=x.pth', ''),
+    ],
+)
+def test_remarks_on_options_that_may_be_misspelt(capsys, option, remark):
+    cli.merge_options(Config.fromfile(CONFIG), [option])
+    printed = capsys.readouterr().err
+    assert remark in printed
+    assert bool(printed) == bool(remark)
+
+
+@pytest.mark.parametrize(
+    ('content', 'reason'),
+    [
+        ([1], 'it holds a list, not a dict'),
+        ({'x': decimal.Decimal(1)}, 'holds objects of decimal.Decimal'),
+    ],
+)
+def test_refuses_what_is_no_checkpoint(tmp_path, refusal, content, reason):
+    path = str(tmp_path / 'odd.pth')
+    torch.save(content, path)
+    line = refusal(cli.read_checkpoint, path)
+    assert path in line
+    assert reason in line
+
+
+@pytest.mark.parametrize('size', [0, 1, 1000, 3000, -1])
+def test_refuses_a_checkpoint_cut_short(tmp_path, refusal, size):
+    path = tmp_path / 'cut.pth'
+    torch.save({'state_dict': {'x': torch.zeros(1000)}}, path)
+    assert cli.read_checkpoint(str(path))['state_dict']['x'].shape == (1000,)
+    path.write_bytes(path.read_bytes()[:size])
+    assert f'{path} cannot be loaded, it may be cut short' in refusal(
+        cli.read_checkpoint, str(path)
+    )
+
+
+def test_an_error_of_the_program_keeps_its_traceback():
+    with pytest.raises(ValueError, match='a bug'), cli.config_errors():
+        raise ValueError('a bug')

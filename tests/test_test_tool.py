@@ -1,0 +1,26 @@
+"""What tools/test.py refuses; that it finds what training logged stands in test_train_tool.py."""
+
+import pytest
+import torch
+from tool_runs import CONFIG, refusal
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'reason'),
+    [
+        (['none.py', 'some.pth'], 'no config file none.py'),
+        ([CONFIG, 'none.pth'], 'no checkpoint file none.pth; . holds some.pth'),
+        ([CONFIG, 'some.pth', '--out', 'boxes.txt'], '--out takes the name of a .pkl file'),
+        ([CONFIG, 'some.pth', '--cfg-options', '=1'], "got '=1'"),
+    ],
+)
+def test_refuses_before_it_imports(tmp_path, arguments, reason):
+    (tmp_path / 'some.pth').touch()
+    assert reason in refusal('test.py', *arguments, folder=tmp_path)
+
+
+@pytest.mark.slow
+def test_refuses_the_weights_of_another_model(tmp_path):
+    torch.save({'state_dict': {}}, tmp_path / 'odd.pth')
+    reason = refusal('test.py', CONFIG, 'odd.pth', folder=tmp_path)
+    assert 'does not fit the model of the config: 177 of 177 parameters' in reason
