@@ -20,7 +20,7 @@ class EMAMonitorHook(Hook):
     The scalars, under ``train/``, are those that hold for the next update:
 
     - ``ema_momentum``: the weight of the new value;
-    - ``ema_horizon``: ``1 / momentum``, about how many recent updates the average remembers;
+    - ``ema_horizon``: ``1 / momentum``, rounded: about how many recent updates the average remembers;
     - ``ema_steps``: updates since the last restart;
     - ``ema_restarts``: how many restarts there have been;
     - ``ema_distance``: ``||average - source|| / ||source||`` over all parameters.
@@ -82,7 +82,7 @@ def state_of(ema_model: nn.Module) -> dict:
     state = {}
     momentum = getattr(ema_model, 'current_momentum', None)
     if momentum is not None:
-        state.update(momentum=momentum, horizon=1 / momentum)
+        state.update(momentum=momentum, horizon=round(1 / momentum))
     state['steps'] = int(ema_model.steps)
     if hasattr(ema_model, 'restarts'):
         state['restarts'] = ema_model.restarts

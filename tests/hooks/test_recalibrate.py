@@ -77,6 +77,8 @@ def test_statistics_by_hand(tmp_path, update_buffers, val_cfg):
     assert not torch.allclose(average_before['norm.running_mean'], mean, rtol=1e-3)
     # Nothing else changed: the layer that no data reaches, the counters, the source.
     assert all(torch.equal(source[key], source_before[key]) for key in source)
+    norm = ema_hook_of(runner).ema_model.module.norm
+    assert norm.momentum == 0.1 and norm.training
     others = set(average) - set(STATISTICS)
     assert all(torch.equal(average[key], average_before[key]) for key in others)
     # Validation saw the averaged weights with these statistics, and all went back.

@@ -14,18 +14,17 @@ from torch import nn
 
 import mmema  # noqa: F401
 
-SAMPLES = 8
-
 
 class Samples(torch.utils.data.Dataset):
-    """Eight numbers, each seen through random noise, as augmented pictures are."""
+    """Numbers, each seen through random noise, as augmented pictures are."""
 
-    def __init__(self, noise=0.0):
+    def __init__(self, noise=0.0, length=8):
         self.noise = noise
+        self.length = length
         self.seen = []  # as a cached Mosaic keeps pictures
 
     def __len__(self):
-        return SAMPLES
+        return self.length
 
     def __getitem__(self, index):
         self.seen.append(index)
@@ -70,11 +69,11 @@ class Mean(BaseMetric):
         return {'mean': float(np.mean(results)), 'accuracy': float(np.max(results))}
 
 
-def loader(noise=0.0, batch_size=4, shuffle=False, **kwargs):
+def loader(noise=0.0, batch_size=4, shuffle=False, length=8, **kwargs):
     return dict(
         batch_size=batch_size,
         num_workers=0,
-        dataset=Samples(noise),
+        dataset=Samples(noise, length),
         sampler=dict(type='DefaultSampler', shuffle=shuffle),
         collate_fn=dict(type='default_collate'),
         **kwargs,
