@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import exp_momentum
+from torch import nn
+
+from mmema import ExpMomentumEMA, RestartableExpMomentumEMA
+from mmema.plan import momenta, share_of_blocks, shares
+
+
+def make(cls=RestartableExpMomentumEMA, **kwargs):
+    return cls(nn.Linear(1, 1), **{'momentum': 0.1, 'gamma': 3, **kwargs})
+
+
+def test_momenta_by_hand():
+    values = momenta(make(), 8, {3: dict(steps=2, momentum=0.05), 6: dict(steps=0)}, begin=1)
+    counters = [None, 0, 1, 2, 3, 4, 0, 1]
+    expected = [
+        1.0 if not s else exp_momentum(s, 0.1 if i < 3 else 0.05, 3) for i, s in enumerate(counters)
+    ]
+    assert values.tolist() == expected
+    assert values.dtype == np.float64
+
+
+def test_interval():
+    values = momenta(make(ExpMomentumEMA, interval=2), 5)
+    assert values.tolist() == [1, 0, exp_momentum(2, 0.1, 3), 0, exp_momentum(4, 0.1, 3)]
+
+
+restart = st.one_of(
+    st.builds(lambda s: dict(steps=s), st.integers(0, 30)),
+    st.builds(lambda m: dict(steps=None, momentum=m), st.floats(0.01, 0.9)),
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.dictionaries(st.integers(0, 39), restart, max_size=3))
+def test_shares_are_those_of_the_averaged_model(updates, restarts):
+    # Brute force: source i is the i-th unit vector, so the average lists the shares.
+    source = nn.Linear(updates, 1, bias=False).double()
+    ema = RestartableExpMomentumEMA(source, momentum=0.1, gamma=5)
+    for i in range(updates):
+        if i in restarts:
+            ema.restart(**restarts[i])
+        with torch.no_grad():
+            source.weight.zero_()[0, i] = 1
+        ema.update_parameters(source)
+    planned = shares(momenta(make(gamma=5), updates, restarts))
+    np.testing.assert_allclose(planned, ema.module.weight[0].numpy(), rtol=1e-12, atol=1e-15)
+    assert planned.sum() == pytest.approx(1)
+
+
+def test_nothing_before_a_copy():
+    planned = shares(momenta(make(), 100, {60: dict(steps=0)}))
+    assert (planned[:60] == 0).all() and planned[60] > 0
+
+
+def test_blocks():
+    assert share_of_blocks(np.array([0.1, 0.2, 0.3, 0.4, 0.5]), 2).tolist() == [
+        pytest.approx(0.3),
+        pytest.approx(0.7),
+        pytest.approx(0.5),
+    ]
