@@ -1,7 +1,7 @@
 # How long a run on the digits set takes, what it keeps, and the average of its weights.
 
 digits_epochs = 50
-digits_plain_epochs = 15  # the last ones, without mosaic
+digits_plain_epochs = 20  # the last ones, without mosaic
 
 digits_train_cfg = dict(max_epochs=digits_epochs, val_interval=5, dynamic_intervals=None)
 digits_hooks = dict(

@@ -61,11 +61,12 @@ param_scheduler = [
 default_hooks = _base_.digits_hooks
 custom_hooks = [
     dict(
-        type='YOLOXModeSwitchHook',
+        type='YOLOXModeSwitchHook',  # switches one epoch earlier than its argument says
         num_last_epochs=_base_.digits_plain_epochs,
         new_train_pipeline=_base_.digits_plain_pipeline,
         priority=48,
     ),
+    dict(type='mmdet.SyncNormHook', priority=48),
     _base_.digits_ema,
 ]
 train_cfg = _base_.digits_train_cfg
