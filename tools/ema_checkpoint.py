@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""Look into a checkpoint, export its EMA or raw weights, convert the EMA state of other codes.
+
+tools/ema_checkpoint.py inspect work_dirs/digits/epoch_50.pth
+tools/ema_checkpoint.py export work_dirs/digits/epoch_50.pth --weights ema -o yolov5_n_digits.pth
+tools/ema_checkpoint.py convert dfine/last.pth --to mmema -o dfine_mmema.pth
+"""
+
+import argparse
+
+import _cli as cli
+
+
+def main():
+    args = parse_args()
+    try:
+        from mmema import checkpoint
+    except ImportError as error:
+        cli.die(f'{error}: install mmema (pip install -e . in its checkout)')
+    try:
+        {'inspect': inspect, 'export': export, 'convert': convert}[args.command](checkpoint, args)
+    except checkpoint.CheckpointError as error:
+        cli.die(error)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+
+    one = commands.add_parser('inspect', help='who made it, and what is where in it')
+    add_file(one)
+
+    two = commands.add_parser('export', help='write one set of weights to a file for inference')
+    add_file(two)
+    two.add_argument('--weights', choices=['ema', 'raw'], default='ema', help='default: ema')
+    add_output(two, '.pth or .safetensors; the file is called name-<8 digits of its sha256>')
+    two.add_argument('--exact-name', action='store_true', help='leave the hash out of the name')
+
+    three = commands.add_parser('convert', help='write the EMA state as another code keeps it')
+    add_file(three)
+    three.add_argument(
+        '--to',
+        required=True,
+        metavar='FORMAT',
+        help='mmema, mmengine, dfine (also RT-DETR, DEIM), yolov5, yolox, timm, torchvision or '
+        'averaged_model (torch)',
+    )
+    add_output(three, '.pth or .pt')
+    three.add_argument('--steps', type=int, metavar='N', help='updates, if the file does not say')
+    three.add_argument('--momentum', type=float, metavar='M', help='1 - decay, for --to mmema')
+    three.add_argument('--gamma', type=float, metavar='G', help='tau or warmups, for --to mmema')
+    three.add_argument(
+        '--rename',
+        action='append',
+        default=[],
+        metavar='OLD=NEW',
+        help='change the beginning of names, such as model.=backbone. (may be repeated)',
+    )
+    return parser.parse_args()
+
+
+def add_file(parser):
+    parser.add_argument('file', help='the checkpoint')
+    parser.add_argument(
+        '--trust',
+        action='store_true',
+        help='read files with any object in them, as those of YOLOv5; can run code in the file',
+    )
+
+
+def add_output(parser, text):
+    parser.add_argument('-o', '--output', required=True, metavar='OUT', help=text)
+    parser.add_argument('--force', action='store_true', help='replace an existing file')
+
+
+def inspect(checkpoint, args):
+    lines = checkpoint.inspect(args.file, args.trust).lines()
+    width = max(len(label) for label, _ in lines)
+    print(f'{args.file}')
+    for label, text in lines:
+        print(f'  {label:<{width}}  {text}'.rstrip())
+
+
+def export(checkpoint, args):
+    out = checkpoint.export(
+        args.file, args.output, args.weights, args.force, args.trust, not args.exact_name
+    )
+    print(f'{"EMA" if args.weights == "ema" else "raw"} weights of {args.file}: {out}')
+
+
+def convert(checkpoint, args):
+    notes = checkpoint.convert(
+        args.file,
+        args.output,
+        args.to,
+        args.steps,
+        args.momentum,
+        args.gamma,
+        renames(args.rename),
+        args.force,
+        args.trust,
+    )
+    print(f'{args.file} as {args.to}: {args.output}')
+    for note in notes:
+        print(f'  note: {note}')
+
+
+def renames(given):
+    """Return {old: new} of ``OLD=NEW`` arguments."""
+    found = {}
+    for text in given:
+        old, equals, new = text.partition('=')
+        if not equals or not old:
+            cli.die(f'--rename takes OLD=NEW, got {text!r}')
+        found[old] = new
+    return found
+
+
+if __name__ == '__main__':
+    main()
