@@ -2,10 +2,12 @@
 
 from .averaged import ExpMomentumEMA, RestartableExpMomentumEMA
 from .checkpoint import trust_mmengine_checkpoints
+from .hooks.ema import EMAHook
 from .hooks.monitor import EMAMonitorHook
 from .hooks.recalibrate import EMARecalibrateHook
 from .hooks.restart import EMARestartHook
 from .hooks.val_loop import EMAValLoop
+from .swap import averaged_weights
 from .variants import (
     RestartableAnnealingEMA,
     RestartableConstantEMA,
@@ -17,6 +19,7 @@ from .variants import (
 
 __version__ = '0.1.0'
 __all__ = [
+    'EMAHook',
     'EMAMonitorHook',
     'EMARecalibrateHook',
     'EMARestartHook',
@@ -30,6 +33,7 @@ __all__ = [
     'RestartablePowerRampEMA',
     'RestartableThresholdEMA',
     '__version__',
+    'averaged_weights',
 ]
 
 trust_mmengine_checkpoints()

@@ -31,3 +31,9 @@ def flag(name: str, value) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f'{name} must be True or False, got {value!r}')
     return value
+
+
+def listed(names: list) -> str:
+    """Return the first names of a list in one line."""
+    more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+    return ', '.join(map(repr, names[:3])) + more

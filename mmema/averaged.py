@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Optional, Union
+from fnmatch import fnmatchcase
+from typing import Optional, Sequence, Union
 
 import torch
 from mmengine.logging import print_log
@@ -12,9 +13,11 @@ from mmengine.model import BaseAveragedModel
 from torch import Tensor, nn
 
 from . import schedules
-from .arguments import count, flag, real
+from .arguments import count, flag, listed, real
+from .finite import Guard, is_number
 from .registry import MODELS, register_everywhere
-from .tensors import Pair, Pairing, averaged_copy, unwrapped
+from .swap import refuse_while_lent
+from .tensors import Pair, Pairing, averaged_copy, named_tensors, plain, unwrapped
 
 Device = Union[torch.device, str, None]
 
@@ -28,6 +31,7 @@ class MomentumAveragedModel(BaseAveragedModel):
     - Parameters are blended, once each: two names for one tensor are one tensor.
     - Buffers are copied at every update, non-persistent ones too; with ``update_buffers`` those of
       a floating-point dtype are blended instead.
+    - Frozen parameters (``requires_grad=False`` in the source) are copied, as long as they are.
     - Sixteen-bit parameters have a float32 average.
     - The tensors of the source are found by name in the ``model`` that the update is given, and
       found again as soon as anything in it was re-assigned, converted or replaced.
@@ -38,10 +42,15 @@ class MomentumAveragedModel(BaseAveragedModel):
         interval: Parameters are blended at every ``interval``-th update. Defaults to 1.
         device: Where the average is kept. Defaults to None, the device of each tensor.
         update_buffers: Whether float buffers are blended rather than copied. Defaults to False.
+        exclude: Names of tensors that are copied rather than blended, or patterns with ``*``, ``?``
+            and ``[...]``; ``*`` matches dots, too: ``'backbone.*'``. Defaults to none.
+        skip_non_finite: Whether a source tensor with a NaN or an infinity is left out of that
+            update; the log names it once and ``skipped`` counts it. Defaults to False.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range or the model cannot be copied.
+        ValueError: If an argument is out of range, a pattern matches nothing, or the model cannot
+            be copied.
     """
 
     def __init__(
@@ -50,6 +59,8 @@ class MomentumAveragedModel(BaseAveragedModel):
         interval: int = 1,
         device: Device = None,
         update_buffers: bool = False,
+        exclude: Sequence[str] = (),
+        skip_non_finite: bool = False,
     ) -> None:
         # Not BaseAveragedModel's own: it would keep references to tensors that may be replaced.
         nn.Module.__init__(self)
@@ -57,11 +68,16 @@ class MomentumAveragedModel(BaseAveragedModel):
             raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}')
         self.interval = count('interval', interval)
         self.update_buffers = flag('update_buffers', update_buffers)
+        self.skip_non_finite = flag('skip_non_finite', skip_non_finite)
+        self.exclude = patterns(exclude, unwrapped(model))
         self.module = averaged_copy(unwrapped(model), as_device(device))
         # On the CPU wherever the weights are: it is read at every update, and reading it from an
         # accelerator would wait for all that the device has to do.
         self.register_buffer('steps', torch.tensor(0))
         self._pairing: Optional[Pairing] = None
+        self._guard: Optional[Guard] = None
+        self._skipped_before: dict = {}
+        self._told_skipped: set = set()
 
     def momentum_at(self, steps: int) -> float:
         """Return the momentum of the update that finds the counter at ``steps`` > 0."""
@@ -90,15 +106,45 @@ class MomentumAveragedModel(BaseAveragedModel):
 
         Raises:
             ValueError: If its tensors have other names or shapes than the average's.
+            RuntimeError: If the model holds the averaged weights now.
         """
+        refuse_while_lent(self, 'update them')
         pairing = self._pairing_with(model)
         steps = int(self.steps)
+        momentum = None  # not at this update
         if steps == 0:
-            pairing.copy_blended()
+            momentum = 1.0
         elif steps % self.interval == 0:
-            pairing.blend(self.momentum_at(steps))
-        pairing.copy()
+            momentum = self.momentum_at(steps)
+        if self.skip_non_finite and not self._guard_of(pairing).sees_only_finite():
+            self._guard.update(momentum)
+            if self._guard.on_cpu:
+                self.tell_skipped()
+        else:
+            if momentum == 1:
+                pairing.copy_blended()
+            elif momentum is not None:
+                pairing.blend(momentum)
+            pairing.copy()
         self.steps.add_(1)
+
+    @property
+    def skipped(self) -> dict:
+        """How often each tensor was left out because it was not finite."""
+        counts = dict(self._skipped_before)
+        for name, number in (self._guard.counts() if self._guard else {}).items():
+            counts[name] = counts.get(name, 0) + number
+        return counts
+
+    def tell_skipped(self) -> None:
+        """Log the names of tensors that were left out, each once."""
+        new = [name for name in self.skipped if name not in self._told_skipped]
+        if new:
+            self._told_skipped.update(new)
+            log(
+                f'not finite in the model, so left out of the average: {listed(new)}. The average '
+                'goes on from the next update in which they are finite.'
+            )
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
@@ -142,12 +188,24 @@ class MomentumAveragedModel(BaseAveragedModel):
     def _pairing_with(self, model: nn.Module) -> Pairing:
         source = unwrapped(model)
         if self._pairing is None or not self._pairing.holds(source):
-            self._pairing = Pairing(self.module, source, self._is_blended)
+            excluded = {
+                id(tensor)  # under whichever of its names
+                for name, tensor, _ in named_tensors(source)
+                if any(fnmatchcase(plain(name), pattern) for pattern in self.exclude)
+            }
+
+            def is_blended(pair: Pair, is_buffer: bool) -> bool:
+                kind = self.update_buffers if is_buffer else pair.source.requires_grad
+                return is_number(pair.source) and kind and id(pair.source) not in excluded
+
+            self._pairing = Pairing(self.module, source, is_blended)
         return self._pairing
 
-    def _is_blended(self, pair: Pair, is_buffer: bool) -> bool:
-        number = pair.source.is_floating_point() or pair.source.is_complex()
-        return number and (self.update_buffers or not is_buffer)
+    def _guard_of(self, pairing: Pairing) -> Guard:
+        if self._guard is None or self._guard.pairing is not pairing:
+            self._skipped_before = self.skipped
+            self._guard = Guard(pairing)
+        return self._guard
 
     def _apply(self, fn, *args, **kwargs):
         steps = self.steps
@@ -157,7 +215,13 @@ class MomentumAveragedModel(BaseAveragedModel):
 
     def __getstate__(self):
         # The pairing holds the source; a copy or a pickle of the average must not take it along.
-        return {**self.__dict__, '_pairing': None}
+        return {
+            **self.__dict__,
+            '_pairing': None,
+            '_guard': None,
+            '_skipped_before': self.skipped,
+            '_told_skipped': set(self._told_skipped),
+        }
 
 
 @MODELS.register_module()
@@ -176,10 +240,15 @@ class ExpMomentumEMA(MomentumAveragedModel):
         interval: Parameters are blended at every ``interval``-th update. Defaults to 1.
         device: Where the average is kept. Defaults to None, the device of each tensor.
         update_buffers: Whether float buffers are blended rather than copied. Defaults to False.
+        exclude: Names of tensors that are copied rather than blended, or patterns with ``*``, ``?``
+            and ``[...]``; ``*`` matches dots, too: ``'backbone.*'``. Defaults to none.
+        skip_non_finite: Whether a source tensor with a NaN or an infinity is left out of that
+            update; the log names it once and ``skipped`` counts it. Defaults to False.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range or the model cannot be copied.
+        ValueError: If an argument is out of range, a pattern matches nothing, or the model cannot
+            be copied.
 
     Example:
         >>> import torch
@@ -200,9 +269,11 @@ class ExpMomentumEMA(MomentumAveragedModel):
         interval: int = 1,
         device: Device = None,
         update_buffers: bool = False,
+        exclude: Sequence[str] = (),
+        skip_non_finite: bool = False,
     ) -> None:
         self.check_hyperparameters(momentum=momentum, gamma=gamma)
-        super().__init__(model, interval, device, update_buffers)
+        super().__init__(model, interval, device, update_buffers, exclude, skip_non_finite)
         self.momentum = momentum
         self.gamma = gamma
         warn_of_large(momentum)
@@ -350,6 +421,20 @@ class RestartableExpMomentumEMA(Restartable, ExpMomentumEMA):
             ValueError: If one is out of range, or all are None.
         """
         self._restart(steps, momentum=momentum, gamma=gamma)
+
+
+def patterns(exclude: Sequence[str], model: nn.Module) -> tuple:
+    """Return the patterns of ``exclude``; raise an error if one matches no tensor of the model."""
+    if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in exclude):
+        raise TypeError(f'exclude must be a list of strings, got {exclude!r}')
+    names = [plain(name) for name, _, _ in named_tensors(model)]
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f'each pattern of exclude must match a tensor, but {pattern!r} matches none, such '
+                f'as {names[0]!r}. For all of a module write {pattern + ".*"!r}.'
+            )
+    return tuple(exclude)
 
 
 def as_device(device: Device) -> Optional[torch.device]:

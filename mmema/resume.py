@@ -6,7 +6,9 @@ import zipfile
 from pathlib import Path
 
 import torch
+from mmengine.model import BaseAveragedModel
 
+from .arguments import listed
 from .averaged import MomentumAveragedModel
 
 _HOW_TO_GO_ON = (
@@ -52,7 +54,7 @@ def checkpoint_to_resume(work_dir: str | Path) -> Path | None:
     )
 
 
-def check_ema_state(checkpoint: dict, ema: MomentumAveragedModel, file: str) -> None:
+def check_ema_state(checkpoint: dict, ema: BaseAveragedModel, file: str) -> None:
     """Raise ValueError if a checkpoint does not hold all of an average, naming what is missing."""
     how = _HOW_TO_GO_ON.format(file=file)
     if 'ema_state_dict' not in checkpoint:
@@ -60,7 +62,7 @@ def check_ema_state(checkpoint: dict, ema: MomentumAveragedModel, file: str) -> 
             f'{file} has no ema_state_dict: the run that wrote it had no EMAHook. {how}'
         )
     state = checkpoint['ema_state_dict']
-    missing = [key for key in ema.module_and_steps() if key not in state]
+    missing = [key for key in MomentumAveragedModel.module_and_steps(ema) if key not in state]
     if missing:
         raise ValueError(f'the EMA state in {file} lacks {listed(missing)}. {how}')
     own = ema.module.state_dict()
@@ -69,9 +71,3 @@ def check_ema_state(checkpoint: dict, ema: MomentumAveragedModel, file: str) -> 
         raise ValueError(
             f'the EMA state in {file} has other shapes than the model for {listed(other)}. {how}'
         )
-
-
-def listed(names: list) -> str:
-    """Return the first names of a list in one line."""
-    more = f' and {len(names) - 3} more' if len(names) > 3 else ''
-    return ', '.join(map(repr, names[:3])) + more

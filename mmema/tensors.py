@@ -156,12 +156,12 @@ def pairs_of(average: nn.Module, source: nn.Module) -> Iterator[Tuple[Pair, bool
     Raises:
         ValueError: If the two do not have the same tensors, by name and shape.
     """
-    sources = {_plain(name): tensor for name, tensor, _ in named_tensors(source)}
-    names = {_plain(name) for name, _, _ in named_tensors(average)}
+    sources = {plain(name): tensor for name, tensor, _ in named_tensors(source)}
+    names = {plain(name) for name, _, _ in named_tensors(average)}
     _refuse_other_names(names, set(sources))
     followed: Dict[int, Pair] = {}
     for name, tensor, is_buffer in named_tensors(average):
-        pair = Pair(_plain(name), tensor, sources[_plain(name)])
+        pair = Pair(plain(name), tensor, sources[plain(name)])
         if pair.average.shape != pair.source.shape:
             raise ValueError(
                 f'a tensor must keep its shape while it is averaged, but {pair.name!r} is '
@@ -178,7 +178,8 @@ def pairs_of(average: nn.Module, source: nn.Module) -> Iterator[Tuple[Pair, bool
             yield pair, is_buffer
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """Return the name that a tensor has without torch.compile."""
     return name.replace('_orig_mod.', '')  # the wrapper that torch.compile adds
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Optional
+from typing import Optional, Sequence
 
 from torch import nn
 
@@ -27,9 +27,11 @@ class _WithMomentum(Restartable):
         interval: int,
         device: Device,
         update_buffers: bool,
+        exclude: Sequence[str],
+        skip_non_finite: bool,
     ) -> None:
         self.check_hyperparameters(momentum=momentum)
-        super().__init__(model, interval, device, update_buffers)
+        super().__init__(model, interval, device, update_buffers, exclude, skip_non_finite)
         self.momentum = momentum
         warn_of_large(momentum)
 
@@ -51,6 +53,9 @@ class RestartableConstantEMA(_WithMomentum):
         interval: Parameters are blended at every ``interval``-th update. Defaults to 1.
         device: Where the average is kept. Defaults to None, the device of each tensor.
         update_buffers: Whether float buffers are blended rather than copied. Defaults to False.
+        exclude: Names or patterns of tensors that are copied instead. Defaults to none.
+        skip_non_finite: Whether source tensors that are not finite are left out of that update.
+            Defaults to False.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -74,8 +79,12 @@ class RestartableConstantEMA(_WithMomentum):
         interval: int = 1,
         device: Device = None,
         update_buffers: bool = False,
+        exclude: Sequence[str] = (),
+        skip_non_finite: bool = False,
     ) -> None:
-        super().__init__(model, momentum, interval, device, update_buffers)
+        super().__init__(
+            model, momentum, interval, device, update_buffers, exclude, skip_non_finite
+        )
 
     def momentum_at(self, steps: int) -> float:
         return schedules.constant_momentum(steps, self.momentum)
@@ -97,6 +106,9 @@ class RestartableDebiasedEMA(_WithMomentum):
         interval: Parameters are blended at every ``interval``-th update. Defaults to 1.
         device: Where the average is kept. Defaults to None, the device of each tensor.
         update_buffers: Whether float buffers are blended rather than copied. Defaults to False.
+        exclude: Names or patterns of tensors that are copied instead. Defaults to none.
+        skip_non_finite: Whether source tensors that are not finite are left out of that update.
+            Defaults to False.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -120,8 +132,12 @@ class RestartableDebiasedEMA(_WithMomentum):
         interval: int = 1,
         device: Device = None,
         update_buffers: bool = False,
+        exclude: Sequence[str] = (),
+        skip_non_finite: bool = False,
     ) -> None:
-        super().__init__(model, momentum, interval, device, update_buffers)
+        super().__init__(
+            model, momentum, interval, device, update_buffers, exclude, skip_non_finite
+        )
 
     def momentum_at(self, steps: int) -> float:
         return schedules.debiased_momentum(steps // self.interval, self.momentum)
@@ -146,6 +162,9 @@ class RestartableThresholdEMA(_WithMomentum):
         interval: Parameters are blended at every ``interval``-th update. Defaults to 1.
         device: Where the average is kept. Defaults to None, the device of each tensor.
         update_buffers: Whether float buffers are blended rather than copied. Defaults to False.
+        exclude: Names or patterns of tensors that are copied instead. Defaults to none.
+        skip_non_finite: Whether source tensors that are not finite are left out of that update.
+            Defaults to False.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -173,11 +192,15 @@ class RestartableThresholdEMA(_WithMomentum):
         interval: int = 1,
         device: Device = None,
         update_buffers: bool = False,
+        exclude: Sequence[str] = (),
+        skip_non_finite: bool = False,
     ) -> None:
         self.check_hyperparameters(factor=factor)
         if offset not in (0, 1) or isinstance(offset, bool):
             raise ValueError(f'offset must be 0 or 1, got {offset!r}')
-        super().__init__(model, momentum, interval, device, update_buffers)
+        super().__init__(
+            model, momentum, interval, device, update_buffers, exclude, skip_non_finite
+        )
         self.factor = factor
         self.offset = offset
 
@@ -216,6 +239,9 @@ class RestartableAnnealingEMA(_WithMomentum):
         interval: Parameters are blended at every ``interval``-th update. Defaults to 1.
         device: Where the average is kept. Defaults to None, the device of each tensor.
         update_buffers: Whether float buffers are blended rather than copied. Defaults to False.
+        exclude: Names or patterns of tensors that are copied instead. Defaults to none.
+        skip_non_finite: Whether source tensors that are not finite are left out of that update.
+            Defaults to False.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -242,9 +268,13 @@ class RestartableAnnealingEMA(_WithMomentum):
         interval: int = 1,
         device: Device = None,
         update_buffers: bool = False,
+        exclude: Sequence[str] = (),
+        skip_non_finite: bool = False,
     ) -> None:
         self.check_hyperparameters(gamma=gamma)
-        super().__init__(model, momentum, interval, device, update_buffers)
+        super().__init__(
+            model, momentum, interval, device, update_buffers, exclude, skip_non_finite
+        )
         self.gamma = gamma
 
     @staticmethod
@@ -283,6 +313,9 @@ class RestartablePowerRampEMA(_WithMomentum):
         interval: Parameters are blended at every ``interval``-th update. Defaults to 1.
         device: Where the average is kept. Defaults to None, the device of each tensor.
         update_buffers: Whether float buffers are blended rather than copied. Defaults to False.
+        exclude: Names or patterns of tensors that are copied instead. Defaults to none.
+        skip_non_finite: Whether source tensors that are not finite are left out of that update.
+            Defaults to False.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -311,9 +344,13 @@ class RestartablePowerRampEMA(_WithMomentum):
         interval: int = 1,
         device: Device = None,
         update_buffers: bool = False,
+        exclude: Sequence[str] = (),
+        skip_non_finite: bool = False,
     ) -> None:
         self.check_hyperparameters(gamma=gamma, power=power, max_momentum=max_momentum)
-        super().__init__(model, momentum, interval, device, update_buffers)
+        super().__init__(
+            model, momentum, interval, device, update_buffers, exclude, skip_non_finite
+        )
         self.gamma = gamma
         self.power = power
         self.max_momentum = max_momentum
@@ -363,6 +400,9 @@ class RestartablePowerFunctionEMA(Restartable):
         interval: Parameters are blended at every ``interval``-th update. Defaults to 1.
         device: Where the average is kept. Defaults to None, the device of each tensor.
         update_buffers: Whether float buffers are blended rather than copied. Defaults to False.
+        exclude: Names or patterns of tensors that are copied instead. Defaults to none.
+        skip_non_finite: Whether source tensors that are not finite are left out of that update.
+            Defaults to False.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -389,9 +429,11 @@ class RestartablePowerFunctionEMA(Restartable):
         interval: int = 1,
         device: Device = None,
         update_buffers: bool = False,
+        exclude: Sequence[str] = (),
+        skip_non_finite: bool = False,
     ) -> None:
         self.check_hyperparameters(sigma_rel=sigma_rel)
-        super().__init__(model, interval, device, update_buffers)
+        super().__init__(model, interval, device, update_buffers, exclude, skip_non_finite)
         self.sigma_rel = sigma_rel
 
     @staticmethod

@@ -1,0 +1,140 @@
+"""The averaged weights in the place of the trained ones, for a while."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from .tensors import Pair, copy_all, named_tensors, pairs_of, unwrapped
+
+# Which averages are in a model now. Not an attribute: a deep copy of an average is in none.
+_lent: WeakSet = WeakSet()
+
+
+@contextmanager
+def averaged_weights(model: nn.Module, ema: nn.Module):
+    """Let ``model`` have the averaged weights inside a ``with`` block.
+
+    The model's tensors point to the memory of the average meanwhile, parameters and buffers; only
+    those of another dtype, device or memory layout get a copy. So the average is not touched: its
+    state is right at any time, and a float32 average of 16-bit parameters is not rounded. Leaving
+    the block, through an exception too, gives every tensor its own memory back.
+
+    If the parameters were replaced inside the block, as a switch to deploy form does, there is
+    nothing to give the trained weights back to: the model keeps the averaged ones, and a warning
+    says so.
+
+    Args:
+        model: The model, in a wrapper such as MMDistributedDataParallel or not.
+        ema: Its average: any ``BaseAveragedModel``, of this package or MMEngine's.
+
+    Yields:
+        ``model``.
+
+    Raises:
+        RuntimeError: If the average is in a model already. Its update meanwhile raises it, too.
+        ValueError: If model and average do not have the same tensors.
+
+    Example:
+        >>> import torch
+        >>> from mmema import ExpMomentumEMA, averaged_weights
+        >>> model = torch.nn.Linear(1, 1)
+        >>> ema = ExpMomentumEMA(model)
+        >>> _ = torch.nn.init.constant_(model.weight, 7.0)
+        >>> with averaged_weights(model, ema):
+        ...     assert model.weight.item() == ema.module.weight.item() != 7
+        >>> model.weight.item()
+        7.0
+    """
+    swap = Swap(model, ema)
+    try:
+        yield model
+    finally:
+        swap.undo()
+
+
+def refuse_while_lent(ema: nn.Module, action: str) -> None:
+    """Raise RuntimeError while the average stands in for a model's own weights."""
+    if ema in _lent:
+        raise RuntimeError(
+            f'the model holds the averaged weights now (averaged_weights, or a validation), so it '
+            f'cannot {action}. Do it outside.'
+        )
+
+
+class Swap:
+    """One exchange: done by the constructor, taken back by :meth:`undo`."""
+
+    def __init__(self, model: nn.Module, ema: nn.Module):
+        refuse_while_lent(ema, 'be given them a second time')
+        self.model = unwrapped(model)
+        self.ema = ema
+        pairs = [pair for pair, _ in pairs_of(ema.module, self.model)]
+        self.parameters = _parameters(self.model)
+        self.buffers = [
+            (module._buffers, key, buffer)
+            for module in self.model.modules()
+            for key, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self.trained = [(pair.source, pair.source.data) for pair in pairs]
+        stand_ins = [_stand_in(pair) for pair in pairs]  # all copies before the first change
+        _lent.add(ema)
+        for (tensor, _), stand_in in zip(self.trained, stand_ins):
+            tensor.data = stand_in
+
+    def trained_state(self) -> dict:
+        """Return what ``model.state_dict()`` would be without the exchange."""
+        own = {id(tensor): data for tensor, data in self.trained}
+        state = self.model.state_dict(keep_vars=True)
+        return {key: own.get(id(value), value) for key, value in state.items()}
+
+    def undo(self) -> bool:
+        """Give every tensor its memory back.
+
+        Returns:
+            False if the parameters of the model are others by now; it keeps the averaged weights.
+        """
+        _lent.discard(self.ema)
+        now = _parameters(self.model)
+        if now.keys() != self.parameters.keys() or any(
+            now[name] is not parameter for name, parameter in self.parameters.items()
+        ):
+            return False
+        for tensor, data in self.trained:
+            tensor.data = data
+        for owner, key, buffer in self.buffers:
+            # `.half()` and `.float()` put other tensors there, which hold the averaged values.
+            # Another shape is no conversion but something that the model keeps for itself.
+            placed = owner.get(key)
+            if placed is not None and placed is not buffer and placed.shape == buffer.shape:
+                owner[key] = buffer
+        return True
+
+
+@torch.no_grad()
+def follow(average: nn.Module, source: nn.Module, only=None) -> None:
+    """Copy every tensor of the source into the average, or those with the names ``only``."""
+    pairs = [pair for pair, _ in pairs_of(average, unwrapped(source))]
+    pairs = [pair for pair in pairs if only is None or pair.name in only]
+    copy_all([pair.average for pair in pairs], [pair.source for pair in pairs])
+
+
+def non_persistent(model: nn.Module) -> set:
+    """Return the names of the tensors that no state of the model holds."""
+    return {name for name, _, _ in named_tensors(model)} - set(model.state_dict())
+
+
+def _parameters(model: nn.Module) -> dict:
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def _stand_in(pair: Pair) -> Tensor:
+    average, source = pair.average.data, pair.source.data
+    same = (average.dtype, average.device) == (source.dtype, source.device)
+    if same and average.stride() == source.stride():
+        return average
+    return torch.empty_like(source).copy_(average)
