@@ -18,6 +18,11 @@ def report(runner, seconds):
     points = [(point['step'], point[name]) for point in metrics if name in point]
     if points:
         rows.append((f'{name} of the {weights}', best_and_last(runner, points, greater)))
+    raw_name = f'{getattr(runner.val_loop, "prefix", "raw")}/{name}'  # of an EMAValLoop
+    raw = [(point['step'], point[raw_name]) for point in metrics if raw_name in point]
+    if raw:
+        text = best_and_last(runner, raw, greater, resumed=False)
+        rows.append((f'{name} of the raw weights', text))
     best = runner.message_hub.runtime_info.get('best_ckpt')
     if best and os.path.isfile(best):
         rows.append(('best checkpoint', shorten(best)))
@@ -27,7 +32,7 @@ def report(runner, seconds):
     rows.append(('log', shorten(os.path.join(runner.log_dir, f'{runner.timestamp}.log'))))
     if losses:
         path = os.path.join(runner.work_dir, 'curve.png')
-        draw(path, losses, points, (name, step_unit(runner), weights))
+        draw(path, losses, points, (name, step_unit(runner), weights), raw)
         rows.append(('curve', shorten(path)))
     width = max(len(label) for label, _ in rows)
     print('\n' + '\n'.join(f'{label:<{width}}  {value}' for label, value in rows), flush=True)
@@ -66,13 +71,13 @@ def weights_in_use(runner):
     return 'EMA weights' if averaged else 'weights'
 
 
-def best_and_last(runner, points, greater):
+def best_and_last(runner, points, greater, resumed=True):
     unit = step_unit(runner)
     better = max if greater else min
     step, best = better(points, key=lambda point: point[1])
     text = f'best {best:.3f} ({unit} {step}), last {points[-1][1]:.3f} ({unit} {points[-1][0]})'
     earlier = runner.message_hub.runtime_info.get('best_score')
-    if earlier is not None and better(earlier, best) != best:
+    if resumed and earlier is not None and better(earlier, best) != best:
         text += f'; best before it was resumed {earlier:.3f}'
     return text
 
@@ -94,7 +99,7 @@ def shorten(path):
     return path if relative.startswith('..') else relative
 
 
-def draw(path, losses, points, labels):
+def draw(path, losses, points, labels, raw=()):
     """Draw the metric over epochs and the losses over iterations."""
     import matplotlib
 
@@ -108,7 +113,12 @@ def draw(path, losses, points, labels):
     if points:
         steps, values = zip(*points)
         left = axes.pop(0)
-        left.plot(steps, values, marker='o', color='tab:blue')
+        left.plot(steps, values, marker='o', color='tab:blue', label=weights)
+        if raw:
+            left.plot(
+                *zip(*raw), marker='s', ms=4, ls='--', color='tab:orange', label='raw weights'
+            )
+            left.legend(loc='lower right')
         left.annotate(
             f'{values[-1]:.3f}',
             (steps[-1], values[-1]),
@@ -116,7 +126,9 @@ def draw(path, losses, points, labels):
             ha='right',
             textcoords='offset points',
         )
-        left.set(xlabel=unit, ylabel=name, title=f'validation of the {weights}')
+        left.set(
+            xlabel=unit, ylabel=name, title='validation' if raw else f'validation of the {weights}'
+        )
         left.margins(y=0.12)
         left.set_ylim(bottom=0)
         left.xaxis.get_major_locator().set_params(integer=True)
