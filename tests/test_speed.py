@@ -1,0 +1,238 @@
+"""What an update does, counted: operators and bytes, never time."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from mmengine.hooks import EMAHook
+from reference import tensors_of
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from toys import Toy, seeded, shake
+
+from mmema import ExpMomentumEMA, RestartableExpMomentumEMA
+
+BUFFERS = pytest.mark.parametrize('update_buffers', [False, True])
+YOLOV5_S = 'yolov5/yolov5_s-v61_syncbn_fast_8xb16-300e_coco.py'
+
+
+class Calls(TorchDispatchMode):
+    """The names of all operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def detector_like(blocks=40, width=8):
+    """Convolutions and norms in the proportion of a YOLO: 7 tensors a block."""
+    return nn.Sequential(
+        *(
+            nn.Sequential(nn.Conv2d(width, width, 3, bias=False), nn.BatchNorm2d(width), nn.SiLU())
+            for _ in range(blocks)
+        ),
+        nn.Conv2d(width, 5, 1),
+    )
+
+
+def yolov5_s():
+    pytest.importorskip('mmyolo')
+    from mmengine.config import Config
+    from mmengine.utils import get_installed_path
+    from mmyolo.registry import MODELS
+    from mmyolo.utils import register_all_modules
+
+    register_all_modules()
+    path = f'{get_installed_path("mmyolo")}/.mim/configs/{YOLOV5_S}'
+    return MODELS.build(Config.fromfile(path).model)
+
+
+def calls_of_an_update(model, update_buffers):
+    ema = RestartableExpMomentumEMA(model, update_buffers=update_buffers)
+    for _ in range(2):
+        ema.update_parameters(model)
+    with Calls() as calls:
+        ema.update_parameters(model)
+    return calls.names
+
+
+# --- operators ---------------------------------------------------------------------------------
+
+# Read the counter, gather and blend the vectors, blend the rest, copy the vectors, copy the rest,
+# raise the counter. torch 2.0 has no operator that copies lists.
+FEW = 12
+
+
+@pytest.mark.skipif(not hasattr(torch, '_foreach_copy_'), reason='torch 2.0 copies one by one')
+@BUFFERS
+@pytest.mark.parametrize('build', [detector_like, yolov5_s])
+def test_an_update_is_a_few_operators_however_many_tensors(build, update_buffers):
+    names = calls_of_an_update(build(), update_buffers)
+    assert len(names) <= FEW, names
+
+
+@BUFFERS
+def test_the_number_of_operators_that_blend_does_not_grow(update_buffers):
+    def blends(blocks):
+        names = calls_of_an_update(detector_like(blocks), update_buffers)
+        return sum('lerp' in name or 'cat' in name for name in names)
+
+    assert blends(80) == blends(20) <= 5
+
+
+@BUFFERS
+def test_nothing_is_searched_for_again_while_nothing_changes(update_buffers):
+    model, generator = Toy(), seeded(0)
+    ema = ExpMomentumEMA(model, update_buffers=update_buffers)
+    ema.update_parameters(model)
+    pairing = ema._pairing
+    for _ in range(3):
+        shake(model, generator)
+        model(torch.rand(2, 2, 4, 4)).sum().backward()
+        ema.state_dict()
+        ema.update_parameters(model)
+    assert ema._pairing is pairing
+
+
+# --- the same numbers --------------------------------------------------------------------------
+
+
+@BUFFERS
+@pytest.mark.parametrize('momentum', [0.0002, 0.3, 0.5, 0.9])
+def test_an_update_is_bit_for_bit_lerp_tensor_by_tensor(momentum, update_buffers):
+    generator = seeded(1)
+    # Lengths around the vector registers, whose ends are worked out by other code.
+    model = nn.ModuleList([nn.BatchNorm2d(n) for n in range(1, 70)] + [detector_like(3)])
+    ema = ExpMomentumEMA(model, momentum, 1e-3, update_buffers=update_buffers)
+    ema.update_parameters(model)
+    expected = deepcopy(tensors_of(ema.module))
+    for _ in range(3):
+        shake(model, generator)
+        ema.update_parameters(model)
+        for name, source in tensors_of(model).items():
+            blended = isinstance(source, nn.Parameter) or update_buffers
+            if blended and source.is_floating_point():
+                expected[name].data.lerp_(source.data, momentum)
+            else:
+                expected[name].copy_(source)
+    for name, tensor in tensors_of(ema.module).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+# --- what may go stale -------------------------------------------------------------------------
+
+
+def one_norm(source):
+    return source[1]
+
+
+@pytest.mark.parametrize('part', [one_norm, lambda source: source], ids=['a norm', 'everything'])
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda m: m.half().float(),
+        lambda m: m.double().float(),
+        lambda m: [setattr(p, 'data', p.data.clone()) for p in m.parameters()],
+        lambda m: [b.set_(b.clone()) for b in m.buffers()],
+        lambda m: m._apply(torch.clone),
+    ],
+    ids=['half', 'double', 'data', 'set_', '_apply'],
+)
+@BUFFERS
+@pytest.mark.parametrize('side', ['average', 'source'])
+def test_vectors_that_moved_are_followed(side, change, part, update_buffers):
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    model.half().float()  # so that halves hold the weights exactly
+    ema = ExpMomentumEMA(model, 0.25, 1e-3, update_buffers=update_buffers)
+    ema.update_parameters(model)
+    ema.update_parameters(model)
+    change(part(model if side == 'source' else ema.module))
+    before = deepcopy(tensors_of(ema.module))
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.add_(4)
+    ema.update_parameters(model)
+    for name, tensor in tensors_of(ema.module).items():
+        blended = 'running' not in name or update_buffers
+        step = 1 if blended and tensor.is_floating_point() else 4
+        torch.testing.assert_close(tensor, before[name] + step, msg=lambda m, n=name: f'{n}: {m}')
+
+
+def test_a_vector_that_shrinks_is_an_error_that_names_it():
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    ema = ExpMomentumEMA(model)
+    ema.update_parameters(model)
+    model[0].weight.data = torch.ones(1)  # would be spread over all four
+    with pytest.raises(ValueError, match=r"'0.weight' is \(4,\) in the average and \(1,\)"):
+        ema.update_parameters(model)
+
+
+def test_averages_that_lie_apart_are_averaged_all_the_same():
+    model, generator = detector_like(4), seeded(2)
+    together = ExpMomentumEMA(model, 0.1, 3, update_buffers=True)
+    apart = deepcopy(together)
+    for tensor in [*apart.module.parameters(), *apart.module.buffers()]:
+        tensor.data = tensor.data.clone()
+    for _ in range(3):
+        shake(model, generator)
+        together.update_parameters(model)
+        apart.update_parameters(model)
+    for a, b in zip(together.module.state_dict().values(), apart.module.state_dict().values()):
+        assert torch.equal(a, b)
+
+
+# --- bytes -------------------------------------------------------------------------------------
+
+
+def peak_bytes(work):
+    """The most that ``work`` had allocated at one time beyond what there was."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        result = work()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == '[memory]':
+            held += event.nbytes()
+            peak = max(peak, held)
+    del result
+    return peak
+
+
+def size_of(*tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@BUFFERS
+def test_there_is_one_extra_copy_of_the_weights_and_no_more(update_buffers):
+    model = detector_like(10, width=64)
+    weights = size_of(*tensors_of(model).values())
+    largest = max(map(size_of, model.parameters()))
+    vectors = size_of(*(t for t in tensors_of(model).values() if t.dim() < 2))
+    assert vectors < weights / 50
+    small = 2 * vectors + 4096
+
+    made = []
+    peak = peak_bytes(lambda: made.append(ExpMomentumEMA(model, update_buffers=update_buffers)))
+    assert weights <= peak <= weights + small
+    ema = made[0]
+    assert peak_bytes(lambda: ema.update_parameters(model)) <= small  # copies
+    assert peak_bytes(lambda: ema.update_parameters(model)) <= small  # blends
+    assert peak_bytes(lambda: ema.state_dict()) <= small
+
+    hook = EMAHook()
+    hook.src_model, hook.ema_model = model, ema
+    assert peak_bytes(hook._swap_ema_parameters) <= largest + small
+
+
+def test_sixteen_bit_sources_are_converted_tensor_by_tensor():
+    model = detector_like(10, width=64).bfloat16()
+    ema = ExpMomentumEMA(model)
+    ema.update_parameters(model)
+    ema.update_parameters(model)
+    largest = max(map(size_of, ema.module.parameters()))
+    assert peak_bytes(lambda: ema.update_parameters(model)) <= largest + 4096
