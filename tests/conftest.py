@@ -1,13 +1,18 @@
 """What the tests share: the folder of helpers, one thread, and the log as text."""
 
 import sys
+from functools import lru_cache
 from pathlib import Path
 
+import mmengine.runner.runner
 import pytest
 import torch
 from mmengine.logging import MMLogger
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+# Every Runner logs its environment, for which it asks the compilers: once is enough.
+mmengine.runner.runner.collect_env = lru_cache(None)(mmengine.runner.runner.collect_env)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.registry import HOOKS, METRICS, MODELS
+from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS
 from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
@@ -15,10 +15,11 @@ from torch.utils.data import Dataset
 EMA = dict(type='EMAHook', ema_type='mmema.RestartableExpMomentumEMA', momentum=0.1, gamma=5)
 
 
+@DATASETS.register_module()
 class Line(Dataset):
     """Twenty-four points of a noisy line."""
 
-    def __init__(self, length=24):
+    def __init__(self, length=24, pipeline=None):
         generator = torch.Generator().manual_seed(0)
         self.x = torch.randn(length, 3, generator=generator)
         self.y = self.x.sum(1, keepdim=True) + torch.randn(length, 1, generator=generator) / 3
@@ -107,7 +108,7 @@ def make_runner(
     script=None,
     val_interval=1,
     checkpoint=None,
-    seed=0,
+    model=None,
     **settings,
 ):
     """Return a Runner of 4 iterations an epoch; ``iters`` makes it one by iterations."""
@@ -129,7 +130,7 @@ def make_runner(
         **settings,
     }
     return Runner(
-        model=LineModel(seed),
+        model=model or LineModel(),
         work_dir=str(work_dir),
         train_dataloader=loader(),
         train_cfg=train_cfg,

@@ -268,7 +268,7 @@ class EMARestartHook(Hook):
 
     def _restart(self, runner, due: list[str]) -> None:
         ema = self._ema(runner)
-        before = describe(ema)
+        before = live_of(ema)
         momentum = self.moments[due[-1]] if due else self.plateau.momentum_after(ema.momentum)
         live = self._live(momentum)
         source = self.source if due else self.plateau.source or self.source
@@ -279,9 +279,12 @@ class EMARestartHook(Hook):
         self.done += due
         self.plateau_due = False
         why = ', '.join(due) if due else f'{self.plateau.metric} stopped improving'
+        changes = ', '.join(
+            f'{name} {before[name]:g} -> {value:g}' for name, value in live_of(ema).items()
+        )
         runner.logger.info(
-            f'EMA restart {ema.restarts} before iteration {runner.iter + 1} ({why}): '
-            f'{before} -> {describe(ema)}; training goes on from {gone_on_from}'
+            f'EMA restart {ema.restarts} at epoch {runner.epoch}, iter {runner.iter} (due: {why}): '
+            f'{changes}; training goes on from {gone_on_from}'
         )
         for name in ('restarts', *ema._LIVE):
             runner.message_hub.update_scalar(f'train/ema_{name}', float(getattr(ema, name)))
@@ -404,6 +407,5 @@ def validation_is_due(runner) -> bool:
     return now >= loop.val_begin and (now % loop.val_interval == 0 or now == end)
 
 
-def describe(ema: Restartable) -> str:
-    values = ', '.join(f'{name} {getattr(ema, name):g}' for name in ema._LIVE)
-    return f'steps {int(ema.steps)}, {values}'
+def live_of(ema: Restartable) -> dict[str, float]:
+    return {'steps': int(ema.steps), **{name: getattr(ema, name) for name in ema._LIVE}}

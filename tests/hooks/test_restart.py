@@ -1,0 +1,607 @@
+"""Restarts through a real Runner: when, what, from where, and after a resume."""
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from reference import ReferenceEMA, assert_close, blended_names, tensors_of
+from runs import EMA, assert_same, ema_of, log_of, make_runner, seen, state_of
+
+from mmema import EMARestartHook
+
+RESTART = 'mmema.EMARestartHook'
+
+
+def restart(**arguments):
+    return dict(type=RESTART, **arguments)
+
+
+def restarted_at(runner):
+    """The iterations before which a restart took place."""
+    before, found = 0, []
+    for iteration, _, _, restarts in seen(runner):
+        if restarts != before:
+            assert restarts == before + 1
+            found.append(iteration)
+            before = restarts
+    return found
+
+
+class Crash(Hook):
+    """Stops a run as a power cut would, at one of the places where it can be."""
+
+    def __init__(self, iteration, place='after_train_iter'):
+        self.iteration = iteration
+        setattr(self, place, self.crash)
+
+    priority = 'LOWEST'
+
+    def crash(self, runner, *args, **kwargs):
+        if runner.iter >= self.iteration:
+            raise KeyboardInterrupt
+
+
+# --- when ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'trigger, expected',
+    [
+        (dict(milestones=[2]), [8]),
+        (dict(milestones=[1, 4]), [4, 16]),
+        (dict(every=2), [8, 16]),
+        (dict(milestones=[3], by_epoch=False), [3]),
+        (dict(every=5, by_epoch=False), [5, 10, 15, 20]),
+        (dict(milestones=[2], every=2), [8, 16]),  # one moment, one restart
+        (dict(milestones=[3], every=4, by_epoch=True), [12, 16]),
+    ],
+)
+def test_moments_by_epoch_and_iteration(tmp_path, trigger, expected):
+    runner = make_runner(tmp_path, restart(**trigger))
+    runner.train()
+    assert restarted_at(runner) == expected
+
+
+@pytest.mark.parametrize(
+    'trigger, expected',
+    [
+        (dict(milestones=[3, 7], by_epoch=False), [3, 7]),
+        (dict(every=4, by_epoch=False), [4, 8]),
+    ],
+)
+def test_moments_of_a_run_by_iterations(tmp_path, trigger, expected):
+    runner = make_runner(tmp_path, restart(**trigger), iters=12, val_interval=4)
+    runner.train()
+    assert restarted_at(runner) == expected
+
+
+def test_two_hooks_at_once_and_two_units(tmp_path):
+    # The first iteration of epoch 2 is iteration 8: within one hook that would be one restart.
+    runner = make_runner(
+        tmp_path, restart(milestones=[2]), restart(milestones=[10], by_epoch=False, steps=3)
+    )
+    runner.train()
+    assert restarted_at(runner) == [8, 10]
+    steps = {iteration: steps for iteration, steps, _, _ in seen(runner)}
+    assert (steps[8], steps[9], steps[10]) == (1, 2, 4)
+
+
+def pipeline_switch(at):
+    return dict(type='mmdet.PipelineSwitchHook', switch_epoch=at, switch_pipeline=[])
+
+
+def test_follow_restarts_with_the_real_pipeline_switch(tmp_path):
+    pytest.importorskip('mmdet')
+    runner = make_runner(tmp_path, pipeline_switch(4), restart(follow='PipelineSwitchHook'))
+    runner.train()
+    assert restarted_at(runner) == [16]
+    log = log_of(runner)
+    assert log.index('Switch pipeline now!') < log.index('EMA restart 1 at epoch 4, iter 16')
+    assert log.index('Epoch(val) [4]') < log.index('Switch pipeline now!')
+
+
+@pytest.mark.parametrize('scope', ['mmdet', 'mmyolo'])
+def test_follow_restarts_one_epoch_earlier_with_the_real_mode_switch(tmp_path, scope):
+    # YOLOXModeSwitchHook fires at epoch + 1 == max_epochs - num_last_epochs (open-mmlab/mmyolo):
+    # of 6 epochs with the last 2 without augmentation, before the one with index 3.
+    pytest.importorskip(scope)
+    from runs import LineModel, loader
+
+    model = LineModel()
+    model.bbox_head = torch.nn.Identity()
+    switch = dict(type=f'{scope}.YOLOXModeSwitchHook', num_last_epochs=2)
+    runner = make_runner(tmp_path, switch, restart(follow='YOLOXModeSwitchHook'), model=model)
+    runner.cfg.train_dataloader = dict(loader(), dataset=dict(type='Line'))
+    runner.train_dataloader.dataset.update_skip_type_keys = lambda keys: None
+    runner.train()
+    assert restarted_at(runner) == [12]
+    assert model.bbox_head.__dict__['use_l1' if scope == 'mmdet' else 'use_bbox_aux']
+    log = log_of(runner)
+    assert log.index('Epoch(val) [3]') < log.index('now!') < log.index('Epoch(train) [4]')
+
+
+@pytest.mark.parametrize('by_iter', [False, True])
+def test_a_resume_past_a_milestone_restarts_once_and_says_so(tmp_path, by_iter):
+    length = dict(iters=24, val_interval=4) if by_iter else {}
+    with pytest.raises(KeyboardInterrupt):
+        make_runner(tmp_path, Crash(14), **length).train()
+    hook = restart(milestones=[3, 5, 9], by_epoch=False)
+    runner = make_runner(tmp_path, hook, resume=True, **length)
+    runner.train()
+    start = 15 if by_iter else 12
+    assert restarted_at(runner) == [start]
+    assert 'EMA restart 1 at epoch' in log_of(runner)
+    assert '(due: iter 3, iter 5, iter 9)' in log_of(runner)
+
+
+# --- on_plateau ---------------------------------------------------------------------------------
+
+
+def test_plateau_counts_validations_that_do_not_improve(tmp_path):
+    script = {1: 0.1, 2: 0.2, 3: 0.2, 4: 0.15, 5: 0.1, 6: 0.1, 7: 0.05, 8: 0.04}
+    plateau = dict(metric='score', patience=2, momentum_add=0.1, max_momentum=0.25)
+    hook = restart(on_plateau=plateau, steps=None)
+    runner = make_runner(tmp_path, hook, epochs=8, script=script)
+    runner.train()
+    # 3 and 4 do not improve: restart before epoch 4. 5 begins anew, 6 and 7 do not improve.
+    assert restarted_at(runner) == [16, 28]
+    momentum = {iteration: m for iteration, _, m, _ in seen(runner)}
+    assert momentum[15] == 0.1 and momentum[16] == pytest.approx(0.2)
+    assert momentum[28] == 0.25  # not beyond max_momentum
+    assert 'due: score stopped improving' in log_of(runner)
+
+
+def test_plateau_where_less_is_better_and_only_after_a_restart(tmp_path):
+    script = dict(enumerate([None, 3, 4, 5, 2, 2.5, 2.7]))
+    plateau = dict(metric='score', rule='less', momentum_add=0.01, after_restart=True)
+    hook = restart(milestones=[3], on_plateau=plateau, steps=2)
+    runner = make_runner(tmp_path, hook, script=script)
+    runner.train()
+    assert restarted_at(runner) == [12, 20]  # 2 is better than 3; 2.5 is not
+
+
+def test_plateau_of_an_unknown_metric_names_those_there_are(tmp_path):
+    runner = make_runner(tmp_path, restart(on_plateau=dict(metric='coco/bbox_mAP')))
+    with pytest.raises(ValueError, match=r"got 'coco/bbox_mAP'; there are \['score'\]"):
+        runner.train()
+
+
+# --- what ---------------------------------------------------------------------------------------
+
+
+@HOOKS.register_module()
+class Twin(Hook):
+    """Runs the float64 reference beside the average, restarted when it should be."""
+
+    priority = 'LOWEST'
+
+    def __init__(self, plan, update_buffers=False, interval=1):
+        self.plan, self.update_buffers, self.interval = plan, update_buffers, interval
+        self.reference = None
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        model, ema = runner.model, ema_of(runner)
+        if self.reference is None:
+            blended = blended_names(model, self.update_buffers)
+            self.reference = ReferenceEMA(tensors_of(model), blended, 0.1, 5, self.interval)
+        if runner.iter in self.plan:
+            self.reference.restart(**self.plan[runner.iter])
+        self.reference.update(tensors_of(model))
+        assert_close(tensors_of(ema.module), self.reference.average, rtol=1e-5, atol=1e-5)
+        assert int(ema.steps) == self.reference.steps
+
+
+@pytest.mark.parametrize('update_buffers, interval', [(False, 1), (True, 3)])
+@pytest.mark.parametrize('by_iter', [False, True])
+@pytest.mark.parametrize(
+    'what',
+    [
+        dict(),
+        dict(steps=7),
+        dict(steps=0, momentum=0.02, gamma=3),
+        dict(steps=None, momentum=0.3),
+        dict(steps=None, gamma=50.0),
+    ],
+)
+def test_every_mode_follows_the_reference(tmp_path, what, by_iter, update_buffers, interval):
+    plan = {9: what, 17: what}
+    length = dict(iters=24, val_interval=4) if by_iter else {}
+    ema = dict(EMA, update_buffers=update_buffers, interval=interval)
+    runner = make_runner(
+        tmp_path,
+        restart(milestones=[9, 17], by_epoch=False, **what),
+        dict(type='Twin', plan=plan, update_buffers=update_buffers, interval=interval),
+        ema=ema,
+        **length,
+    )
+    runner.train()
+    assert restarted_at(runner) == [9, 17]
+
+
+def test_one_momentum_for_each_milestone(tmp_path):
+    hook = restart(milestones=[1, 2, 4], momentum=[0.3, 0.2, 0.05], steps=None)
+    runner = make_runner(tmp_path, hook)
+    runner.train()
+    momentum = {iteration: m for iteration, _, m, _ in seen(runner)}
+    assert [momentum[i] for i in (3, 4, 8, 15, 16, 23)] == [0.1, 0.3, 0.2, 0.2, 0.05, 0.05]
+
+
+def test_scalars_and_log_say_what_changed(tmp_path):
+    runner = make_runner(tmp_path, restart(milestones=[2], momentum=0.02, gamma=9))
+    runner.train()
+    line = next(line for line in log_of(runner).splitlines() if 'EMA restart' in line)
+    assert line.endswith(
+        'EMA restart 1 at epoch 2, iter 8 (due: epoch 2): steps 8 -> 0, momentum 0.1 -> 0.02, '
+        'gamma 5 -> 9; training goes on from the current weights'
+    )
+    scalars = runner.message_hub.log_scalars
+    assert scalars['train/ema_restarts'].current() == 1
+    assert scalars['train/ema_momentum'].current() == 0.02
+    assert scalars['train/ema_gamma'].current() == 9
+
+
+# --- source -------------------------------------------------------------------------------------
+
+
+@HOOKS.register_module()
+class Snapshots(Hook):
+    """Keeps all tensors before the restart (by iteration), after it, and after validations."""
+
+    priority = 'VERY_HIGH'  # before the restart
+
+    def __init__(self):
+        self.before, self.validated = {}, {}
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.before[runner.iter] = state_of(runner)
+
+
+@HOOKS.register_module()
+class After(Hook):
+    priority = 'LOWEST'
+
+    def __init__(self):
+        self.after = {}
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.after[runner.iter] = {
+            **state_of(runner),
+            'lr': runner.optim_wrapper.get_lr()['lr'][0],
+            'epoch': runner.epoch,
+        }
+
+
+def moments_of(runner):
+    before = next(h.before for h in runner.hooks if isinstance(h, Snapshots))
+    return before, next(h.after for h in runner.hooks if isinstance(h, After))
+
+
+def part(state, *prefixes):
+    """Some tensors, without what a restart changes by itself."""
+    live = ('ema.momentum', 'ema.gamma', 'ema.restarts', 'ema.changed', 'ema.steps')
+    return {k: v for k, v in state.items() if k.startswith(prefixes) and k not in live}
+
+
+def test_source_ema_gives_the_model_the_averaged_weights(tmp_path):
+    hook = restart(milestones=[3], source='ema')
+    runner = make_runner(tmp_path, hook, dict(type='Snapshots'), dict(type='After'))
+    runner.train()
+    before, after = (state[12] for state in moments_of(runner))
+    raw = {k.replace('raw.', 'ema.module.'): v for k, v in part(after, 'raw.').items()}
+    assert_same(raw, part(before, 'ema.module.'))
+    assert_same(part(after, 'optimizer.'), part(before, 'optimizer.'))
+    assert not torch.equal(before['raw.layers.0.weight'], after['raw.layers.0.weight'])
+
+
+@pytest.mark.parametrize('steps', [0, 3, None])
+def test_source_best_puts_everything_back_and_time_goes_on(tmp_path, steps):
+    script = {1: 0.1, 2: 0.5, 3: 0.3, 4: 0.2, 5: 0.9, 6: 0.1}
+    hook = restart(milestones=[4], source='best', steps=steps, momentum=0.04)
+    runner = make_runner(tmp_path, hook, dict(type='Snapshots'), dict(type='After'), script=script)
+    runner.train()
+    before, after = moments_of(runner)
+    best = before[8]  # nothing happens between the best validation and the next iteration
+    assert_same(part(after[16], 'raw.', 'ema.', 'optimizer.'), part(best, 'raw.', 'ema.', 'optim'))
+    assert not torch.equal(before[16]['raw.layers.0.weight'], best['raw.layers.0.weight'])
+    assert after[16]['ema.steps'] == (8 if steps is None else steps)
+    assert after[16]['ema.momentum'] == 0.04
+    assert after[16]['epoch'] == 4
+    assert after[16]['lr'] == pytest.approx(0.05 * 0.95**4)
+    assert after[20]['lr'] == pytest.approx(0.05 * 0.95**5)
+    # Epoch 5 gave a better one, and CheckpointHook deleted the best of epoch 2; ours is kept.
+    assert not (tmp_path / 'best_score_epoch_2.pth').exists()
+    assert (tmp_path / 'best_before_restart_at_iter_16.pth').exists()
+
+
+def test_source_best_puts_the_scaler_of_amp_back(tmp_path):
+    class Scaler(Hook):
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            scaler = runner.optim_wrapper.loss_scaler
+            scaler.update(new_scale=float(2 ** (runner.iter + 1)))
+
+    script = {1: 0.1, 2: 0.5, 3: 0.3, 4: 0.2, 5: 0.1, 6: 0.1}
+    amp = dict(
+        type='AmpOptimWrapper', dtype='bfloat16', optimizer=dict(type='SGD', lr=0.05, momentum=0.9)
+    )
+    runner = make_runner(
+        tmp_path,
+        restart(milestones=[4], source='best'),
+        Scaler(),
+        Crash(16, 'before_train_iter'),
+        script=script,
+        optim_wrapper=amp,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        runner.train()
+    scaler = runner.optim_wrapper.loss_scaler
+    if scaler.is_enabled():  # needs a GPU
+        assert scaler.get_scale() == 2.0**8
+    assert ema_of(runner).restarts == 1
+
+
+def test_plateaus_go_back_to_the_best_of_the_stage_before(tmp_path):
+    script = {1: 0.5, 2: 0.3, 3: 0.6, 4: 0.55, 5: 0.9, 6: 0.8, 7: 0.1}
+    hook = restart(
+        milestones=[2],
+        source='best',
+        steps=None,
+        on_plateau=dict(metric='score', momentum_add=0.01, after_restart=True),
+    )
+    runner = make_runner(
+        tmp_path, hook, dict(type='Snapshots'), dict(type='After'), script=script, epochs=7
+    )
+    runner.train()
+    before, after = moments_of(runner)
+    assert restarted_at(runner) == [8, 16, 24]
+    for iteration in (8, 16, 24):  # always to epoch 1, the best when the stage ended
+        assert_same(part(after[iteration], 'raw.', 'ema.'), part(before[4], 'raw.', 'ema.'))
+
+
+def test_without_a_best_checkpoint_it_says_so_before_training(tmp_path):
+    hook = restart(milestones=[2], source='best')
+    runner = make_runner(tmp_path, hook, checkpoint=dict(save_best=None, rule=None))
+    runner.train()
+    assert restarted_at(runner) == [8]
+    log = log_of(runner)
+    assert "source='best' finds no best checkpoint in this run" in log
+    assert log.index('finds no best') < log.index('Epoch(train) [1]')
+    assert 'training goes on from the current weights' in log
+
+
+def test_without_a_best_checkpoint_yet_it_goes_on_from_the_current_weights(tmp_path):
+    runner = make_runner(tmp_path, restart(milestones=[2], source='best'), val_interval=3)
+    runner.train()
+    assert 'there is no best checkpoint yet' in log_of(runner)
+    assert restarted_at(runner) == [8]
+
+
+def test_a_best_checkpoint_that_is_gone_is_an_error(tmp_path):
+    class Thief(Hook):
+        def before_train_epoch(self, runner):
+            for file in tmp_path.glob('best*'):
+                file.unlink()
+
+    runner = make_runner(tmp_path, restart(milestones=[2], source='best'), Thief())
+    with pytest.raises(ValueError, match='best_score_epoch_[12].pth, but the file is gone'):
+        runner.train()
+
+
+# --- resume ---------------------------------------------------------------------------------------
+
+PLATEAU = dict(metric='score', momentum_add=0.01)
+SCRIPT = {1: 0.5, 2: 0.4, 3: 0.6, 4: 0.55, 5: 0.7, 6: 0.65}
+CASES = {
+    'hard': (restart(milestones=[2]), {}),
+    'soft': (restart(every=2, steps=3, momentum=0.03), {}),
+    'schedule': (restart(milestones=[2, 4], momentum=[0.05, 0.02], gamma=9, steps=None), {}),
+    'mid-epoch': (restart(milestones=[6, 18], by_epoch=False, steps=2), {}),
+    'ema': (restart(milestones=[3], source='ema'), {}),
+    'best': (restart(milestones=[2, 4], source='best'), dict(script=SCRIPT)),
+    'plateau': (restart(on_plateau=PLATEAU, steps=None), dict(script=SCRIPT)),
+    'stage 2': (
+        restart(
+            milestones=[2], on_plateau=dict(PLATEAU, after_restart=True), source='best', steps=None
+        ),
+        dict(script=SCRIPT),
+    ),
+}
+ITERS = {
+    'iter hard': (restart(milestones=[5, 9], by_epoch=False), {}),
+    'iter best': (
+        restart(every=7, by_epoch=False, source='best'),
+        dict(script={4 * k: v for k, v in SCRIPT.items()}),
+    ),
+    'iter plateau': (
+        restart(on_plateau=PLATEAU, source='best'),
+        dict(script={4 * k: v for k, v in SCRIPT.items()}),
+    ),
+}
+
+
+@pytest.fixture(scope='module')
+def unbroken(tmp_path_factory):
+    """The run that was not interrupted, once for each case."""
+    runs = {}
+
+    def run(case, hook, settings):
+        if case not in runs:
+            runs[case] = make_runner(tmp_path_factory.mktemp('whole'), hook, **settings)
+            runs[case].train()
+            assert restarted_at(runs[case])
+        return runs[case]
+
+    return run
+
+
+def assert_resume_changes_nothing(whole, work_dir, hook, settings, crash):
+    with pytest.raises(KeyboardInterrupt):
+        make_runner(work_dir, hook, crash, **settings).train()
+    resumed = make_runner(work_dir, hook, resume=True, **settings)
+    resumed.train()
+    assert_same(state_of(whole), state_of(resumed))
+    best = [runner.message_hub.get_info('best_score') for runner in (whole, resumed)]
+    assert best[0] == best[1]
+
+
+PLACES = [
+    (6, 'before_train_iter'),  # inside an epoch, before the milestone
+    (7, 'before_val_epoch'),  # the checkpoint is saved, the validation is not done
+    (8, 'after_val_epoch'),  # both are
+    (8, 'after_train_iter'),  # after the milestone
+    (15, 'before_val_epoch'),
+    (17, 'after_train_iter'),  # inside stage 2
+    (20, 'before_val_epoch'),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('place', PLACES, ids=str)
+@pytest.mark.parametrize('case', CASES)
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path, unbroken, case, place):
+    hook, settings = CASES[case]
+    whole = unbroken(case, hook, settings)
+    assert_resume_changes_nothing(whole, tmp_path, hook, settings, Crash(*place))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('place', PLACES, ids=str)
+@pytest.mark.parametrize('case', ITERS)
+def test_a_resumed_run_by_iterations_ends_with_the_same_bits(tmp_path, unbroken, case, place):
+    hook, settings = ITERS[case]
+    settings = dict(settings, iters=24, val_interval=4, checkpoint=dict(interval=3))
+    whole = unbroken(case, hook, settings)
+    assert_resume_changes_nothing(whole, tmp_path, hook, settings, Crash(*place))
+
+
+def test_fine_tuning_starts_a_schedule_of_its_own(tmp_path):
+    make_runner(tmp_path / 'first', restart(milestones=[2], momentum=0.3)).train()
+    file = str(tmp_path / 'first' / 'epoch_6.pth')
+    runner = make_runner(tmp_path / 'second', restart(milestones=[4]), load_from=file)
+    runner.train()
+    assert restarted_at(runner) == [16]
+    assert seen(runner)[0] == (0, 1, 0.1, 0)
+
+
+# --- states that are not whole ------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(tmp_path):
+    make_runner(tmp_path, restart(milestones=[2]), epochs=3).train()
+    return tmp_path
+
+
+def resume_after(work_dir, change, file='epoch_3.pth'):
+    checkpoint = torch.load(work_dir / file)
+    change(checkpoint)
+    torch.save(checkpoint, work_dir / file)
+    make_runner(work_dir, restart(milestones=[2]), resume=True).train()
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (lambda c: c.pop('ema_state_dict'), 'epoch_3.pth has no ema_state_dict'),
+        (lambda c: c['ema_state_dict'].pop('steps'), "epoch_3.pth lacks 'steps'"),
+        (
+            lambda c: c['ema_state_dict'].pop('module.norm.running_mean'),
+            "epoch_3.pth lacks 'module.norm.running_mean'",
+        ),
+        (
+            lambda c: c['ema_state_dict'].update({'module.norm.weight': torch.ones(9)}),
+            "other shapes than the model for 'norm.weight'",
+        ),
+    ],
+)
+def test_an_incomplete_state_is_an_error_that_says_how_to_go_on(finished, change, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        resume_after(finished, change)
+    assert '--cfg-options load_from=' in str(caught.value)
+
+
+def test_a_last_file_that_is_cut_short_is_passed_over(finished):
+    last = finished / 'epoch_3.pth'
+    last.write_bytes(last.read_bytes()[:5000])
+    runner = make_runner(finished, restart(milestones=[2]), resume=True)
+    runner.train()
+    assert seen(runner)[0][0] == 8  # from epoch_2.pth
+    last.write_bytes(last.read_bytes()[:5000])
+    for other in ('epoch_1.pth', 'epoch_2.pth', 'epoch_4.pth', 'epoch_5.pth', 'epoch_6.pth'):
+        (finished / other).unlink()
+    (finished / 'last_checkpoint').write_text(str(last))
+    with pytest.raises(ValueError, match='epoch_3.pth is cut short, and no other one is whole'):
+        make_runner(finished, restart(milestones=[2]), resume=True).train()
+    with pytest.raises(ValueError, match='epoch_3.pth is cut short: the run was stopped'):
+        make_runner(finished, restart(milestones=[2]), resume=True, load_from=str(last)).train()
+
+
+def test_a_checkpoint_of_mmengines_class_is_adopted_and_it_is_said(tmp_path):
+    theirs = dict(type='EMAHook', ema_type='ExponentialMovingAverage', momentum=0.1)
+
+    class NoClock(Hook):
+        pass
+
+    from runs import Clock
+
+    Clock.after_train_iter, kept = Hook.after_train_iter, Clock.after_train_iter
+    try:
+        make_runner(tmp_path, ema=theirs, epochs=3).train()
+    finally:
+        Clock.after_train_iter = kept
+    runner = make_runner(tmp_path, restart(milestones=[4]), resume=True)
+    runner.train()
+    assert restarted_at(runner) == [16]
+    assert seen(runner)[0][:2] == (12, 13)
+    assert 'took over an average after 12 updates from a state of another class' in log_of(runner)
+
+
+# --- bad arguments --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (dict(), 'must have a trigger'),
+        (dict(milestones=3), 'milestones must be a list of integers, got 3'),
+        (dict(milestones=[0]), 'a milestone must be at least 1, got 0'),
+        (dict(milestones=[2.5]), 'a milestone must be an integer, got 2.5'),
+        (dict(milestones=[4, 2]), r'milestones must rise, got \[4, 2\]'),
+        (dict(every=0), 'every must be at least 1, got 0'),
+        (dict(every=True), 'every must be an integer'),
+        (dict(every=2, by_epoch='yes'), "by_epoch must be True or False, got 'yes'"),
+        (dict(follow='PipelineSwitch'), "follow must be one of .* got 'PipelineSwitch'"),
+        (dict(every=2, steps=-1), 'steps must be at least 0, got -1'),
+        (dict(every=2, steps='0'), "steps must be an integer, got '0'"),
+        (dict(every=2, momentum=1.5), r'momentum must be in \(0, 1\), got 1.5'),
+        (dict(every=2, momentum=[0.1]), 'one value for each milestone'),
+        (dict(milestones=[1, 2], momentum=[0.1]), '1 values for 2 milestones'),
+        (dict(every=2, gamma=0), 'gamma must be above 0'),
+        (dict(every=2, source='raw'), "source must be one of .* got 'raw'"),
+        (dict(every=2, steps=None), 'must change momentum, gamma or source'),
+        (dict(on_plateau='score'), "on_plateau must be a dict, got 'score'"),
+        (dict(on_plateau=dict(patience=2)), "missing 1 required positional argument: 'metric'"),
+        (dict(on_plateau=dict(metric='a', patence=2)), "unexpected keyword argument 'patence'"),
+        (dict(on_plateau=dict(metric='a', patience=0)), r"\['patience'\] must be at least 1"),
+        (dict(on_plateau=dict(metric='a', rule='more')), r"\['rule'\] must be one of"),
+        (dict(on_plateau=dict(metric='a', momentum_add=-1)), r"\['momentum_add'\] must be in"),
+        (dict(on_plateau=dict(metric='a', max_momentum=0.1)), 'needs on_plateau'),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        EMARestartHook(**arguments)
+
+
+def test_what_the_run_lacks_is_said_before_training(tmp_path):
+    def refused(message, *hooks, **settings):
+        with pytest.raises(ValueError, match=message):
+            make_runner(tmp_path, *hooks, **settings).train()
+
+    refused('must name a hook of the run, got', restart(follow='PipelineSwitchHook'))
+    refused('counts iterations. Set by_epoch=False', restart(milestones=[2]), iters=4)
+    refused('needs a restartable average, got ExpMomentumEMA', restart(every=2),
+            ema=dict(type='EMAHook', ema_type='mmema.ExpMomentumEMA'))  # fmt: skip
+    refused('must have one EMAHook, got 2', restart(every=2), EMA)
+    constant = dict(type='EMAHook', ema_type='mmema.RestartableConstantEMA')
+    refused('can only change what RestartableConstantEMA has, got gamma',
+            restart(every=2, gamma=4), ema=constant)  # fmt: skip

@@ -1,0 +1,54 @@
+"""Train the toy of runs.py in a process of its own: ``train_line.py SETTINGS.json``.
+
+The settings are those of ``make_runner``, with ``hooks`` for its hooks; ``slow`` is how many seconds
+an iteration lasts at least, ``die`` the [rank, iteration] at which a rank kills itself. At the end
+each rank writes its tensors to ``final_RANK.pth`` in the work folder.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import MMDistributedDataParallel
+from runs import LineModel, make_runner, state_of
+
+import mmema  # noqa: F401
+
+
+class Pace(Hook):
+    """Slows the run down, or ends one rank of it."""
+
+    def __init__(self, slow, die):
+        self.slow, self.die = slow, die
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        time.sleep(self.slow)
+        if self.die == [runner.rank, runner.iter]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main():
+    torch.set_num_threads(1)
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    hooks = [*settings.pop('hooks', []), Pace(settings.pop('slow', 0), settings.pop('die', None))]
+    rank = int(os.environ.get('RANK', 0))
+    if 'RANK' in os.environ:
+        # MMEngine's launcher would ask for a GPU; with a group that is there it goes on.
+        torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=60))
+        settings.update(launcher='pytorch', model=MMDistributedDataParallel(LineModel()))
+    runner = make_runner(settings.pop('work_dir'), *hooks, **settings)
+    runner.train()
+    work_dir = Path(runner.work_dir)
+    runner.model = getattr(runner.model, 'module', runner.model)
+    torch.save(state_of(runner), work_dir / f'final_{rank}.part')
+    os.replace(work_dir / f'final_{rank}.part', work_dir / f'final_{rank}.pth')
+
+
+if __name__ == '__main__':
+    main()
