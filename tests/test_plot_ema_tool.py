@@ -1,0 +1,171 @@
+"""The plan that tools/plot_ema.py draws is what a real run then does."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mmengine.config import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / 'tools'), str(ROOT / 'tests' / 'hooks')]
+
+import plot_ema  # noqa: E402
+from toy_runs import ema, make_runner  # noqa: E402
+
+from mmema.plan import shares  # noqa: E402
+
+EMA = ema(gamma=3)
+MONITOR = dict(type='mmema.EMAMonitorHook')
+WARM_UP = dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=5)
+COSINE = dict(type='CosineAnnealingLR', T_max=4, by_epoch=True, begin=2, convert_to_iter_based=True)
+YOLOV5 = dict(type='mmyolo.YOLOv5ParamSchedulerHook', max_epochs=6, warmup_mim_iter=3)
+
+
+def restart(**kwargs):
+    return dict(type='mmema.EMARestartHook', **kwargs)
+
+
+def make_config(tmp_path, hooks, **kwargs):
+    settings = dict(
+        train_cfg=dict(by_epoch=True, max_epochs=6),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.05)),
+        custom_hooks=hooks,
+        model=dict(type='Model'),
+    )
+    path = tmp_path / 'config.py'
+    path.touch()
+    return Config({**settings, **kwargs}, filename=str(path))
+
+
+@pytest.mark.parametrize(
+    'hooks, settings',
+    [
+        ([restart(milestones=[2, 4], steps=2, momentum=[0.05, 0.02])], {}),
+        ([restart(every=2), restart(milestones=[7], by_epoch=False, steps=None, gamma=5)], {}),
+        ([restart(milestones=[3], steps=0)], dict(param_scheduler=[WARM_UP, COSINE])),
+        ([], dict(default_hooks=dict(param_scheduler=YOLOV5))),
+    ],
+)
+def test_a_run_does_what_was_planned(tmp_path, hooks, settings):
+    hooks = [EMA, *hooks, MONITOR]
+    config = make_config(tmp_path, hooks, **settings)
+    run = plot_ema.Run(config, iters_per_epoch=2)
+    plan = plot_ema.of_config(run)
+    settings = dict(settings)
+    settings['default_hooks'] = dict(
+        logger=dict(type='LoggerHook', interval=1), **settings.get('default_hooks', {})
+    )
+    make_runner(tmp_path, hooks, epochs=6, **settings).train()
+    curves = plot_ema.of_scalars(run, tmp_path)
+    assert list(curves.at) == list(range(1, 13))
+    np.testing.assert_allclose(curves.lr, plan.lr, rtol=1e-6)
+    # What is logged after update k is the momentum of the next one. The restart comes in between.
+    after = [k for k in range(1, 12) if k not in plan.restarts]
+    np.testing.assert_allclose(curves.momentum[:-1][np.array(after) - 1], plan.momentum[after])
+    if all(hook.get('steps', 0) == 0 for hook in hooks if 'Restart' in hook['type']):
+        assert curves.restarts == plan.restarts
+        np.testing.assert_allclose(shares(curves.all_momenta), shares(plan.all_momenta))
+
+
+def test_the_copy_of_a_hard_restart_is_found_between_two_points():
+    # Logged every 4 updates; the restart came before the update with index 5.
+    at, steps, counts = np.array([4, 8, 12]), np.array([4, 3, 7]), np.array([0, 1, 1])
+    assert plot_ema.restarts_of(at, steps, counts) == [5]
+    values = plot_ema.between(at, np.array([0.5, 0.4, 0.2]), steps, counts)
+    assert values[5] == 1 and values[0] == 1
+    assert values[8:].tolist() == pytest.approx([0.4, 0.35, 0.3, 0.25])
+    assert (shares(values)[:5] == 0).all()
+
+
+def test_begin_of_the_average(tmp_path):
+    config = make_config(tmp_path, [ema(gamma=3, begin_epoch=3)])
+    plan = plot_ema.of_config(plot_ema.Run(config, 2))
+    assert (plan.momentum[:5] == 1).all() and plan.momentum[5] < 1
+
+
+def write(folder, name, points):
+    path = folder / name / 'vis_data' / 'scalars.json'
+    path.parent.mkdir(parents=True)
+    path.write_text('\n'.join(json.dumps(point) for point in points))
+    return path
+
+
+def test_parts_of_a_resumed_run(tmp_path, capsys):
+    def point(step, value):
+        return dict(loss=0.0, step=step, ema_momentum=value)
+
+    write(tmp_path, '20260101_000000', [point(1, 1), {'coco/mAP': 0.1, 'step': 1}, point(3, 2)])
+    second = write(tmp_path, '20260102_000000', [point(2, 5), point(3, 6)])
+    second.write_text(second.read_text() + '\n{"loss": 1.0, "st')
+    train, validations = plot_ema.read_points(tmp_path)
+    assert [(p['step'], p['ema_momentum']) for p in train] == [(1, 1), (2, 5), (3, 6)]
+    assert validations == [{'coco/mAP': 0.1, 'step': 1}]
+    assert 'line 3 of' in capsys.readouterr().err
+
+
+def test_metric_curves():
+    points = [{'step': s, 'coco/mAP': s / 10, 'raw/coco/mAP': s / 20} for s in (2, 1)]
+    assert plot_ema.metric_curves(points) == {
+        'coco/mAP EMA': [(1, 0.1), (2, 0.2)],
+        'coco/mAP raw': [(1, 0.05), (2, 0.1)],
+    }
+
+
+CONST = """
+optim_wrapper = dict(type='AmpOptimWrapper', optimizer=dict(type='SGD', lr=0.01))
+train_cfg = dict(by_epoch=True, max_epochs=4)
+model = dict(type='X')
+custom_hooks = [{hooks}]
+"""
+
+
+def call(monkeypatch, folder, *arguments, hooks="dict(type='EMAHook', momentum=0.1)"):
+    (folder / 'const.py').write_text(CONST.format(hooks=hooks))
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, 'argv', ['plot_ema.py', *arguments])
+    plot_ema.main()
+
+
+@pytest.mark.parametrize(
+    'leaf',
+    [
+        'const.py',
+        'yolov5/yolov5_s-v61_syncbn_8xb16-300e_coco.py',
+        'yolox/yolox_s_fast_8xb8-300e_coco.py',
+        'ppyoloe/ppyoloe_plus_s_fast_8xb8-80e_coco.py',
+    ],
+)
+def test_draws_a_picture(monkeypatch, tmp_path, leaf):
+    import mmyolo
+
+    stock = Path(mmyolo.__file__).parent / '.mim' / 'configs' / leaf
+    path = str(stock) if '/' in leaf else leaf
+    call(monkeypatch, tmp_path, path, '--iters-per-epoch', '3', '-o', 'out.png')
+    assert (tmp_path / 'out.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize(
+    'arguments, hooks, message',
+    [
+        ([], None, 'no train_dataloader; give the length of an epoch of one process with'),
+        (['--iters-per-epoch', '0'], None, 'must be at least 1, got 0'),
+        (['--iters-per-epoch', '3'], '', 'the run must have one EMAHook, got 0'),
+        (
+            ['--iters-per-epoch', '3'],
+            "dict(type='EMAHook', ema_type='StochasticWeightAverage')",
+            "ema_type 'StochasticWeightAverage' is not known here",
+        ),
+        (['--iters-per-epoch', '3', '--work-dir', 'nowhere'], None, 'no folder nowhere'),
+        (['--iters-per-epoch', '3', '--work-dir', '.'], None, 'wrote no EMA scalars: add dict('),
+        (['--iters-per-epoch', '3', '-o', 'no/folder.png'], None, 'cannot write no/folder.png'),
+        (['--iters-per-epoch', '3', '-o', 'a.xyz'], None, 'cannot write a.xyz'),
+    ],
+)
+def test_refusals(monkeypatch, tmp_path, capsys, arguments, hooks, message):
+    hooks = {} if hooks is None else {'hooks': hooks}
+    with pytest.raises(SystemExit) as exit:
+        call(monkeypatch, tmp_path, 'const.py', *arguments, **hooks)
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
