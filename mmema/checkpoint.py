@@ -265,7 +265,7 @@ def non_finite(state: State) -> List[str]:
 def summary(state: State) -> str:
     kinds = sorted({str(tensor.dtype)[6:] for tensor in state.values()})
     numbers = sum(tensor.numel() for tensor in state.values())
-    return f'{len(state)} tensors, {numbers / 1e6:.2f} M numbers, {", ".join(kinds)}'
+    return f'{len(state)} tensors, {numbers:,} numbers, {", ".join(kinds)}'
 
 
 def live_lines(live: dict) -> Iterator[tuple]:
@@ -453,7 +453,8 @@ def fill_in(found: Weights, to: str, notes: List[str]) -> None:
     if 'steps' not in keeps:
         notes.append(f'{to} keeps no counter: {found.steps} updates are left out')
     if found.live and to != 'mmema':
-        notes.append(f'{to} keeps no schedule: {", ".join(found.live)} are left out')
+        names = ', '.join(name for name, _ in live_lines(found.live))
+        notes.append(f'{to} keeps no schedule: {names} are left out')
 
 
 def renamed(state: State, rename: Dict[str, str]) -> State:

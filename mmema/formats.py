@@ -104,7 +104,9 @@ def mmengine_without_ema(found: Weights, state: State, meta: dict) -> Weights:
 
 def mmengine_maker(meta: dict) -> str:
     config = str(meta.get('cfg', ''))
-    maker = f'MMEngine {meta["mmengine_version"]}' if 'mmengine_version' in meta else 'MMEngine'
+    # The version is followed by the hash of whatever checkout the run was started in.
+    version = re.sub(r'([0-9a-f]{40}|unknown)$', '', str(meta.get('mmengine_version', '')))
+    maker = f'MMEngine {version}'.rstrip()
     scope = re.search(r"default_scope\s*=\s*'(\w+)'", config)
     ema_type = re.search(r"ema_type\s*=\s*'([\w.]+)'", config)
     maker += f', scope {scope.group(1)}' if scope else ''
