@@ -15,8 +15,9 @@ from torch.nn.parameter import is_lazy
 _values = dict.values
 # What can change while a tensor stays itself, through .data. Bytes stand for the shape: torch
 # refuses another shape of the same size, but would spread a smaller source over the average.
-_kind_blended = attrgetter('dtype', 'device', 'nbytes', 'requires_grad')
-_kind_copied = attrgetter('dtype', 'nbytes', 'requires_grad')
+_size = 'nbytes' if hasattr(Tensor, 'nbytes') else 'shape'  # torch 2.0 has no nbytes
+_kind_blended = attrgetter('dtype', 'device', _size, 'requires_grad')
+_kind_copied = attrgetter('dtype', _size, 'requires_grad')
 _END = object()
 _address = Tensor.data_ptr
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
