@@ -5,6 +5,7 @@ import math
 import pickle
 import random
 from copy import deepcopy
+from inspect import signature
 
 import pytest
 import torch
@@ -191,6 +192,8 @@ def replace_module(model):
 
 
 def assign_state(model):
+    if 'assign' not in signature(model.load_state_dict).parameters:
+        pytest.skip('torch 2.0 cannot assign')
     state = {k: torch.rand(v.shape).to(v.dtype) for k, v in model.state_dict().items()}
     state['tied.weight'] = state['conv.weight']
     model.load_state_dict(state, assign=True)
