@@ -1,6 +1,7 @@
 """tools/train.py as a person meets it: what it refuses, and a real training, cut and resumed."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -55,6 +56,12 @@ def run(data, tmp_path_factory):
 def logged_metrics(log_folder):
     lines = (log_folder / 'vis_data' / 'scalars.json').read_text().splitlines()
     return [point for point in map(json.loads, lines) if 'coco/bbox_mAP' in point]
+
+
+def end_table(printed):
+    """Return the lines after the last empty one, which hold a label and a value each."""
+    lines = printed.rstrip().split('\n\n')[-1].splitlines()
+    return dict(re.split(' {2,}', line, maxsplit=1) for line in lines)
 
 
 def test_help_tells_the_options(tmp_path):
@@ -131,16 +138,16 @@ def test_ends_with_a_table_and_a_curve(run):
     folder, first, second = run
     (metrics,) = logged_metrics(sorted((folder / 'w').glob('*_*/'))[0])
     score = f'{metrics["coco/bbox_mAP"]:.3f}'
-    table = first.rstrip().splitlines()[-6:]
-    assert table[0].startswith('trained ')
-    assert table[1].split('  ', 1) == [
-        'coco/bbox_mAP of the EMA weights',
-        f'best {score} (epoch 1), last {score} (epoch 1)',
-    ]
-    assert table[3].split() == ['last', 'checkpoint', 'w/epoch_1.pth']
-    assert second.rstrip().splitlines()[-3].split() == ['last', 'checkpoint', 'w/epoch_2.pth']
-    for line in second.rstrip().splitlines()[-4:]:
-        assert (folder / line.split()[-1]).is_file()
+    raw = f'{metrics["raw/coco/bbox_mAP"]:.3f}'
+    table = end_table(first)
+    for weights, value in (('EMA', score), ('raw', raw)):
+        text = f'best {value} (epoch 1), last {value} (epoch 1)'
+        assert table[f'coco/bbox_mAP of the {weights} weights'] == text
+    assert table['last checkpoint'] == 'w/epoch_1.pth'
+    table = end_table(second)
+    assert table['last checkpoint'] == 'w/epoch_2.pth'
+    for label in ('best checkpoint', 'last checkpoint', 'log', 'curve'):
+        assert (folder / table[label]).is_file()
     assert (folder / 'w' / 'curve.png').read_bytes().startswith(b'\x89PNG')
 
 
