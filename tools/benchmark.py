@@ -1,0 +1,377 @@
+"""Measure what one update of an averaged model costs, beside its limit and other libraries.
+
+    python tools/benchmark.py                  # the table of docs/performance.md, about 4 minutes
+    python tools/benchmark.py --quick          # the smallest model, some seconds
+    python tools/benchmark.py --device cuda    # on a GPU
+
+The limit is one flat ``lerp_`` over all weights: two are read, one is written. Every round runs
+all contenders in a new order, so that whatever else the machine does hits all alike; a figure is
+the median of the rounds, a ratio the median of the ratios within a round. On the CPU each model is
+measured twice: 'warm', where all is as the contender before left it, and 'cold', after 96 MB of
+other memory were visited, as a training step on a larger machine does. Before anything is timed
+each contender's result is compared with the formula in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import platform
+import random
+import time
+from copy import deepcopy
+from importlib import import_module
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+
+import mmema
+
+MOMENTUM = 0.0002
+YOLO = {
+    'YOLOv5-n': 'yolov5_n-v61_syncbn_fast_8xb16-300e_coco',
+    'YOLOv5-s': 'yolov5_s-v61_syncbn_fast_8xb16-300e_coco',
+    'YOLOv5-l': 'yolov5_l-v61_syncbn_fast_8xb16-300e_coco',
+}
+LARGE = '300 M'
+LIMIT = 'limit: one flat lerp_'
+OURS = ('mmema', 'mmema, update_buffers')
+
+
+# --- contenders: each a function model -> (averaged module, update) -----------------------------
+
+
+def with_updates(average, module):
+    return module, average.update_parameters
+
+
+def mmema_class(model, update_buffers=False):
+    average = mmema.ExpMomentumEMA(model, MOMENTUM, 1e-3, update_buffers=update_buffers)
+    return with_updates(average, average.module)
+
+
+def openmmlab(path):
+    def make(model):
+        module, name = path.rsplit('.', 1)
+        cls = getattr(import_module(module), name)
+        gamma = {} if name == 'ExponentialMovingAverage' else {'gamma': 1e-3}
+        average = cls(model, momentum=MOMENTUM, update_buffers=True, **gamma)
+        return with_updates(average, average.module)
+
+    return make
+
+
+def torch_averaged_model(model):
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    multi_avg_fn = get_ema_multi_avg_fn(1 - MOMENTUM)
+    average = AveragedModel(model, multi_avg_fn=multi_avg_fn, use_buffers=True)
+    return with_updates(average, average.module)
+
+
+def timm_v3(model):
+    from timm.utils import ModelEmaV3
+
+    average = ModelEmaV3(model, decay=1 - MOMENTUM)
+    return average.module, average.update
+
+
+def ema_pytorch(model):
+    from ema_pytorch import EMA
+
+    average = EMA(model, beta=1 - MOMENTUM, update_after_step=0, update_every=1, power=1e9)
+    return average.ema_model, lambda model: average.update()
+
+
+def torch_ema(model):
+    from torch_ema import ExponentialMovingAverage
+
+    average = ExponentialMovingAverage(model.parameters(), 1 - MOMENTUM, use_num_updates=False)
+    module = deepcopy(model)
+    for parameter, shadow in zip(module.parameters(), average.shadow_params):
+        parameter.data = shadow
+    return module, lambda model: average.update()
+
+
+def plain_loop(model):
+    """YOLOv5, YOLOX, RT-DETR and D-FINE: state_dict, then two operators for each tensor."""
+    average = deepcopy(model).eval()
+
+    @torch.no_grad()
+    def update(model):
+        source = model.state_dict()
+        for name, tensor in average.state_dict().items():
+            if tensor.dtype.is_floating_point:
+                tensor.mul_(1 - MOMENTUM).add_(source[name].detach(), alpha=MOMENTUM)
+
+    return average, update
+
+
+CONTENDERS = {
+    OURS[0]: mmema_class,
+    OURS[1]: lambda model: mmema_class(model, update_buffers=True),
+    'mmyolo': openmmlab('mmyolo.models.ExpMomentumEMA'),
+    'mmdet': openmmlab('mmdet.models.layers.ExpMomentumEMA'),
+    'mmengine': openmmlab('mmengine.model.ExponentialMovingAverage'),
+    'torch AveragedModel': torch_averaged_model,
+    'timm ModelEmaV3': timm_v3,
+    'ema-pytorch': ema_pytorch,
+    'torch-ema': torch_ema,
+    'YOLOv5 / D-FINE loop': plain_loop,
+}
+
+
+def limit(model):
+    size = sum(tensor.numel() for tensor in floats(model))
+    device = next(model.parameters()).device
+    average, source = torch.zeros(size, device=device), torch.ones(size, device=device)
+    return lambda: average.lerp_(source, MOMENTUM)
+
+
+def floats(model):
+    return [t for t in model.state_dict().values() if t.is_floating_point()]
+
+
+def checked(model, makes):
+    """Return each contender's update, once its second one is seen to follow the formula."""
+    updates = {}
+    for name, make in makes.items():
+        try:
+            module, update = make(model)
+        except ImportError:
+            continue
+        update(model)  # a first update copies, or finds both equal
+        before = [p.detach().clone() for p in list(module.parameters())[:50]]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+        update(model)
+        for old, new, source in zip(before, module.parameters(), model.parameters()):
+            exact = (1 - MOMENTUM) * old.double() + MOMENTUM * source.detach().double()
+            torch.testing.assert_close(
+                new.detach().double(), exact, rtol=1e-6, atol=2e-7, msg=f'{name} is off: {{}}'
+            )
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(1)
+        updates[name] = lambda update=update: update(model)
+    return updates
+
+
+# --- clocks -------------------------------------------------------------------------------------
+
+
+def measured(works, rounds, before=lambda: None, device='cpu'):
+    """Return, for each work, its seconds in every round; the order is new in each."""
+    wait = torch.cuda.synchronize if device != 'cpu' else lambda: None
+    seconds = {name: [] for name in works}
+    order = list(works)
+    gc.collect()
+    for _ in range(rounds):
+        random.shuffle(order)
+        for name in order:
+            before()
+            wait()
+            start = time.perf_counter()
+            works[name]()
+            wait()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds, name, base):
+    return median(a / b for a, b in zip(seconds[name], seconds[base]))
+
+
+def build(name, device):
+    if name == LARGE:
+        # 24 blocks of a transformer 1024 wide: 12 tensors each.
+        layer = nn.TransformerEncoderLayer(1024, 16, 4096, batch_first=True)
+        return nn.Sequential(*(deepcopy(layer) for _ in range(24))).to(device)
+    from mmengine.config import Config
+    from mmengine.utils import get_installed_path
+    from mmyolo.registry import MODELS
+    from mmyolo.utils import register_all_modules
+
+    register_all_modules()
+    path = f'{get_installed_path("mmyolo")}/.mim/configs/yolov5/{YOLO[name]}.py'
+    return MODELS.build(Config.fromfile(path).model).train().to(device)
+
+
+def measure_models(names, rounds, device):
+    """Return {(model, state of the caches): seconds by contender}."""
+    evict = torch.zeros(24_000_000)
+    found = {}
+    for name in names:
+        model = build(name, device)
+        makes = CONTENDERS
+        if name == LARGE:  # each is another 1.2 GB
+            makes = {k: CONTENDERS[k] for k in (OURS[0], 'mmyolo', 'mmdet')}
+        works = {LIMIT: limit(model), **checked(model, makes)}
+        states = {'warm': lambda: None, 'cold': lambda: evict.add_(1)}
+        if device != 'cpu':
+            states.pop('cold')
+        for state, before in states.items():
+            count = max(5, rounds // {'YOLOv5-l': 4, LARGE: 20}.get(name, 1))
+            found[name, state] = measured(works, count, before, device)
+        weights = sum(tensor.numel() for tensor in floats(model))
+        print(
+            f'{name}: {weights / 1e6:.1f} M weights, {len(model.state_dict())} tensors', flush=True
+        )
+    return found
+
+
+def measure_iteration(rounds, device, pixels=128, batch=4):
+    """Return seconds of a YOLOv5-n training iteration: alone, with mmema, with mmyolo."""
+    model = build('YOLOv5-n', device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+    pictures = torch.rand(batch, 3, pixels, pixels, device=device)
+    boxes = torch.tensor([[i, 1, 16, 16, 80, 96] for i in range(batch)], device=device).float()
+    meta = {'batch_input_shape': (pixels, pixels)}
+    samples = {'bboxes_labels': boxes, 'img_metas': [meta] * batch}
+
+    def step():
+        losses = model.loss(pictures, samples)
+        optimizer.zero_grad()
+        sum(sum(v) if isinstance(v, (list, tuple)) else v.sum() for v in losses.values()).backward()
+        optimizer.step()
+
+    def with_update(update):
+        def work():
+            step()
+            update()
+
+        return work
+
+    makes = {name: CONTENDERS[name] for name in (OURS[0], 'mmyolo', 'mmdet')}
+    works = {'no average': step}
+    works.update({name: with_update(u) for name, u in checked(model, makes).items()})
+    return measured(works, rounds, device=device)
+
+
+def measure_growth(rounds, device):
+    """Return {(tensors, weights): seconds} where one of the two grows."""
+    sizes = [(n, 4_000_000) for n in (10, 100, 1000, 3000)]
+    sizes += [(300, n) for n in (300_000, 3_000_000, 30_000_000)]
+    found = {}
+    for tensors, weights in sizes:
+        side = max(2, weights // tensors // 8)
+        model = nn.ParameterList([nn.Parameter(torch.rand(side, 8)) for _ in range(tensors)])
+        model = model.to(device)
+        works = {LIMIT: limit(model)}
+        works.update(checked(model, {k: CONTENDERS[k] for k in (OURS[0], 'mmyolo', 'mmdet')}))
+        found[tensors, weights] = measured(works, rounds, device=device)
+    return found
+
+
+# --- tables and picture -------------------------------------------------------------------------
+
+
+def models_table(found):
+    heads = [f'{name}, {state}' for name, state in found]
+    names = list(dict.fromkeys(name for seconds in found.values() for name in seconds))
+    lines = [f'| ms (x limit) | {" | ".join(heads)} |', '| --- |' + ' --- |' * len(heads)]
+    for name in names:
+        cells = [
+            f'{median(s[name]) * 1e3:.2f} ({ratio(s, name, LIMIT):.2f})' if name in s else '-'
+            for s in found.values()
+        ]
+        lines.append(f'| {name} | {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def iteration_table(seconds):
+    lines = ['| YOLOv5-n, one training iteration | ms | more than none |', '| --- | --- | --- |']
+    for name, values in seconds.items():
+        more = 100 * (ratio(seconds, name, 'no average') - 1)
+        lines.append(f'| {name} | {median(values) * 1e3:.1f} | {more:+.1f} % |')
+    return '\n'.join(lines)
+
+
+def growth_table(found):
+    names = list(next(iter(found.values())))
+    lines = [
+        f'| tensors | weights | {" | ".join(names)} |',
+        '| --- |' + ' --- |' * (len(names) + 1),
+    ]
+    for (tensors, weights), s in found.items():
+        cells = [f'{median(s[name]) * 1e3:.2f}' for name in names]
+        lines.append(f'| {tensors} | {weights / 1e6:g} M | {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def draw(found, growth, path):
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout='constrained')
+    warm = {name: s for (name, state), s in found.items() if state == 'warm'}
+    names = [n for n in dict.fromkeys(n for s in warm.values() for n in s) if n != LIMIT]
+    for i, name in enumerate(names):
+        at = [(k, ratio(s, name, LIMIT)) for k, s in enumerate(warm.values()) if name in s]
+        width = 0.8 / len(names)
+        left.bar(
+            [k - 0.4 + (i + 0.5) * width for k, _ in at], [r for _, r in at], width, label=name
+        )
+    left.axhline(1, color='black', linewidth=1)
+    left.set_xticks(range(len(warm)), list(warm))
+    left.set_yscale('log')
+    left.set_ylabel('time of an update / limit')
+    left.set_title('Cost of one update (1 = one flat lerp_)')
+    left.legend(fontsize=8)
+    tensors = [key for key in growth if key[1] == 4_000_000]
+    for name in next(iter(growth.values()), {}):
+        values = [median(growth[key][name]) * 1e3 for key in tensors]
+        right.plot([key[0] for key in tensors], values, marker='o', label=name)
+    right.set(xscale='log', yscale='log', xlabel='tensors', ylabel='ms')
+    right.set_title('4 M weights in more and more tensors')
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--quick', action='store_true', help='YOLOv5-n alone, few rounds')
+    parser.add_argument('--models', nargs='+', choices=[*YOLO, LARGE], default=[*YOLO, LARGE])
+    parser.add_argument('--rounds', type=int, default=100, help='of the smallest model')
+    parser.add_argument('--threads', type=int, help="torch's; default: torch's own choice")
+    parser.add_argument('--device', default='cpu', help='cpu or cuda')
+    parser.add_argument('--out', type=Path, help='folder for performance.md and performance.png')
+    args = parser.parse_args()
+    if args.rounds < 3:
+        parser.error(f'--rounds must be at least 3, got {args.rounds}')
+    if args.device != 'cpu' and not torch.cuda.is_available():
+        parser.error(f'--device {args.device} needs a CUDA device, and torch sees none')
+    if args.quick:
+        args.models, args.rounds = ['YOLOv5-n'], min(args.rounds, 20)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    random.seed(0)
+    torch.manual_seed(0)
+    where = f'{platform.machine()}, {torch.get_num_threads()} threads'
+    if args.device != 'cpu':
+        where = torch.cuda.get_device_name()
+    text = [f'{where}; Python {platform.python_version()}, torch {torch.__version__}']
+    found = measure_models(args.models, args.rounds, args.device)
+    text.append(models_table(found))
+    growth = {}
+    if not args.quick:
+        text.append(iteration_table(measure_iteration(args.rounds // 4, args.device)))
+        growth = measure_growth(args.rounds // 4, args.device)
+        text.append(growth_table(growth))
+    print('\n\n'.join(['', *text]))
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / 'performance.md').write_text('\n\n'.join(text) + '\n')
+        if growth:
+            draw(found, growth, args.out / 'performance.png')
+
+
+if __name__ == '__main__':
+    main()
