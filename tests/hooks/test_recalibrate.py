@@ -1,10 +1,13 @@
 import copy
 import random
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from mmengine.hooks import Hook
+from mmengine.runner import Runner
 from toy_runs import Model, ema, loader, make_runner
 
 from mmema.hooks.common import ema_hook_of
@@ -280,3 +283,48 @@ def test_arguments(arguments, error, message):
 
     with pytest.raises(error, match=message):
         EMARecalibrateHook(**arguments)
+
+
+@pytest.mark.slow
+def test_a_real_detector(tmp_path):
+    from mmengine.config import Config
+
+    root = Path(__file__).resolve().parents[2]
+    sys.path.append(str(root / 'tools'))
+    import make_digits
+
+    make_digits.make_digits(tmp_path / 'set', train=8, val=4)
+    config = Config.fromfile(root / 'configs' / 'digits' / 'yolov5_n_digits.py')
+    config.work_dir = str(tmp_path / 'work')
+    config.visualizer.name = str(tmp_path)
+    for loader_config in (config.train_dataloader, config.val_dataloader):
+        loader_config.dataset.data_root = f'{tmp_path}/set/'
+        loader_config.update(batch_size=4, num_workers=0, persistent_workers=False)
+    config.train_dataloader.sampler.shuffle = False
+    # Nothing random, so that the batches can be made once more below.
+    config.train_dataloader.dataset.pipeline = [*config.digits_load, config.digits_pack]
+    config.val_evaluator.ann_file = f'{tmp_path}/set/annotations/val.json'
+    config.test_dataloader = config.test_evaluator = config.test_cfg = None
+    config.train_cfg.update(max_epochs=1, val_interval=1)
+    config.custom_hooks = [ema(ema_type=config.digits_ema.ema_type), dict(**LAST)]
+    runner = Runner.from_cfg(config)
+    runner.train()
+
+    model = ema_hook_of(runner).ema_model.module.train()
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert len(norms) == 57
+    saved = torch.load(tmp_path / 'work' / 'epoch_1.pth', weights_only=False)['state_dict']
+    measured = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+    seen = {norm: [] for norm in norms}
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda m, inputs: seen[m].append(inputs[0].double()))
+    with torch.no_grad():
+        for batch in runner.train_dataloader:
+            model(**model.data_preprocessor(batch, True), mode='tensor')
+    for norm, (mean, variance) in zip(norms, measured):
+        means = torch.stack([x.mean((0, 2, 3)) for x in seen[norm]]).mean(0)
+        variances = torch.stack([x.var((0, 2, 3)) for x in seen[norm]]).mean(0)
+        torch.testing.assert_close(mean.double(), means, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(variance.double(), variances, rtol=1e-3, atol=1e-6)
+    name = next(n for n, m in model.named_modules() if m is norms[-1])
+    assert torch.equal(saved[f'{name}.running_mean'], measured[-1][0])
