@@ -8,6 +8,7 @@ from .hooks.recalibrate import EMARecalibrateHook
 from .hooks.restart import EMARestartHook
 from .hooks.val_loop import EMAValLoop
 from .swap import averaged_weights
+from .lr import YOLOXWarmCosLR
 from .variants import (
     RestartableAnnealingEMA,
     RestartableConstantEMA,
@@ -32,6 +33,7 @@ __all__ = [
     'RestartablePowerFunctionEMA',
     'RestartablePowerRampEMA',
     'RestartableThresholdEMA',
+    'YOLOXWarmCosLR',
     '__version__',
     'averaged_weights',
 ]

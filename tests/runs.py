@@ -113,11 +113,14 @@ def make_runner(
 ):
     """Return a Runner of 4 iterations an epoch; ``iters`` makes it one by iterations."""
     by_epoch = iters is None
-    checkpoint = dict(
-        dict(type='CheckpointHook', interval=1, by_epoch=by_epoch, save_best='score'),
-        rule='greater',
+    checkpoint = {
+        'type': 'CheckpointHook',
+        'interval': 1,
+        'by_epoch': by_epoch,
+        'save_best': 'score',
+        'rule': 'greater',
         **(checkpoint or {}),
-    )
+    }
     train_cfg = (
         dict(by_epoch=True, max_epochs=epochs, val_interval=val_interval)
         if by_epoch
@@ -160,7 +163,7 @@ def state_of(runner):
     state = {f'raw.{name}': t.clone() for name, t in runner.model.state_dict().items()}
     state.update({f'ema.{name}': t.clone() for name, t in ema_of(runner).state_dict().items()})
     for index, slots in runner.optim_wrapper.optimizer.state_dict()['state'].items():
-        state.update({f'optimizer.{index}.{name}': t for name, t in slots.items()})
+        state.update({f'optimizer.{index}.{name}': t.clone() for name, t in slots.items()})
     return state
 
 
