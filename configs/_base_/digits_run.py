@@ -4,6 +4,7 @@ digits_epochs = 50
 digits_plain_epochs = 20  # the last ones, without mosaic
 
 digits_train_cfg = dict(max_epochs=digits_epochs, val_interval=5, dynamic_intervals=None)
+digits_val_cfg = dict(type='mmema.EMAValLoop')  # raw weights beside the averaged ones
 digits_hooks = dict(
     logger=dict(interval=16),
     checkpoint=dict(interval=5, save_best='coco/bbox_mAP', max_keep_ckpts=1),

@@ -71,4 +71,5 @@ custom_hooks = [
     ),
 ]
 train_cfg = _base_.digits_train_cfg
+val_cfg = _base_.digits_val_cfg
 randomness = _base_.digits_randomness

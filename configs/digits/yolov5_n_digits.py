@@ -36,6 +36,7 @@ optim_wrapper = dict(optimizer=_base_.digits_adamw)
 default_hooks = dict(**_base_.digits_hooks, param_scheduler=_base_.digits_yolo_schedule)
 custom_hooks = [
     _base_.digits_ema,
+    dict(type='mmema.EMAMonitorHook'),
     dict(
         type='mmdet.PipelineSwitchHook',
         switch_epoch=_base_.digits_switch_epoch,
@@ -43,4 +44,5 @@ custom_hooks = [
     ),
 ]
 train_cfg = _base_.digits_train_cfg
+val_cfg = _base_.digits_val_cfg
 randomness = _base_.digits_randomness

@@ -70,5 +70,6 @@ custom_hooks = [
     _base_.digits_ema,
 ]
 train_cfg = _base_.digits_train_cfg
+val_cfg = _base_.digits_val_cfg
 auto_scale_lr = dict(base_batch_size=16)
 randomness = _base_.digits_randomness

@@ -52,22 +52,24 @@ class WatchBefore(Watch):
     priority = 65  # after EMAHook, before EMARecalibrateHook
 
 
-def run(folder, update_buffers, batches=100, hook=None, **kwargs):
+def run(folder, update_buffers, batches=100, hook=None, ema_hook='EMAHook', **kwargs):
     before, watch = WatchBefore(), Watch()
-    hooks = [ema(update_buffers=update_buffers), before, watch]
+    hooks = [ema(type=ema_hook, update_buffers=update_buffers), before, watch]
     hooks += [dict(**(hook or LAST), batches=batches)]
     runner = make_runner(folder, hooks, **kwargs)
     runner.train()
     return runner, before, watch
 
 
+@pytest.mark.parametrize('ema_hook', ['EMAHook', 'mmema.EMAHook'])
 @pytest.mark.parametrize('update_buffers', [False, True])
 @pytest.mark.parametrize('val_cfg', [{}, dict(type='mmema.EMAValLoop')])
-def test_statistics_by_hand(tmp_path, update_buffers, val_cfg):
+def test_statistics_by_hand(tmp_path, ema_hook, update_buffers, val_cfg):
     # Without noise and in order the batches are 0..3 and 4..7.
     runner, before, watch = run(
         tmp_path,
         update_buffers,
+        ema_hook=ema_hook,
         val_cfg=val_cfg,
         train_dataloader=loader(),
         default_hooks=dict(checkpoint=BEST),

@@ -6,6 +6,7 @@ from toy_runs import Mean, Model, ema, make_runner, points
 from mmema.hooks.common import ema_hook_of
 
 BOTH = dict(type='mmema.EMAValLoop')
+EMA_HOOKS = pytest.mark.parametrize('hook', ['EMAHook', 'mmema.EMAHook'])
 
 
 def mean_of(weights, runner):
@@ -39,10 +40,12 @@ class Keep(Hook):
         self.metrics.append(dict(metrics))
 
 
+@EMA_HOOKS
 @pytest.mark.parametrize('update_buffers', [False, True])
-def test_both_weights_are_evaluated(tmp_path, update_buffers):
+def test_both_weights_are_evaluated(tmp_path, hook, update_buffers):
     keep = Keep()
-    runner = make_runner(tmp_path, [ema(update_buffers=update_buffers), keep], val_cfg=BOTH)
+    average = ema(type=hook, update_buffers=update_buffers)
+    runner = make_runner(tmp_path, [average, keep], val_cfg=BOTH)
     runner.train()
     assert len(keep.metrics) == 3
     for raw, average, metrics in zip(keep.raw, keep.ema, keep.metrics):
@@ -58,10 +61,11 @@ def test_both_weights_are_evaluated(tmp_path, update_buffers):
     assert keep.calls == [0, 1] * 3  # hooks see the batches once
 
 
-def test_training_goes_on_as_with_the_stock_loop(tmp_path):
+@EMA_HOOKS
+def test_training_goes_on_as_with_the_stock_loop(tmp_path, hook):
     states = []
     for name, val_cfg in (('stock', {}), ('both', BOTH)):
-        runner = make_runner(tmp_path / name, [ema()], dropout=0.5, val_cfg=val_cfg)
+        runner = make_runner(tmp_path / name, [ema(type=hook)], dropout=0.5, val_cfg=val_cfg)
         runner.train()
         states.append({**runner.model.state_dict(), **ema_hook_of(runner).ema_model.state_dict()})
     assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values()))
@@ -110,11 +114,17 @@ class Fail(Hook):
         raise self.error
 
 
+@EMA_HOOKS
 @pytest.mark.parametrize('error', [RuntimeError('no memory'), KeyboardInterrupt()])
-def test_an_error_leaves_the_raw_weights_in_the_model(tmp_path, error):
+def test_an_error_leaves_the_raw_weights_in_the_model(tmp_path, hook, error):
     # MMEngine's loop leaves the EMA weights there.
     keep = Keep()
-    hooks = [ema(update_buffers=True), dict(type='EMARecalibrateHook'), keep, Fail(error)]
+    hooks = [
+        ema(type=hook, update_buffers=True),
+        dict(type='EMARecalibrateHook'),
+        keep,
+        Fail(error),
+    ]
     runner = make_runner(tmp_path, hooks, val_cfg=BOTH, epochs=1)
     with pytest.raises(type(error)):
         runner.train()

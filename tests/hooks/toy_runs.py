@@ -82,7 +82,7 @@ def loader(noise=0.0, batch_size=4, shuffle=False, length=8, **kwargs):
 
 def ema(**kwargs):
     settings = dict(ema_type='mmema.RestartableExpMomentumEMA', momentum=0.1, gamma=1)
-    return dict(type='EMAHook', **{**settings, **kwargs})
+    return {'type': 'EMAHook', **settings, **kwargs}
 
 
 def make_runner(folder, hooks, dropout=0.0, epochs=3, **kwargs):
