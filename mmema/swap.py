@@ -90,7 +90,10 @@ class Swap:
         """Return what ``model.state_dict()`` would be without the exchange."""
         own = {id(tensor): data for tensor, data in self.trained}
         state = self.model.state_dict(keep_vars=True)
-        return {key: own.get(id(value), value) for key, value in state.items()}
+        for key, value in state.items():
+            value = own.get(id(value), value)
+            state[key] = value.detach() if isinstance(value, Tensor) else value
+        return state
 
     def undo(self) -> bool:
         """Give every tensor its memory back.

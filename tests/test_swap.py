@@ -68,9 +68,9 @@ def test_twice_at_once_and_updates_meanwhile_are_refused():
     model, ema = trained()
     own = values(model)
     with averaged_weights(model, ema):
-        with pytest.raises(RuntimeError, match='given them a second time'):
-            with averaged_weights(model, ema):
-                pass
+        again = averaged_weights(model, ema)
+        with pytest.raises(RuntimeError, match='given them a second time'), again:
+            pass
         with pytest.raises(RuntimeError, match='holds the averaged weights now'):
             ema.update_parameters(model)
     assert int(ema.steps) == 3
@@ -82,9 +82,8 @@ def test_twice_at_once_and_updates_meanwhile_are_refused():
 def test_another_model_is_refused_and_left_alone():
     model, ema = trained()
     other = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match='same tensors'):
-        with averaged_weights(other, ema):
-            pass
+    with pytest.raises(ValueError, match='same tensors'), averaged_weights(other, ema):
+        pass
     with averaged_weights(model, ema):  # nothing is left of the failed one
         pass
 

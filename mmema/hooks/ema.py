@@ -246,7 +246,8 @@ class EMAHook(StockEMAHook):
             return
         if resumes:
             log(f'{file} has no ema_state_dict: the average begins as a copy of its weights.')
-        load_state_dict(self.ema_model.module, weights_of(checkpoint), strict=self.strict_load)
+        average, weights = self.ema_model.module, weights_of(checkpoint)
+        load_state_dict(average, weights, strict=self.strict_load, logger='current')
         self._differs = False
 
 
