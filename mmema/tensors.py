@@ -226,10 +226,9 @@ class Pairing:
             Check(_kind_copied, [pair.source for pair in self.copied]),
         ]
         self.blended_runs, single = _sort_out_runs(self.blended)
-        self.like, self.unlike = _sort_for_blending(single)
+        self.like, self.unlike = _sort_by_likeness(single)
         self.copied_runs, single = _sort_out_runs(self.copied)
-        self.copy_to = [pair.average for pair in single]
-        self.copy_from = [pair.source for pair in single]
+        self.copied_like, self.copied_unlike = _sort_by_likeness(single)
 
     def holds(self, source: nn.Module) -> bool:
         return (
@@ -243,7 +242,10 @@ class Pairing:
         """Copy the copied pairs."""
         for run in self.copied_runs:
             torch.cat(run.sources, out=run.average)
-        copy_all(self.copy_to, self.copy_from)
+        for averages, sources in self.copied_like:
+            copy_all(averages, sources)
+        for pair in self.copied_unlike:
+            pair.average.copy_(pair.source)
 
     def copy_blended(self) -> None:
         """Copy the blended pairs, as the first update after a hard restart does."""
@@ -301,7 +303,7 @@ def _run_of(pairs: List[Pair]) -> Run:
     )
 
 
-def _sort_for_blending(pairs: List[Pair]):
+def _sort_by_likeness(pairs: List[Pair]):
     """Return lists for one fused call each, and the pairs that need a conversion.
 
     A fused kernel takes a list only if all of it has one dtype, one device and, pair by pair, one

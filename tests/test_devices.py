@@ -1,0 +1,132 @@
+"""Averages on another device than the source, and what an update asks of a GPU."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from reference import ReferenceEMA, assert_close, blended_names, tensors_of
+from test_speed import BUFFERS, detector_like, yolov5_s
+from toys import Toy, seeded, shake
+
+from mmema import ExpMomentumEMA, RestartableExpMomentumEMA
+
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device'),
+]
+on_gpu = pytest.mark.parametrize('source', [pytest.param('cuda', marks=gpu)])
+
+
+def follows_the_reference(model, ema, blended, rtol=2e-6):
+    generator, reference = seeded(0), ReferenceEMA(tensors_of(model), blended, 0.1, 3)
+    for _ in range(5):
+        shake_on_cpu(model, generator)
+        ema.update_parameters(model)
+        reference.update(tensors_of(model))
+        actual = {name: t.cpu() for name, t in tensors_of(ema.module).items()}
+        expected = {name: t.cpu() for name, t in reference.average.items()}
+        assert_close(actual, expected, rtol=rtol)
+
+
+@torch.no_grad()
+def shake_on_cpu(model, generator):
+    twin = deepcopy(model).cpu()
+    shake(twin, generator)
+    for mine, new in zip(tensors_of(model).values(), tensors_of(twin).values()):
+        mine.copy_(new)
+
+
+# --- without a GPU ------------------------------------------------------------------------------
+
+
+@BUFFERS
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_a_source_of_another_dtype_goes_through_conversion(dtype, update_buffers):
+    # The path of a source on another device, too: it is converted, tensor by tensor.
+    model = Toy()
+    ema = ExpMomentumEMA(model, 0.1, 3, device='cpu', update_buffers=update_buffers)
+    model.to(dtype)
+    follows_the_reference(model, ema, blended_names(model, update_buffers), rtol=1e-2)
+    assert ema.module.conv.weight.dtype == torch.float32
+    assert len(ema._pairing.unlike) > 0
+
+
+@BUFFERS
+def test_named_and_unnamed_cpu_are_one(update_buffers):
+    model = Toy()
+    ema = ExpMomentumEMA(model, 0.1, 3, device='cpu', update_buffers=update_buffers)
+    ema.update_parameters(model)
+    assert not ema._pairing.unlike
+    assert not ema._pairing.copied_unlike
+
+
+def test_an_unknown_device_is_refused():
+    with pytest.raises(ValueError, match="device must name a torch device, got 'cupid'"):
+        ExpMomentumEMA(Toy(), device='cupid')
+
+
+# --- with one -----------------------------------------------------------------------------------
+
+
+@on_gpu
+@BUFFERS
+@pytest.mark.parametrize('device', [None, 'cpu', 'cuda', 'cuda:0'])
+def test_a_source_on_the_gpu_is_averaged_anywhere(source, device, update_buffers):
+    # mmyolo's class stores `device` and leaves the sources where they are.
+    model = Toy().to(source)
+    ema = ExpMomentumEMA(model, 0.1, 3, device=device, update_buffers=update_buffers)
+    follows_the_reference(model, ema, blended_names(model, update_buffers))
+    assert ema.module.conv.weight.device.type == (device or source)[:4].rstrip(':')
+    if device != 'cpu':
+        assert not ema._pairing.unlike
+        assert not ema._pairing.copied_unlike
+
+
+@on_gpu
+@BUFFERS
+def test_an_update_never_waits_for_the_gpu(source, update_buffers):
+    model = detector_like().to(source)
+    ema = RestartableExpMomentumEMA(model, update_buffers=update_buffers)
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        for _ in range(3):
+            ema.update_parameters(model)
+        ema.restart(steps=5)
+        ema.update_parameters(model)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
+@on_gpu
+@BUFFERS
+def test_an_update_launches_at_most_ten_kernels(source, update_buffers):
+    model = yolov5_s().to(source)
+    ema = ExpMomentumEMA(model, update_buffers=update_buffers)
+    for _ in range(2):
+        ema.update_parameters(model)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        ema.update_parameters(model)
+        torch.cuda.synchronize()
+    kernels = [
+        event.name
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    assert 0 < len(kernels) <= 10, kernels
+
+
+@on_gpu
+def test_moving_source_and_average_is_seen(source):
+    model = Toy()
+    ema = ExpMomentumEMA(model, 0.25, 1e-3)
+    for where in (source, 'cpu', source):
+        model.to(where)
+        ema.update_parameters(model)
+        ema.to(where)
+        ema.update_parameters(model)
+    before = ema.module.conv.weight.clone()
+    with torch.no_grad():
+        model.conv.weight.add_(4)
+    ema.update_parameters(model)
+    torch.testing.assert_close(ema.module.conv.weight, before + 1)
