@@ -82,7 +82,9 @@ class Clock(Hook):
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         ema = ema_of(runner)
-        self.seen.append((runner.iter, int(ema.steps), ema.momentum, ema.restarts))
+        self.seen.append(
+            (runner.iter, int(ema.steps), getattr(ema, 'momentum', None), ema.restarts)
+        )
 
 
 def ema_of(runner):

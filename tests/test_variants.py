@@ -12,6 +12,7 @@ import torch
 from mmengine.hooks import EMAHook
 from mmengine.registry import MODELS
 from reference import ReferenceEMA, assert_close, blended_names, tensors_of
+from runs import ema_of, make_runner
 from torch import nn
 from toys import Toy, seeded, shake
 
@@ -357,6 +358,36 @@ def test_assigning_a_live_value_changes_the_next_update(name):
         before = ema.current_momentum
         setattr(ema, live, values.get(live, 0.45))
         assert ema.current_momentum != before, live
+
+
+@ALL
+@pytest.mark.parametrize('on_plateau', [None, {'metric': 'score', 'patience': 1}])
+def test_restart_hook_and_resume_in_a_real_run(name, on_plateau, tmp_path):
+    def run(epochs, **settings):
+        hook = dict(type='EMARestartHook', milestones=[2], on_plateau=on_plateau)
+        average = dict(type='EMAHook', ema_type=name, **CLASSES[name])
+        runner = make_runner(tmp_path, hook, epochs=epochs, ema=average, **settings)
+        runner.train()
+        return ema_of(runner)
+
+    first = run(3)
+    assert first.restarts >= 1
+    # These schedules fit a stage of any length; a constant momentum does not.
+    advised = any('the horizon of' in log.read_text() for log in tmp_path.glob('*/*.log'))
+    assert advised == (name == 'RestartableConstantEMA')
+    steps, restarts = int(first.steps), first.restarts
+    again = run(3, resume=True)
+    assert (int(again.steps), again.restarts) == (steps, restarts)
+
+
+def test_restart_hook_refuses_a_value_that_the_schedule_lacks(tmp_path):
+    average = dict(type='EMAHook', ema_type='mmema.RestartablePowerFunctionEMA')
+    plateau = {'metric': 'score', 'patience': 1, 'momentum_add': 0.01}
+    for arguments in ({'momentum': 0.1}, {'gamma': 3}, {'on_plateau': plateau}):
+        hook = dict(type='EMARestartHook', milestones=[1], **arguments)
+        runner = make_runner(tmp_path, hook, ema=average)
+        with pytest.raises(ValueError, match='can only change .* it has sigma_rel'):
+            runner.train()
 
 
 @ALL

@@ -12,7 +12,7 @@ class Plan:
 
     ``moments`` and ``switches`` map a name to its iteration, ``epoch`` is the length of an epoch,
     ``steps`` the counter after a restart (None: it goes on), ``momentum`` and ``gamma`` what holds
-    after the last one, ``own_momentum`` what the hook itself sets.
+    after the last one (None: it fits any length), ``own_momentum`` what the hook itself sets.
     """
 
     iterations: int
@@ -20,7 +20,7 @@ class Plan:
     switches: dict = field(default_factory=dict)
     epoch: int = 1
     steps: int | None = 0
-    momentum: float = 0.0002
+    momentum: float | None = 0.0002
     gamma: float | None = 2000
     own_momentum: list = field(default_factory=list)
 
@@ -54,6 +54,8 @@ def _last_fitting(name: str, plan: Plan) -> int:
 
 
 def _time_left(plan: Plan, last: int, left: int) -> list[str]:
+    if plan.momentum is None:
+        return []
     lines = []
     since = f'{left} updates are left after the last restart'
     momentum = plan.momentum
@@ -65,7 +67,7 @@ def _time_left(plan: Plan, last: int, left: int) -> list[str]:
         )
     if plan.gamma is not None:
         begin = last if plan.steps is None else plan.steps
-        warm_up = plan.gamma * math.log(1 / plan.momentum)
+        warm_up = plan.gamma * math.log(1 / momentum)
         if warm_up - begin > left:
             fits = max(1, int(left / math.log(1 / momentum)))
             lines.append(

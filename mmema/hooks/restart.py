@@ -10,9 +10,10 @@ from mmengine.hooks import Hook
 from mmengine.runner import IterBasedTrainLoop
 
 from ..arguments import count, flag, one_of, real
-from ..averaged import Restartable
+from ..averaged import ExpMomentumEMA, Restartable
 from ..registry import HOOKS, register_everywhere
 from ..resume import check_ema_state, checkpoint_to_resume, is_whole
+from ..variants import RestartableConstantEMA
 from . import rewind
 from .advice import Plan, advice
 from .common import ema_hook_of
@@ -157,7 +158,7 @@ class EMARestartHook(Hook):
         """Work out the moments, check what can be known now, and give advice."""
         ema = self._ema(runner)
         self.moments = self._moments(runner)
-        plateau_momentum = self.plateau and self.plateau.momentum_after(ema.momentum)
+        plateau_momentum = self.plateau and self.plateau.momentum_after(momentum_of(ema))
         for momentum in (*self.moments.values(), plateau_momentum):
             self._check_live(ema, self._live(momentum))
         if self._uses_best() and not rewind.saves_best(runner):
@@ -205,12 +206,18 @@ class EMARestartHook(Hook):
             },
             epoch=epoch,
             steps=self.steps,
-            momentum=next((m for m in reversed(self.moments.values()) if m), None) or ema.momentum,
-            gamma=self.gamma or getattr(ema, 'gamma', None),
+            momentum=self._last_momentum(ema),
+            gamma=(self.gamma or ema.gamma) if isinstance(ema, ExpMomentumEMA) else None,
             own_momentum=self.momentum
             if isinstance(self.momentum, (list, tuple))
             else [m for m in [self.momentum] if m],
         )
+
+    def _last_momentum(self, ema) -> float | None:
+        """Return what holds after the last restart; None if the schedule fits any length."""
+        if not isinstance(ema, (ExpMomentumEMA, RestartableConstantEMA)):
+            return None
+        return next((m for m in reversed(self.moments.values()) if m), ema.momentum)
 
     # --- training -------------------------------------------------------------------------------
 
@@ -269,7 +276,7 @@ class EMARestartHook(Hook):
     def _restart(self, runner, due: list[str]) -> None:
         ema = self._ema(runner)
         before = live_of(ema)
-        momentum = self.moments[due[-1]] if due else self.plateau.momentum_after(ema.momentum)
+        momentum = self.moments[due[-1]] if due else self.plateau.momentum_after(momentum_of(ema))
         live = self._live(momentum)
         source = self.source if due else self.plateau.source or self.source
         gone_on_from = self._go_on_from(runner, ema, source, ends_stage=bool(due))
@@ -409,3 +416,8 @@ def validation_is_due(runner) -> bool:
 
 def live_of(ema: Restartable) -> dict[str, float]:
     return {'steps': int(ema.steps), **{name: getattr(ema, name) for name in ema._LIVE}}
+
+
+def momentum_of(ema: Restartable) -> float:
+    """Return the average's own momentum; for one without, any: a change of it is refused."""
+    return getattr(ema, 'momentum', 0.5)
