@@ -142,7 +142,7 @@ def test_draws_a_picture(monkeypatch, tmp_path, leaf):
 
     stock = Path(mmyolo.__file__).parent / '.mim' / 'configs' / leaf
     path = str(stock) if '/' in leaf else leaf
-    call(monkeypatch, tmp_path, path, '--iters-per-epoch', '3', '-o', 'out.png')
+    call(monkeypatch, tmp_path, path, '--iters-per-epoch', '3', '--from', '1', '-o', 'out.png')
     assert (tmp_path / 'out.png').read_bytes().startswith(b'\x89PNG')
 
 
@@ -159,6 +159,7 @@ def test_draws_a_picture(monkeypatch, tmp_path, leaf):
         ),
         (['--iters-per-epoch', '3', '--work-dir', 'nowhere'], None, 'no folder nowhere'),
         (['--iters-per-epoch', '3', '--work-dir', '.'], None, 'wrote no EMA scalars: add dict('),
+        (['--iters-per-epoch', '3', '--from', '4'], None, 'below the end of the run, 4, got 4'),
         (['--iters-per-epoch', '3', '-o', 'no/folder.png'], None, 'cannot write no/folder.png'),
         (['--iters-per-epoch', '3', '-o', 'a.xyz'], None, 'cannot write a.xyz'),
     ],

@@ -39,6 +39,9 @@ def main():
 
     init_default_scope(config.get('default_scope', 'mmengine'))
     run = Run(config, args.iters_per_epoch)
+    end = run.max_epochs if run.by_epoch else run.max_iters
+    if not 0 <= args.begin < end:
+        cli.die(f'--from must be at least 0 and below the end of the run, {end}, got {args.begin}')
     if args.from_run:
         curves = of_scalars(run, args.from_run)
     else:
@@ -46,7 +49,7 @@ def main():
             curves = of_config(run)
     output = args.output or f'{Path(args.config).stem}_ema.png'
     try:
-        draw(curves, run, output)
+        draw(curves, run, output, args.begin)
     except (OSError, ValueError) as error:  # no such folder, no such format
         cli.die(f'cannot write {output}: {error}')
     print(f'{output}: {curves.title}')
@@ -69,6 +72,14 @@ def parse_args():
         type=int,
         metavar='N',
         help='length of an epoch of one process; needed where the training data are not here',
+    )
+    parser.add_argument(
+        '--from',
+        dest='begin',
+        type=int,
+        default=0,
+        metavar='E',
+        help='draw from this epoch (iteration of a run by iterations) to the end (default: 0)',
     )
     parser.add_argument('--cfg-options', nargs='+', action='extend', default=[], metavar='K=V')
     args = parser.parse_args()
@@ -223,6 +234,10 @@ def planned_restarts(run, ema):
             cli.die(f'{type(ema).__name__} cannot be restarted, which EMARestartHook wants')
         if hook.plateau:
             cli.note('note: restarts on a plateau cannot be known before the run')
+        if hook.source != 'model':
+            cli.note(
+                f'note: the shares do not show what source={hook.source!r} does to the weights'
+            )
         for moment, momentum in hook._moments(run).items():
             by_epoch = moment.startswith('epoch')
             at = at_of(moment) * (run.epoch_length if by_epoch else 1)
@@ -375,7 +390,7 @@ def metric_curves(validations):
 # --- the picture --------------------------------------------------------------------------------
 
 
-def draw(curves, run, path):
+def draw(curves, run, path, begin=0):
     import matplotlib
 
     matplotlib.use('Agg')
@@ -393,7 +408,7 @@ def draw(curves, run, path):
     for axis in axes:
         mark(axis, curves, run, scale)
         axis.grid(alpha=0.3)
-    axes[0].set_xlim(0, run.max_iters / scale)
+    axes[0].set_xlim(begin, run.max_iters / scale)
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[-1].set_xlabel('epoch' if run.by_epoch else 'iteration')
     handles, labels = axes[0].get_legend_handles_labels()
