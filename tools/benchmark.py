@@ -311,23 +311,30 @@ def draw(found, growth, path):
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout='constrained')
     warm = {name: s for (name, state), s in found.items() if state == 'warm'}
     names = [n for n in dict.fromkeys(n for s in warm.values() for n in s) if n != LIMIT]
+    colours = {name: f'C{i}' for i, name in enumerate(names)}
+    colours[LIMIT] = 'black'
     for i, name in enumerate(names):
         at = [(k, ratio(s, name, LIMIT)) for k, s in enumerate(warm.values()) if name in s]
         width = 0.8 / len(names)
-        left.bar(
-            [k - 0.4 + (i + 0.5) * width for k, _ in at], [r for _, r in at], width, label=name
-        )
+        places = [k - 0.4 + (i + 0.5) * width for k, _ in at]
+        left.bar(places, [r for _, r in at], width, label=name, color=colours[name])
     left.axhline(1, color='black', linewidth=1)
     left.set_xticks(range(len(warm)), list(warm))
     left.set_yscale('log')
+    left.set_yticks([1, 2, 3, 5, 10, 20, 30], [1, 2, 3, 5, 10, 20, 30])
+    left.minorticks_off()
     left.set_ylabel('time of an update / limit')
     left.set_title('Cost of one update (1 = one flat lerp_)')
     left.legend(fontsize=8)
     tensors = [key for key in growth if key[1] == 4_000_000]
     for name in next(iter(growth.values()), {}):
         values = [median(growth[key][name]) * 1e3 for key in tensors]
-        right.plot([key[0] for key in tensors], values, marker='o', label=name)
+        right.plot(
+            [key[0] for key in tensors], values, marker='o', label=name, color=colours.get(name)
+        )
     right.set(xscale='log', yscale='log', xlabel='tensors', ylabel='ms')
+    right.set_yticks([1, 2, 5, 10, 20, 50], [1, 2, 5, 10, 20, 50])
+    right.minorticks_off()
     right.set_title('4 M weights in more and more tensors')
     right.legend(fontsize=8)
     figure.savefig(path, dpi=110)
