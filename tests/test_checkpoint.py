@@ -135,7 +135,7 @@ def swap(content):
 
 
 def test_a_state_without_steps_is_reported(run, tmp_path):
-    # mmengine's defect 13 of docs: such a state loads in silence there
+    # MMEngine 0.10.7 loads such a state in silence, and the next update replaces the average
     content = torch.load(run[2], weights_only=True)
     del content['ema_state_dict']['steps']
     torch.save(content, tmp_path / 'x.pth')
