@@ -20,7 +20,8 @@ class EMAMonitorHook(Hook):
     The scalars, under ``train/``, are those that hold for the next update:
 
     - ``ema_momentum``: the weight of the new value;
-    - ``ema_horizon``: ``1 / momentum``, rounded: about how many recent updates the average remembers;
+    - ``ema_horizon``: ``1 / momentum``, rounded: about how many recent updates the average
+      remembers;
     - ``ema_steps``: updates since the last restart;
     - ``ema_restarts``: how many restarts there have been;
     - ``ema_distance``: ``||average - source|| / ||source||`` over all parameters.
