@@ -27,10 +27,10 @@ def is_whole(file: str | Path) -> bool:
 
 
 def checkpoint_to_resume(work_dir: str | Path) -> Path | None:
-    """Return the newest checkpoint of a run that it can be resumed from; None if there is none.
+    """Return the furthest checkpoint of a run that it can be resumed from; None if there is none.
 
     That is the one that MMEngine's ``last_checkpoint`` names, unless the file is gone or cut short:
-    then the newest other one that has an optimizer.
+    then the furthest other one that has an optimizer.
 
     Raises:
         ValueError: If there was a checkpoint, and none is left that is whole and has an optimizer.
@@ -42,10 +42,15 @@ def checkpoint_to_resume(work_dir: str | Path) -> Path | None:
     named = Path(note.read_text().strip() or '-')
     if named.is_file() and is_whole(named):
         return named
-    files = sorted(work_dir.glob('*.pth'), key=lambda file: file.stat().st_mtime, reverse=True)
-    for file in files:
-        if is_whole(file) and 'optimizer' in torch.load(file, map_location='cpu'):
-            return file
+    iterations = {
+        file: checkpoint['meta']['iter']
+        for file in work_dir.glob('*.pth')
+        if is_whole(file)
+        for checkpoint in [torch.load(file, map_location='cpu')]
+        if 'optimizer' in checkpoint
+    }
+    if iterations:
+        return max(iterations, key=iterations.get)
     raise ValueError(
         f'no checkpoint in {work_dir} can be resumed from: {named.name} is '
         f'{"cut short" if named.is_file() else "gone"}, and no other one is whole and has an '

@@ -1,6 +1,6 @@
 # What D-FINE's second stage was meant to do, and does not (its decay never changes: D-FINE 331).
-# At the switch: back to the best checkpoint so far, and on with the decay `ema_restart_decay`. After
-# each validation that does not improve: 1e-4 less decay, and back to the same checkpoint again.
+# At the switch: back to the best checkpoint so far, and on with the decay `ema_restart_decay`.
+# After each validation that does not improve: 1e-4 less decay, and back to the same one again.
 
 ema_restart_decay = 0.9999
 

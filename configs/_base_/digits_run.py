@@ -7,7 +7,7 @@ digits_train_cfg = dict(max_epochs=digits_epochs, val_interval=5, dynamic_interv
 digits_val_cfg = dict(type='mmema.EMAValLoop')  # raw weights beside the averaged ones
 digits_hooks = dict(
     logger=dict(interval=16),
-    checkpoint=dict(interval=5, save_best='coco/bbox_mAP', max_keep_ckpts=1),
+    checkpoint=dict(interval=5, save_best='coco/bbox_mAP', max_keep_ckpts=2),
 )
 
 # 1,600 iterations in all. The stock momentum (1e-4, a horizon of 10,000 iterations) and gamma
@@ -21,6 +21,9 @@ digits_ema = dict(
     update_buffers=True,
     priority=49,
 )
+
+# The last 20 epochs have 640 iterations; with this gamma the warm-up takes 265 of them.
+digits_restart = dict(type='mmema.EMARestartHook', follow='PipelineSwitchHook', gamma=50)
 
 # In place of the stock SGD of YOLOv5, YOLOv8 and YOLOX, whose warm-up alone is 1,000 iterations.
 digits_adamw = dict(_delete_=True, type='AdamW', lr=0.004, weight_decay=0.05)

@@ -8,8 +8,8 @@ restartable_ema = dict(
     priority=49,
 )
 
-# The last stages have 10 to 20 epochs, 9,000 updates or more. This horizon of 2,000 updates and this
-# warm-up, over after gamma ln(1 / momentum) = 3,800, fit into them; the stock values do not.
+# The last stages have 10 to 20 epochs, 9,000 updates or more. This horizon of 2,000 updates and
+# this warm-up, over after gamma ln(1 / momentum) = 3,800, fit into them; the stock values do not.
 restart_at_switch = dict(
     type='mmema.EMARestartHook', follow='PipelineSwitchHook', momentum=0.0005, gamma=500
 )

@@ -9,9 +9,7 @@ close_mosaic_epochs = 15
 train_pipeline_stage2 = [
     *_base_.pre_transform,
     dict(type='YOLOv5KeepRatioResize', scale=_base_.img_scale),
-    dict(
-        type='LetterResize', scale=_base_.img_scale, allow_scale_up=True, pad_val=dict(img=114.0)
-    ),
+    dict(type='LetterResize', scale=_base_.img_scale, allow_scale_up=True, pad_val=dict(img=114.0)),
     dict(
         type='YOLOv5RandomAffine',
         max_rotate_degree=0.0,

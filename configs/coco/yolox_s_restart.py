@@ -1,5 +1,5 @@
-# YOLOX-s whose average restarts when the augmentation ends, with the learning rate of Megvii's YOLOX:
-# the stock config's cosine is five epochs too long and does not end at its minimum.
+# YOLOX-s whose average restarts when the augmentation ends, with the learning rate of Megvii's
+# YOLOX: the stock config's cosine is five epochs too long and does not end at its minimum.
 _base_ = [
     'mmyolo::yolox/yolox_s_fast_8xb8-300e_coco.py',
     '../_base_/restart.py',

@@ -64,6 +64,7 @@ param_scheduler = [
 default_hooks = _base_.digits_hooks
 custom_hooks = [
     _base_.digits_ema,
+    _base_.digits_restart,
     dict(
         type='mmdet.PipelineSwitchHook',
         switch_epoch=_base_.digits_switch_epoch,

@@ -36,6 +36,7 @@ optim_wrapper = dict(optimizer=_base_.digits_adamw)
 default_hooks = dict(**_base_.digits_hooks, param_scheduler=_base_.digits_yolo_schedule)
 custom_hooks = [
     _base_.digits_ema,
+    _base_.digits_restart,
     dict(type='mmema.EMAMonitorHook'),
     dict(
         type='mmdet.PipelineSwitchHook',

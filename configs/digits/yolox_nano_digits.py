@@ -68,6 +68,7 @@ custom_hooks = [
     ),
     dict(type='mmdet.SyncNormHook', priority=48),
     _base_.digits_ema,
+    {**_base_.digits_restart, 'follow': 'YOLOXModeSwitchHook'},
 ]
 train_cfg = _base_.digits_train_cfg
 val_cfg = _base_.digits_val_cfg

@@ -174,8 +174,8 @@ class EMARestartHook(Hook):
         iterations = isinstance(loop, IterBasedTrainLoop)
         if iterations and (self.follow or (self.by_epoch and (self.milestones or self.every))):
             raise ValueError(
-                'milestones, every and follow by epoch need a run by epochs, but this one counts '
-                'iterations. Set by_epoch=False and give iterations.'
+                'a trigger by epoch must be in a run by epochs, got one by iterations. Set '
+                'by_epoch=False and give iterations.'
             )
         each = isinstance(self.momentum, (list, tuple))
         values = self.momentum if each else [self.momentum] * len(self.milestones)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from runs import assert_same
 
-SCRIPT = Path(__file__).parents[1] / 'train_line.py'
+TRAIN = Path(__file__).parents[1] / 'train_line.py'
 LIMIT = 180
 PLATEAU = dict(metric='score', momentum_add=0.01)
 # By epoch, as rank 0 sees it: plateaus after 2 and 4. The others see a metric that never improves.
@@ -24,10 +24,10 @@ def launch(work_dir, ranks, **settings):
     file.write_text(json.dumps(dict(settings, work_dir=str(work_dir))))
     return subprocess.run(
         [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone']
-        + ['--nproc-per-node', str(ranks), str(SCRIPT), str(file)],
+        + ['--nproc-per-node', str(ranks), str(TRAIN), str(file)],
         capture_output=True,
         timeout=LIMIT,
-        env={**os.environ, 'PYTHONPATH': str(SCRIPT.parent), 'OMP_NUM_THREADS': '1'},
+        env={**os.environ, 'PYTHONPATH': str(TRAIN.parent), 'OMP_NUM_THREADS': '1'},
     )
 
 

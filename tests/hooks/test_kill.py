@@ -97,7 +97,7 @@ def test_killed_while_the_last_checkpoint_was_written(tmp_path):
     settings = RUNS['epochs']
     whole = finish(start(tmp_path / 'whole', settings), tmp_path / 'whole')
     work_dir = tmp_path / 'cut'
-    finish(start(work_dir, dict(settings, epochs=5)), work_dir)
+    assert start(work_dir, settings, die=[0, 20]).wait(LIMIT) == -signal.SIGKILL
     last = work_dir / 'epoch_5.pth'
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
     assert_same(whole, finish(start(work_dir, settings, resume=True), work_dir))

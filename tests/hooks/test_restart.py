@@ -445,8 +445,9 @@ def assert_resume_changes_nothing(whole, work_dir, hook, settings, crash):
     resumed = make_runner(work_dir, hook, resume=True, **settings)
     resumed.train()
     assert_same(state_of(whole), state_of(resumed))
-    best = [runner.message_hub.get_info('best_score') for runner in (whole, resumed)]
-    assert best[0] == best[1]
+    if 'script' in settings:  # the hook looks at metrics, so it caught up on the validation
+        best = [runner.message_hub.get_info('best_score') for runner in (whole, resumed)]
+        assert best[0] == best[1]
 
 
 PLACES = [
@@ -604,7 +605,7 @@ def test_what_the_run_lacks_is_said_before_training(tmp_path):
             make_runner(tmp_path, *hooks, **settings).train()
 
     refused('must name a hook of the run, got', restart(follow='PipelineSwitchHook'))
-    refused('counts iterations. Set by_epoch=False', restart(milestones=[2]), iters=4)
+    refused('got one by iterations. Set by_epoch=False', restart(milestones=[2]), iters=4)
     refused('needs a restartable average, got ExpMomentumEMA', restart(every=2),
             ema=dict(type='EMAHook', ema_type='mmema.ExpMomentumEMA'))  # fmt: skip
     refused('must have one EMAHook, got 2', restart(every=2), EMA)
