@@ -479,3 +479,91 @@ def test_a_refused_restart_changes_nothing(arguments, error, message):
 def test_a_decay_given_as_momentum_is_questioned(warnings_seen):
     ExpMomentumEMA(one_weight(), momentum=0.9998)
     assert 'Did you mean 1 - 0.9998 = 0.0002?' in warnings_seen.text
+
+
+# --- what is copied instead of blended ----------------------------------------------------------
+
+
+def averaged_by(change=lambda step, model: None, blended=None, **settings):
+    """Average a toy for six updates, beside the reference; return both."""
+    model, generator = Toy(), seeded(5)
+    ema = ExpMomentumEMA(model, 0.1, 3, **settings)
+    always = blended or (lambda names: names)
+    reference = ReferenceEMA(tensors_of(model), [], 0.1, 3)
+    for step in range(6):
+        change(step, model)
+        reference.blended = always(blended_names(model, settings.get('update_buffers', False)))
+        shake(model, generator)
+        ema.update_parameters(model)
+        reference.update(tensors_of(model))
+    return tensors_of(ema.module), reference.average
+
+
+@pytest.mark.parametrize(
+    'exclude, copied',
+    [
+        (['conv.bias'], {'conv.bias'}),
+        (['norm.*'], {'norm.weight', 'norm.bias', 'norm.running_mean', 'norm.running_var'}),
+        (['*bias', 'anchors'], {'conv.bias', 'norm.bias', 'tied.bias', 'anchors'}),
+        (('tied.w*',), {'conv.weight', 'tied.weight'}),  # one tensor under two names
+    ],
+)
+def test_what_is_excluded_is_copied(exclude, copied):
+    assert_close(
+        *averaged_by(blended=lambda names: names - copied, exclude=exclude, update_buffers=True),
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    'exclude, error, message',
+    [
+        (['conv'], ValueError, r"'conv' matches none, .* write 'conv.\*'"),
+        (['conv.*', 'backbone.*'], ValueError, r"'backbone.\*' matches none"),
+        ('conv.*', TypeError, 'exclude must be a list of strings'),
+        ([3], TypeError, 'exclude must be a list of strings'),
+    ],
+)
+@BOTH
+def test_a_filter_that_filters_nothing_is_an_error(cls, exclude, error, message):
+    with pytest.raises(error, match=message):
+        cls(Toy(), exclude=exclude)
+
+
+def test_frozen_parameters_are_copied_as_long_as_they_are_frozen():
+    def change(step, model):
+        model.conv.requires_grad_(step in (0, 1, 4, 5))
+
+    assert_close(*averaged_by(change), rtol=1e-5)
+
+
+# --- what else happens to models in a run -------------------------------------------------------
+
+
+def test_a_conversion_of_batch_norm_to_sync_batch_norm():
+    def change(step, model):
+        if step == 3:
+            model.norm = nn.SyncBatchNorm.convert_sync_batchnorm(model.norm)
+            assert isinstance(model.norm, nn.SyncBatchNorm)
+
+    assert_close(*averaged_by(change), rtol=1e-5)
+
+
+@pytest.mark.parametrize('whole', [False, True])
+def test_a_compiled_model(whole):
+    model, generator = Toy(), seeded(6)
+    ema, twin = ExpMomentumEMA(model, 0.1, 3), ExpMomentumEMA(model, 0.1, 3)
+    if whole:
+        compiled = torch.compile(model, backend='eager')
+    else:
+        model.norm = torch.compile(model.norm, backend='eager')
+        compiled = model
+    for _ in range(3):
+        compiled(torch.ones(2, 2, 4, 4)).sum().backward()
+        shake(model, generator)
+        ema.update_parameters(compiled)
+    assert not torch.equal(ema.module.conv.weight, twin.module.conv.weight)
+    made_of_compiled = ExpMomentumEMA(compiled, 0.1, 3)
+    made_of_compiled.update_parameters(compiled)
+    made_of_compiled.update_parameters(model)
+    assert made_of_compiled.steps == 2
