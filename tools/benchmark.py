@@ -7,8 +7,8 @@
 The limit is one flat ``lerp_`` over all weights: two are read, one is written. Every round runs
 all contenders in a new order, so that whatever else the machine does hits all alike; a figure is
 the median of the rounds, a ratio the median of the ratios within a round. On the CPU each model is
-measured twice: 'warm', where all is as the contender before left it, and 'cold', after 96 MB of
-other memory were visited, as a training step on a larger machine does. Before anything is timed
+measured twice: 'warm', right after another update of the same contender, and 'cold', after 96 MB
+of other memory were visited; a training iteration lies between the two. Before anything is timed
 each contender's result is compared with the formula in float64.
 """
 
@@ -163,7 +163,7 @@ def checked(model, makes):
 # --- clocks -------------------------------------------------------------------------------------
 
 
-def measured(works, rounds, before=lambda: None, device='cpu'):
+def measured(works, rounds, before=lambda work: None, device='cpu'):
     """Return, for each work, its seconds in every round; the order is new in each."""
     wait = torch.cuda.synchronize if device != 'cpu' else lambda: None
     seconds = {name: [] for name in works}
@@ -172,7 +172,7 @@ def measured(works, rounds, before=lambda: None, device='cpu'):
     for _ in range(rounds):
         random.shuffle(order)
         for name in order:
-            before()
+            before(works[name])
             wait()
             start = time.perf_counter()
             works[name]()
@@ -210,7 +210,7 @@ def measure_models(names, rounds, device):
         if name == LARGE:  # each is another 1.2 GB
             makes = {k: CONTENDERS[k] for k in (OURS[0], 'mmyolo', 'mmdet')}
         works = {LIMIT: limit(model), **checked(model, makes)}
-        states = {'warm': lambda: None, 'cold': lambda: evict.add_(1)}
+        states = {'warm': lambda work: work(), 'cold': lambda work: evict.add_(1)}
         if device != 'cpu':
             states.pop('cold')
         for state, before in states.items():
