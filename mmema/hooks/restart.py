@@ -293,8 +293,9 @@ class EMARestartHook(Hook):
             f'EMA restart {ema.restarts} at epoch {runner.epoch}, iter {runner.iter} (due: {why}): '
             f'{changes}; training goes on from {gone_on_from}'
         )
-        for name in ('restarts', *ema._LIVE):
-            runner.message_hub.update_scalar(f'train/ema_{name}', float(getattr(ema, name)))
+        runner.message_hub.update_scalar('train/ema_restarts', ema.restarts)
+        for name in ema._LIVE:
+            runner.message_hub.update_scalar(f'train/ema_set_{name}', float(getattr(ema, name)))
 
     def _go_on_from(self, runner, ema, source: str, ends_stage: bool) -> str:
         """Put the weights in place; return what they are, for the log."""

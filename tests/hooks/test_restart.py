@@ -237,8 +237,8 @@ def test_scalars_and_log_say_what_changed(tmp_path):
     )
     scalars = runner.message_hub.log_scalars
     assert scalars['train/ema_restarts'].current() == 1
-    assert scalars['train/ema_momentum'].current() == 0.02
-    assert scalars['train/ema_gamma'].current() == 9
+    assert scalars['train/ema_set_momentum'].current() == 0.02
+    assert scalars['train/ema_set_gamma'].current() == 9
 
 
 # --- source -------------------------------------------------------------------------------------
