@@ -40,23 +40,29 @@ def checkpoint_to_resume(work_dir: str | Path) -> Path | None:
     if not note.exists():
         return None  # not even the first checkpoint was finished
     named = Path(note.read_text().strip() or '-')
+    moved = work_dir / named.name  # the folder, since the note was written; or seen from elsewhere
+    named = moved if moved.is_file() else named
     if named.is_file() and is_whole(named):
         return named
-    iterations = {
-        file: checkpoint['meta']['iter']
-        for file in work_dir.glob('*.pth')
-        if is_whole(file)
-        for checkpoint in [torch.load(file, map_location='cpu')]
-        if 'optimizer' in checkpoint
-    }
-    if iterations:
-        return max(iterations, key=iterations.get)
+    iterations = {file: _iterations_of(file) for file in work_dir.glob('*.pth') if is_whole(file)}
+    furthest = max(iterations, key=iterations.get, default=None)
+    if furthest is not None and iterations[furthest] >= 0:
+        return furthest
     raise ValueError(
         f'no checkpoint in {work_dir} can be resumed from: {named.name} is '
         f'{"cut short" if named.is_file() else "gone"}, and no other one is whole and has an '
         'optimizer. Start anew without resuming, or from the weights of another file with '
         '--cfg-options load_from=FILE'
     )
+
+
+def _iterations_of(file: Path) -> int:
+    """Return after how many iterations a checkpoint was saved; -1 if no run can go on from it."""
+    try:
+        checkpoint = torch.load(file, map_location='cpu')
+        return checkpoint['meta']['iter'] if 'optimizer' in checkpoint else -1
+    except Exception:  # whatever lies in that folder: it is not ours
+        return -1
 
 
 def check_ema_state(checkpoint: dict, ema: BaseAveragedModel, file: str) -> None:

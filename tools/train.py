@@ -92,17 +92,19 @@ def resume(config, checkpoint):
 
 
 def latest_checkpoint(config):
-    mark = last_checkpoint_file(config)
-    if not os.path.isfile(mark):
+    from mmema.resume import checkpoint_to_resume
+
+    try:
+        found = checkpoint_to_resume(config.work_dir)
+    except ValueError as error:
+        cli.die(error)
+    if found is None:
         cli.die(
             f'--resume finds no checkpoint in {config.work_dir}: name one (--resume FILE), or the '
             'folder (--work-dir), or leave --resume out to begin anew'
         )
-    with open(mark) as file:
-        named = file.read().strip()
-    # The work dir may have been moved, or be given from another folder, since it was written.
-    moved = os.path.join(config.work_dir, os.path.basename(named))
-    return moved if os.path.isfile(moved) else named
+    cli.note(f'goes on from {found}')
+    return str(found)
 
 
 def train(runner):
