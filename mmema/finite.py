@@ -19,17 +19,29 @@ def flags(tensors: list[Tensor]) -> list[Tensor]:
     finite. A 16-bit norm overflows at 65504, so there every element is looked at.
     """
     found: list = [None] * len(tensors)
+    fused, single = _sorted_out(tensors)
+    for number in single:
+        found[number] = tensors[number].isfinite().all()
+    for numbers in fused:
+        for number, flag in zip(numbers, _fused_flags([tensors[n] for n in numbers]).unbind()):
+            found[number] = flag
+    return found
+
+
+def _sorted_out(tensors: list[Tensor]) -> tuple[list[list[int]], list[int]]:
+    """Return the numbers of the tensors: lists for one fused pass each, and the others."""
     fused: dict = {}
+    single = []
     for number, tensor in enumerate(tensors):
         if tensor.dtype in (torch.float32, torch.float64) and tensor.numel():
             fused.setdefault((tensor.dtype, tensor.device), []).append(number)
         else:
-            found[number] = tensor.isfinite().all()
-    for numbers in fused.values():
-        norms = torch._foreach_norm([tensors[number] for number in numbers])
-        for number, flag in zip(numbers, torch.stack(norms).isfinite().unbind()):
-            found[number] = flag
-    return found
+            single.append(number)
+    return list(fused.values()), single
+
+
+def _fused_flags(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(tensors)).isfinite()
 
 
 def names_of_non_finite(model: nn.Module) -> list[str]:
@@ -50,21 +62,28 @@ class Guard:
         self.is_blended = [True] * len(blended) + [False] * (len(self.pairs) - len(blended))
         self.exact = [pair for pair in pairing.copied if not is_number(pair.source)]
         self.skipped: list = [0] * len(self.pairs)
-        self.on_cpu = all(pair.source.device.type == 'cpu' for pair in self.pairs)
+        self.sources = [pair.source for pair in self.pairs]
+        fused, single = _sorted_out(self.sources)
+        self.fused = [[self.sources[number] for number in numbers] for numbers in fused]
+        self.single = [self.sources[number] for number in single]
+        self.on_cpu = all(source.device.type == 'cpu' for source in self.sources)
 
     def sees_only_finite(self) -> bool:
-        """Look at the source. On the CPU the answer costs nothing; elsewhere it is always False."""
-        self.found = flags([pair.source.detach() for pair in self.pairs])
-        return self.on_cpu and (not self.found or bool(torch.stack(self.found).all()))
+        """Look at the source. Only the CPU is asked; elsewhere the answer is always False."""
+        return (
+            self.on_cpu
+            and all(bool(_fused_flags(tensors).all()) for tensors in self.fused)
+            and all(bool(flag) for flag in flags(self.single))
+        )
 
     def update(self, momentum: float | None) -> None:
         """Blend (None: not at all; 1: copy) and copy whatever is finite, without waiting."""
-        for number, (pair, finite) in enumerate(zip(self.pairs, self.found)):
+        for number, (pair, finite) in enumerate(zip(self.pairs, flags(self.sources))):
             self.skipped[number] = self.skipped[number] + (~finite).long()
             weight = momentum if self.is_blended[number] else 1.0
             if weight is not None:
                 average = pair.average
-                source = pair.source.detach().to(average.device, average.dtype)
+                source = pair.source.to(average.device, average.dtype)
                 source = torch.where(finite.to(average.device), source, average)
                 average.lerp_(source, weight) if weight < 1 else average.copy_(source)
         for pair in self.exact:

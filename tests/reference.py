@@ -27,7 +27,7 @@ class ReferenceEMA:
                 self.average[name] = as_double(tensor)
             elif self.steps % self.interval == 0:
                 m = exp_momentum(self.steps, self.momentum, self.gamma)
-                self.average[name] = (1 - m) * self.average[name] + m * as_double(tensor)
+                self.average[name] = ((1 - m) * self.average[name]).add_(tensor.detach(), alpha=m)
         self.steps += 1
 
     def restart(self, steps=0, momentum=None, gamma=None):

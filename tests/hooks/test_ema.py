@@ -41,6 +41,12 @@ def without_clock(runner):
     return runner
 
 
+class Initialised(LineModel):
+    def init_weights(self):
+        for parameter in self.parameters():
+            nn.init.normal_(parameter)
+
+
 class Spy(Hook):
     """What the model holds while it is evaluated."""
 
@@ -224,7 +230,7 @@ def test_7_any_weights_are_evaluated_as_they_were_loaded(tmp_path, form):
 @FORMS
 def test_7_any_weights_are_trained_from(tmp_path, form):
     state, file = saved(tmp_path, form)
-    runner = make_runner(tmp_path, ema=OURS, load_from=file, epochs=1)
+    runner = make_runner(tmp_path, ema=OURS, load_from=file, epochs=1, model=Initialised())
 
     class Look(Hook):
         priority = 'LOW'
@@ -558,12 +564,6 @@ def test_a_checkpoint_saved_during_a_validation_holds_both_weights_rightly(tmp_p
 # --- 11: the first copy ---------------------------------------------------------------------------
 
 
-class Initialised(LineModel):
-    def init_weights(self):
-        for parameter in self.parameters():
-            nn.init.normal_(parameter)
-
-
 @BOTH
 def test_11_the_first_copy_is_taken_after_init_weights(tmp_path, ema):
     # mmengine 0.10.7: evaluated before the first update, the average is another random model.
@@ -729,3 +729,23 @@ def test_a_model_that_is_compiled_during_the_run(tmp_path):
 def test_a_deep_copy_of_the_hook_has_nothing_of_the_run():
     hook = copy.deepcopy(mmema.EMAHook(momentum=0.1))
     assert hook.ema_model is None and hook.ema_cfg['momentum'] == 0.1
+
+
+def test_what_no_checkpoint_holds_begins_as_the_models_after_a_resume(tmp_path):
+    class WithCache(Initialised):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('cache', torch.zeros(2), persistent=False)
+
+        def init_weights(self):
+            super().init_weights()
+            self.cache.fill_(3)
+
+    def make(**settings):
+        ema = dict(OURS, update_buffers=True)
+        return make_runner(tmp_path, ema=ema, model=WithCache(), **settings)
+
+    make(epochs=1).train()
+    runner = make(epochs=2, resume=True)
+    runner.train()
+    assert torch.equal(ema_of(runner).module.cache, torch.full((2,), 3.0))
