@@ -135,8 +135,14 @@ def bash_block(page, content, folder, request):
 
 
 def call(*command, folder, **environment):
-    """Run a command; return what it printed."""
-    done = subprocess.run(
+    """Run a command that succeeds; return what it printed."""
+    done = run(*command, folder=folder, **environment)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+def run(*command, folder, **environment):
+    return subprocess.run(
         list(map(str, command)),
         cwd=folder,
         env={**os.environ, 'OMP_NUM_THREADS': '1', **environment},
@@ -145,8 +151,6 @@ def call(*command, folder, **environment):
         text=True,
         timeout=400,
     )
-    assert done.returncode == 0, done.stdout[-3000:]
-    return done.stdout
 
 
 def install(folder):
@@ -162,11 +166,23 @@ def install(folder):
     assert out.splitlines()[-1] == str(target / 'mmema' / '__init__.py')
 
 
+PARSE_ONLY = """
+import argparse, os, runpy, sys
+parse = argparse.ArgumentParser.parse_args
+def parse_and_stop(*arguments):
+    parse(*arguments)
+    sys.exit('parsed')
+argparse.ArgumentParser.parse_args = parse_and_stop
+sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])  # as for a script
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
 def parse_only(arguments):
-    """Let a tool parse the arguments of a run that takes long."""
-    code = 'import runpy, sys; runpy.run_path(sys.argv[0])["parse_args"]()'
-    code = f'import sys; sys.path.insert(0, "tools"); sys.argv = {arguments!r}; {code}'
-    call(sys.executable, '-c', code, folder=ROOT)
+    """Let a tool parse the arguments of a run that takes long, and no more."""
+    done = run(sys.executable, '-c', PARSE_ONLY, *arguments, folder=ROOT)
+    assert done.stdout.rstrip().endswith('parsed'), done.stdout
     for argument in arguments[1:]:
         if argument.startswith('configs/'):
             assert (ROOT / argument).is_file(), argument
