@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mmengine.model import ExponentialMovingAverage
+from mmengine.model import ExponentialMovingAverage, MMDistributedDataParallel
 from reference import tensors_of
 from torch import nn
 from toys import Toy, seeded, shake
@@ -135,6 +135,20 @@ def test_parameters_replaced_inside_keep_what_they_were_made_from():
         del model.conv, model.tied
     assert torch.equal(model.fused.weight, 2 * ema.module.conv.weight)
     assert torch.equal(model.norm.weight, ema.module.norm.weight)
+
+
+def test_a_wrapped_model(tmp_path):
+    torch.distributed.init_process_group(
+        'gloo', init_method=f'file://{tmp_path}/group', rank=0, world_size=1
+    )
+    try:
+        model, ema = trained()
+        own = values(model)
+        with averaged_weights(MMDistributedDataParallel(model), ema) as inside:
+            assert torch.equal(inside.module.conv.weight, ema.module.conv.weight)
+        assert_equal(values(model), own)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_compiled_model():
