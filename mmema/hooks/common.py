@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import random
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from mmengine.hooks import EMAHook as StockEMAHook
+from mmengine.runner import EpochBasedTrainLoop
 
 
 def ema_hook_of(runner) -> StockEMAHook:
@@ -23,6 +25,17 @@ def ema_hook_of(runner) -> StockEMAHook:
             "dict(type='EMAHook', ema_type='mmema.RestartableExpMomentumEMA')"
         )
     return found[0]
+
+
+def validation_follows(loop, now: int) -> bool:
+    """Tell whether MMEngine's ``loop`` validates after its epoch or iteration ``now``, from 1."""
+    interval = loop.dynamic_intervals[bisect.bisect(loop.dynamic_milestones, now + 1) - 1]
+    return now >= loop.val_begin and (now % interval == 0 or now == last_of(loop))
+
+
+def last_of(loop) -> int:
+    """Return the number of epochs, or iterations, of a loop."""
+    return loop.max_epochs if isinstance(loop, EpochBasedTrainLoop) else loop.max_iters
 
 
 @contextmanager

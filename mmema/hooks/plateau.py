@@ -44,7 +44,9 @@ class Plateau:
             if value is not None and not 0 < real(f'on_plateau[{name!r}]', value) < 1:
                 raise ValueError(f'on_plateau[{name!r}] must be in (0, 1), got {value}')
         if max_momentum is not None and momentum_add is None:
-            raise ValueError("on_plateau['max_momentum'] needs on_plateau['momentum_add']")
+            raise ValueError(
+                "on_plateau['max_momentum'] needs on_plateau['momentum_add'], got None for it"
+            )
         self.momentum_add = momentum_add
         self.max_momentum = max_momentum
         if source is not None:

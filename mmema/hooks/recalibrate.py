@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from contextlib import contextmanager
 from typing import List, Optional
 
@@ -16,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..registry import HOOKS, register_everywhere
 from ..tensors import unwrapped
-from .common import ema_hook_of, kept_rng
+from .common import ema_hook_of, kept_rng, last_of, validation_follows
 
 
 @register_everywhere(HOOKS)
@@ -206,17 +205,6 @@ class EMARecalibrateHook(Hook):
             return runner.build_dataloader(config, seed=runner.seed)
 
 
-def validation_follows(loop, now: int) -> bool:
-    """Tell whether MMEngine's ``loop`` validates after its epoch or iteration ``now``, from 1."""
-    interval = loop.dynamic_intervals[bisect.bisect(loop.dynamic_milestones, now + 1) - 1]
-    return now >= loop.val_begin and (now % interval == 0 or now == last_of(loop))
-
-
-def last_of(loop) -> int:
-    """Return the number of epochs, or iterations, of a loop."""
-    return loop.max_epochs if isinstance(loop, EpochBasedTrainLoop) else loop.max_iters
-
-
 def batch_norms(model: nn.Module) -> List[_BatchNorm]:
     """Return the BatchNorm layers that have running statistics."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
@@ -247,7 +235,9 @@ def _in_train_mode(model: nn.Module):
 
 def _finish(norm: _BatchNorm) -> bool:
     """Average over the ranks; tell whether there is a result."""
-    if not int(norm.num_batches_tracked):
+    reached = (norm.num_batches_tracked > 0).long()
+    all_reduce(reached, op='min')  # a layer that one rank left out is left out by all
+    if not int(reached):
         return False
     tensors = (norm.running_mean, norm.running_var)
     for tensor in tensors:

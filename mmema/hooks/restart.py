@@ -16,7 +16,7 @@ from ..resume import check_ema_state, checkpoint_to_resume, is_whole
 from ..variants import RestartableConstantEMA
 from . import rewind
 from .advice import Plan, advice
-from .common import ema_hook_of
+from .common import ema_hook_of, validation_follows
 from .plateau import Plateau
 from .rewind import SOURCES
 
@@ -230,7 +230,10 @@ class EMARestartHook(Hook):
             return
         self._just_resumed = False
         wanted = self.plateau or self._uses_best()
-        if wanted and self.validated != runner.iter and validation_is_due(runner):
+        loop = runner.train_loop
+        now = loop.iter if isinstance(loop, IterBasedTrainLoop) else loop.epoch
+        missed = self.validated != runner.iter and validation_follows(loop, now)
+        if wanted and missed and runner.val_loop is not None:
             runner.logger.info('EMARestartHook: the validation before the resume comes first')
             runner.val_loop.run()
 
@@ -402,17 +405,6 @@ def switch_epochs(runner, name: str, must: bool = True) -> list[int]:
             f'{sorted({type(hook).__name__ for hook in runner.hooks})}'
         )
     return [at for at in epochs if at < runner.max_epochs]
-
-
-def validation_is_due(runner) -> bool:
-    """Tell whether the loop would have validated at this moment, had the run not been resumed."""
-    loop = runner.train_loop
-    if runner.val_loop is None:
-        return False
-    iterations = isinstance(loop, IterBasedTrainLoop)
-    now, end = (loop.iter, loop.max_iters) if iterations else (loop.epoch, loop.max_epochs)
-    loop._decide_current_val_interval()
-    return now >= loop.val_begin and (now % loop.val_interval == 0 or now == end)
 
 
 def live_of(ema: Restartable) -> dict[str, float]:
