@@ -7,8 +7,8 @@ from .hooks.monitor import EMAMonitorHook
 from .hooks.recalibrate import EMARecalibrateHook
 from .hooks.restart import EMARestartHook
 from .hooks.val_loop import EMAValLoop
-from .swap import averaged_weights
 from .lr import YOLOXWarmCosLR
+from .swap import averaged_weights
 from .variants import (
     RestartableAnnealingEMA,
     RestartableConstantEMA,
