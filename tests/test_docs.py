@@ -38,7 +38,12 @@ PAGES = {
 RUN_ELSEWHERE = {'docs/checkpoints.md': {'console', 'python'}}  # see above
 SLOW = {'bash', 'text'}
 LONG = {'tools/benchmark.py', 'tools/test.py', 'tools/train.py'}  # their arguments are only parsed
-OTHERS = {'tools/model_converters'}  # of MMYOLO, and called so
+OTHERS = {  # files of MMYOLO and MMEngine, named as theirs
+    'tools/model_converters',
+    'tests/test_model/test_averaged_model.py',
+    'tests/test_hooks/test_ema_hook.py',
+}
+OTHERS_TESTS = {'docs/upstream.md'}  # names tests of MMEngine
 NUMBER = r'-?\d[\d.,:]*(?:e[+-]\d+)?'
 
 FENCE = re.compile(r'^( *)(```+|~~~+)([^\n]*)\n(.*?)^\1\2 *$', re.M | re.S)
@@ -105,7 +110,8 @@ def python_block(page, content, folder, request):
 
 def load_config(page, content, folder):
     """Load a config as if it stood beside its page."""
-    (folder / 'configs').symlink_to(ROOT / 'configs')
+    # Copied: behind a link the digits of the checkout would be found, if it has them.
+    shutil.copytree(ROOT / 'configs', folder / 'configs')
     file = folder / Path(page).with_suffix('.py')
     file.parent.mkdir(exist_ok=True)
     file.write_text(content)
@@ -310,8 +316,9 @@ def test_files_and_tests_that_a_page_names_exist(page):
                 assert path in OTHERS or any(ROOT.glob(path.rstrip('/'))), word
             elif re.fullmatch(r'\w+\.(py|md)', path):
                 assert path in every_file or (ROOT / path).is_file(), word
-            for name in re.findall(r'(?:^|::)(test_\w+)$', word):
-                assert f'def {name}(' in tests, word
+            name = re.search(r'(?:^|::)(test_\w+)$', word)
+            if name and page not in OTHERS_TESTS:
+                assert f'def {name[1]}(' in tests, word
         if re.match('make [a-z]', span):
             assert span.split()[1] in targets, span
 
