@@ -9,7 +9,10 @@ import torch
 from mmengine.model import BaseAveragedModel
 
 from .arguments import listed
-from .averaged import MomentumAveragedModel
+from .averaged import MomentumAveragedModel, log
+
+# What the copies of best checkpoints are called that are kept for restarts.
+KEPT = 'best_before_restart_at_'
 
 _HOW_TO_GO_ON = (
     'Resume from a whole checkpoint, or start anew from its weights: --cfg-options '
@@ -26,11 +29,11 @@ def is_whole(file: str | Path) -> bool:
     return zipfile.is_zipfile(file)
 
 
-def checkpoint_to_resume(work_dir: str | Path) -> Path | None:
-    """Return the furthest checkpoint of a run that it can be resumed from; None if there is none.
+def checkpoint_to_resume(work_dir: str | Path) -> str | None:
+    """Return the checkpoint that a run can be resumed from; None if there is none.
 
     That is the one that MMEngine's ``last_checkpoint`` names, unless the file is gone or cut short:
-    then the furthest other one that has an optimizer.
+    then the newest other one that has an optimizer, and the log says so.
 
     Raises:
         ValueError: If there was a checkpoint, and none is left that is whole and has an optimizer.
@@ -39,30 +42,33 @@ def checkpoint_to_resume(work_dir: str | Path) -> Path | None:
     note = work_dir / 'last_checkpoint'
     if not note.exists():
         return None  # not even the first checkpoint was finished
-    named = Path(note.read_text().strip() or '-')
-    moved = work_dir / named.name  # the folder, since the note was written; or seen from elsewhere
-    named = moved if moved.is_file() else named
-    if named.is_file() and is_whole(named):
-        return named
-    iterations = {file: _iterations_of(file) for file in work_dir.glob('*.pth') if is_whole(file)}
-    furthest = max(iterations, key=iterations.get, default=None)
-    if furthest is not None and iterations[furthest] >= 0:
-        return furthest
+    name = note.read_text().strip() or '-'
+    if '://' in name:
+        return name  # on a storage that only MMEngine's backends reach
+    named = Path(name)
+    for file in (named, work_dir / named.name):  # the folder may have been moved
+        if file.is_file() and is_whole(file):
+            return str(file)
+    state = 'cut short' if named.is_file() else 'gone'
+    files = {file for folder in (work_dir, named.parent) for file in folder.glob('*.pth')}
+    # A copy that was kept for a restart is newer than what is in it.
+    files = [file for file in files if not file.name.startswith(KEPT)]
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        if is_whole(file) and _has_optimizer(file):
+            log(f'{name} is {state}, so the run is resumed from {file}.')
+            return str(file)
     raise ValueError(
-        f'no checkpoint in {work_dir} can be resumed from: {named.name} is '
-        f'{"cut short" if named.is_file() else "gone"}, and no other one is whole and has an '
-        'optimizer. Start anew without resuming, or from the weights of another file with '
-        '--cfg-options load_from=FILE'
+        f'no checkpoint in {work_dir} can be resumed from: {named.name} is {state}, and no other '
+        'one is whole and has an optimizer. Start anew without resuming, or from the weights of '
+        'another file with --cfg-options load_from=FILE'
     )
 
 
-def _iterations_of(file: Path) -> int:
-    """Return after how many iterations a checkpoint was saved; -1 if no run can go on from it."""
+def _has_optimizer(file: Path) -> bool:
     try:
-        checkpoint = torch.load(file, map_location='cpu')
-        return checkpoint['meta']['iter'] if 'optimizer' in checkpoint else -1
+        return 'optimizer' in torch.load(file, map_location='cpu')
     except Exception:  # whatever lies in that folder: it is not ours
-        return -1
+        return False
 
 
 def check_ema_state(checkpoint: dict, ema: BaseAveragedModel, file: str) -> None:

@@ -224,7 +224,8 @@ def averaged_model(hook):
 
 def planned_restarts(run, ema):
     """Return the arguments of each restart by the iteration before which it takes place."""
-    from mmema.hooks.restart import EMARestartHook, at_of
+    from mmema.hooks.moments import at_of
+    from mmema.hooks.restart import EMARestartHook
 
     restarts = {}
     for hook in run.hooks:
@@ -465,7 +466,7 @@ def draw_metrics(axis, curves, run):
 
 
 def mark(axis, curves, run, scale):
-    from mmema.hooks.restart import switch_epochs
+    from mmema.hooks.moments import switch_epochs
 
     for number, at in enumerate(curves.restarts):
         label = '' if number else ('restart' if len(curves.restarts) == 1 else 'restarts')

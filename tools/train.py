@@ -74,6 +74,13 @@ def last_checkpoint_file(config):
 def resume(config, checkpoint):
     if checkpoint == 'auto':
         checkpoint = latest_checkpoint(config)
+    config.resume = True
+    config.load_from = checkpoint
+    if '://' not in checkpoint:  # else MMEngine's backends read it
+        check_resumable(config, checkpoint)
+
+
+def check_resumable(config, checkpoint):
     content = cli.read_checkpoint(checkpoint)
     missing = [key for key in ('state_dict', 'meta', 'optimizer') if key not in content]
     if missing:
@@ -87,8 +94,6 @@ def resume(config, checkpoint):
             f'{checkpoint} is the end of a finished run ({done} of {epochs} epochs); to train on, '
             f'--cfg-options train_cfg.max_epochs={done + 10}'
         )
-    config.resume = True
-    config.load_from = checkpoint
 
 
 def latest_checkpoint(config):
@@ -104,7 +109,7 @@ def latest_checkpoint(config):
             'folder (--work-dir), or leave --resume out to begin anew'
         )
     cli.note(f'goes on from {found}')
-    return str(found)
+    return found
 
 
 def train(runner):

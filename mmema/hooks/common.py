@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import random
+import sys
 from contextlib import contextmanager
 
 import numpy as np
@@ -25,6 +26,23 @@ def ema_hook_of(runner) -> StockEMAHook:
             "dict(type='EMAHook', ema_type='mmema.RestartableExpMomentumEMA')"
         )
     return found[0]
+
+
+def what_loads(runner) -> tuple[str, bool]:
+    """Return the file that is being loaded, and whether it is to resume the run.
+
+    Hooks are told of ``Runner.resume`` and ``Runner.load_checkpoint`` in the same way, and
+    ``runner._resume`` says what was wanted when the run began, not what is done now.
+    """
+    file, resumes, frame = 'the checkpoint', None, sys._getframe(1)
+    while frame is not None:
+        if frame.f_locals.get('self') is runner:
+            if frame.f_code.co_name == 'load_checkpoint':
+                file, resumes = str(frame.f_locals.get('filename', file)), False
+            elif frame.f_code.co_name == 'resume':
+                return file, True
+        frame = frame.f_back
+    return file, runner._resume if resumes is None else resumes
 
 
 def validation_follows(loop, now: int) -> bool:

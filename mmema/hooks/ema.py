@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections import OrderedDict
 from functools import wraps
 from weakref import WeakSet, ref
@@ -20,6 +19,7 @@ from ..registry import HOOKS
 from ..resume import check_ema_state
 from ..swap import Swap, follow, non_persistent
 from ..tensors import plain, unwrapped
+from .common import what_loads
 
 
 @HOOKS.register_module()
@@ -276,23 +276,6 @@ def optimizers_of(wrapper) -> list:
     optimizers = [getattr(wrapper, 'optimizer', None) for wrapper in wrappers]
     telling = all(hasattr(optimizer, 'register_step_post_hook') for optimizer in optimizers)
     return optimizers if telling else []
-
-
-def what_loads(runner) -> tuple[str, bool]:
-    """Return the file that is being loaded, and whether it is to resume the run.
-
-    Hooks are told of ``Runner.resume`` and ``Runner.load_checkpoint`` in the same way, and
-    ``runner._resume`` says what was wanted when the run began, not what is done now.
-    """
-    file, resumes, frame = 'the checkpoint', None, sys._getframe(1)
-    while frame is not None:
-        if frame.f_locals.get('self') is runner:
-            if frame.f_code.co_name == 'load_checkpoint':
-                file, resumes = str(frame.f_locals.get('filename', file)), False
-            elif frame.f_code.co_name == 'resume':
-                return file, True
-        frame = frame.f_back
-    return file, runner._resume if resumes is None else resumes
 
 
 def weights_of(checkpoint: dict) -> OrderedDict:

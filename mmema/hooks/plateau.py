@@ -59,8 +59,11 @@ class Plateau:
     def watch(self, metrics: dict, counting: bool) -> bool:
         """Take in the metrics of a validation; return whether a restart is due.
 
-        After it, the comparison starts anew: the next validation counts as an improvement.
+        After it, the comparison starts anew: the next validation counts as an improvement. Without
+        any metric, as of a detector that finds nothing yet, nothing is compared.
         """
+        if not metrics:
+            return False
         if self.metric not in metrics:
             raise ValueError(
                 f"on_plateau['metric'] must be one of the run's metrics, got {self.metric!r}; "
@@ -89,7 +92,24 @@ class Plateau:
         return max(momentum, min(momentum + self.momentum_add, limit))
 
     def state_dict(self) -> dict:
-        return {'best': self.best, 'without_improvement': self.without_improvement}
+        return {
+            'metric': self.metric,
+            'rule': self.rule,
+            'best': self.best,
+            'without_improvement': self.without_improvement,
+        }
 
     def load_state_dict(self, state: dict) -> None:
-        self.best, self.without_improvement = state['best'], state['without_improvement']
+        if (state['metric'], state['rule']) == (self.metric, self.rule):
+            self.best, self.without_improvement = state['best'], state['without_improvement']
+
+
+def plateau_of(settings) -> Plateau:
+    if not isinstance(settings, dict):
+        raise TypeError(f'on_plateau must be a dict, got {settings!r}')
+    try:
+        return Plateau(**settings)
+    except TypeError as error:
+        if '__init__' in str(error):
+            raise TypeError(f'on_plateau: {str(error).split("__init__() ")[-1]}') from None
+        raise

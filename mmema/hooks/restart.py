@@ -10,17 +10,24 @@ from mmengine.hooks import Hook
 from mmengine.runner import IterBasedTrainLoop
 
 from ..arguments import count, flag, one_of, real
-from ..averaged import ExpMomentumEMA, Restartable
+from ..averaged import Restartable
 from ..registry import HOOKS, register_everywhere
 from ..resume import check_ema_state, checkpoint_to_resume, is_whole
-from ..variants import RestartableConstantEMA
 from . import rewind
-from .advice import Plan, advice
-from .common import ema_hook_of, validation_follows
-from .plateau import Plateau
+from .advice import advice, plan_of
+from .common import ema_hook_of, validation_follows, what_loads
+from .moments import (
+    FOLLOWED,
+    at_of,
+    checked_milestones,
+    checked_momentum,
+    now_of,
+    switch_epochs,
+)
+from .plateau import plateau_of
 from .rewind import SOURCES
 
-FOLLOWED = ('PipelineSwitchHook', 'YOLOXModeSwitchHook')
+CURRENT_WEIGHTS = 'the current weights'
 
 
 @register_everywhere(HOOKS)
@@ -88,38 +95,29 @@ class EMARestartHook(Hook):
                 'on_plateau'
             )
         self.steps = None if steps is None else count('steps', steps, least=0)
-        self.momentum = self._checked_momentum(momentum)
+        self.momentum = checked_momentum(momentum, self.milestones, alone=not (every or follow))
         if gamma is not None and not 0 < real('gamma', gamma) < float('inf'):
             raise ValueError(f'gamma must be above 0 and finite, got {gamma}')
         self.gamma = gamma
         self.source = one_of('source', source, SOURCES)
         changes = (momentum, gamma, self.plateau and self.plateau.momentum_add)
+        if self.plateau and self.plateau.after_restart and not (self.milestones or every or follow):
+            raise ValueError(
+                "on_plateau['after_restart'] must come with another trigger, got none: nothing "
+                'would ever begin it'
+            )
         if steps is None and source == 'model' and not any(changes):
             raise ValueError(
                 'a restart with steps=None must change momentum, gamma or source, got none of them'
             )
+        # What a checkpoint knows this hook by.
+        self.arguments = repr((milestones, every, by_epoch, follow, on_plateau, steps, source))
         self.moments: dict[str, float | None] = {}  # each with the momentum that it sets
         self.done: list[str] = []
         self.plateau_due = False
         self.kept: str | None = None
         self.validated: int | None = None
         self._just_resumed = False
-
-    def _checked_momentum(self, momentum):
-        each = isinstance(momentum, (list, tuple))
-        if each and (self.every or self.follow or len(momentum) != len(self.milestones)):
-            raise ValueError(
-                'a list of momentum must have one value for each milestone, and no other trigger '
-                f'but on_plateau, got {len(momentum)} values for {len(self.milestones)} milestones'
-            )
-        values = momentum if each else [momentum]
-        for value in values:
-            if value is not None and not 0 < real('momentum', value) < 1:
-                raise ValueError(
-                    f'momentum must be in (0, 1), got {value}. It is the weight of the new value: '
-                    'one minus the decay of other libraries.'
-                )
-        return momentum
 
     # --- the start of a run ---------------------------------------------------------------------
 
@@ -128,10 +126,7 @@ class EMARestartHook(Hook):
         if not runner._resume:
             return
         if runner._load_from is None:
-            file = checkpoint_to_resume(runner.work_dir)
-            if file is None:
-                return
-            runner._load_from = str(file)
+            runner._load_from = checkpoint_to_resume(runner.work_dir)
         elif Path(runner._load_from).is_file() and not is_whole(runner._load_from):
             raise ValueError(
                 f'{runner._load_from} is cut short: the run was stopped while writing it. Resume '
@@ -140,10 +135,11 @@ class EMARestartHook(Hook):
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Check the EMA state of a run to be resumed, and take over what was done."""
-        if not runner._resume:
+        file, resumes = what_loads(runner)
+        if not resumes:
             return
-        check_ema_state(checkpoint, self._ema(runner), str(runner._load_from))
-        state = checkpoint.get('ema_restart', {}).get(self._key(runner))
+        check_ema_state(checkpoint, self._ema(runner), file)
+        state = self._own_state(runner, checkpoint.get('ema_restart', []))
         if state is None:
             return
         self.done = list(state['done'])
@@ -154,6 +150,17 @@ class EMARestartHook(Hook):
             self.plateau.load_state_dict(state['plateau'])
         self._just_resumed = True
 
+    def _own_state(self, runner, states: list[dict]) -> dict | None:
+        """Return what this hook saved: the state with its arguments, else the one in its place."""
+        hooks = restart_hooks_of(runner)
+        known = {state['arguments']: state for state in states}
+        if self.arguments in known:
+            return known[self.arguments]
+        place = hooks.index(self)
+        if place >= len(states) or states[place]['arguments'] in {h.arguments for h in hooks}:
+            return None
+        return states[place]
+
     def before_train(self, runner) -> None:
         """Work out the moments, check what can be known now, and give advice."""
         ema = self._ema(runner)
@@ -161,13 +168,14 @@ class EMARestartHook(Hook):
         plateau_momentum = self.plateau and self.plateau.momentum_after(momentum_of(ema))
         for momentum in (*self.moments.values(), plateau_momentum):
             self._check_live(ema, self._live(momentum))
-        if self._uses_best() and not rewind.saves_best(runner):
+        if self.uses_best() and not rewind.saves_best(runner):
             runner.logger.warning(
                 "EMARestartHook: source='best' finds no best checkpoint in this run, so restarts "
                 'go on from the current weights. Set default_hooks.checkpoint.save_best.'
             )
-        for line in advice(self._plan(runner, ema)):
-            runner.logger.warning(f'EMARestartHook: {line}')
+        if self is restart_hooks_of(runner)[-1]:  # all of them know their moments by now
+            for line in advice(plan_of(runner, ema, restart_hooks_of(runner))):
+                runner.logger.warning(f'EMARestartHook: {line}')
 
     def _moments(self, runner) -> dict[str, float | None]:
         loop, unit = runner.train_loop, 'epoch' if self.by_epoch else 'iter'
@@ -188,37 +196,6 @@ class EMARestartHook(Hook):
             moments.update({f'epoch {at}': one for at in switch_epochs(runner, self.follow)})
         return moments
 
-    def _plan(self, runner, ema) -> Plan:
-        epoch = (
-            1 if isinstance(runner.train_loop, IterBasedTrainLoop) else len(runner.train_dataloader)
-        )
-        return Plan(
-            iterations=runner.max_iters,
-            moments={
-                moment: at_of(moment) * (epoch if moment.startswith('epoch') else 1)
-                for moment in self.moments
-            },
-            switches={
-                f'{name} switches at epoch {at}': at * epoch
-                for name in FOLLOWED
-                if name != self.follow and not isinstance(runner.train_loop, IterBasedTrainLoop)
-                for at in switch_epochs(runner, name, must=False)
-            },
-            epoch=epoch,
-            steps=self.steps,
-            momentum=self._last_momentum(ema),
-            gamma=(self.gamma or ema.gamma) if isinstance(ema, ExpMomentumEMA) else None,
-            own_momentum=self.momentum
-            if isinstance(self.momentum, (list, tuple))
-            else [m for m in [self.momentum] if m],
-        )
-
-    def _last_momentum(self, ema) -> float | None:
-        """Return what holds after the last restart; None if the schedule fits any length."""
-        if not isinstance(ema, (ExpMomentumEMA, RestartableConstantEMA)):
-            return None
-        return next((m for m in reversed(self.moments.values()) if m), ema.momentum)
-
     # --- training -------------------------------------------------------------------------------
 
     def before_train_epoch(self, runner) -> None:
@@ -229,10 +206,9 @@ class EMARestartHook(Hook):
         if not self._just_resumed:
             return
         self._just_resumed = False
-        wanted = self.plateau or self._uses_best()
-        loop = runner.train_loop
-        now = loop.iter if isinstance(loop, IterBasedTrainLoop) else loop.epoch
-        missed = self.validated != runner.iter and validation_follows(loop, now)
+        wanted = self.plateau or self.uses_best()
+        now = now_of(runner)
+        missed = self.validated != now and validation_follows(runner.train_loop, now)
         if wanted and missed and runner.val_loop is not None:
             runner.logger.info('EMARestartHook: the validation before the resume comes first')
             runner.val_loop.run()
@@ -252,7 +228,7 @@ class EMARestartHook(Hook):
         """Decide on rank 0 about a plateau, and tell the other ranks."""
         if not hasattr(runner, '_train_loop') or isinstance(runner._train_loop, (dict, type(None))):
             return  # a validation outside of training
-        self.validated = runner.iter
+        self.validated = now_of(runner)
         if self.plateau is None:
             return
         self.plateau_due |= self._on_main(lambda: self._is_plateau(metrics or {}))
@@ -264,14 +240,15 @@ class EMARestartHook(Hook):
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Save what is done beside the EMA state."""
         state = dict(
+            arguments=self.arguments,
             done=list(self.done),
             plateau_due=self.plateau_due,
             plateau=self.plateau.state_dict() if self.plateau else None,
             kept=self.kept,
             validated=self.validated,
         )
-        checkpoint.setdefault('ema_restart', {})[self._key(runner)] = state
-        if self._uses_best():
+        checkpoint.setdefault('ema_restart', []).append(state)
+        if self.uses_best():
             rewind.complete(runner, checkpoint)
 
     # --- the restart ----------------------------------------------------------------------------
@@ -283,6 +260,8 @@ class EMARestartHook(Hook):
         live = self._live(momentum)
         source = self.source if due else self.plateau.source or self.source
         gone_on_from = self._go_on_from(runner, ema, source, ends_stage=bool(due))
+        if gone_on_from != CURRENT_WEIGHTS:
+            rewind.model_of(runner).zero_grad()  # half accumulated, for weights that are gone
         if self.steps is None and not live:
             live = {ema._LIVE[0]: getattr(ema, ema._LIVE[0])}  # only the source changes
         ema.restart(self.steps, **live)
@@ -302,19 +281,20 @@ class EMARestartHook(Hook):
 
     def _go_on_from(self, runner, ema, source: str, ends_stage: bool) -> str:
         """Put the weights in place; return what they are, for the log."""
-        if source == 'ema':
+        if source == 'ema' and runner.iter > 0:  # before, the average is of no weights at all
             ema.copy_to(rewind.model_of(runner))
             return 'the averaged weights'
         if source == 'best':
-            if ends_stage or self.kept is None:
+            # Plateaus go back to the best one of the stage before, where another trigger ended one.
+            if ends_stage or self.kept is None or not self.done:
                 moment = f'iter {runner.iter}'
                 self.kept = self._on_main(lambda: rewind.keep_best(runner, moment))
             if self.kept is not None:
                 barrier()  # the file is whole before any rank opens it
-                rewind.go_back(runner, ema, Path(runner.work_dir) / self.kept)
+                rewind.go_back(runner, ema, rewind.kept_file(runner, self.kept))
                 return f'the best checkpoint ({self.kept})'
-            runner.logger.warning('EMARestartHook: there is no best checkpoint yet')
-        return 'the current weights'
+            runner.logger.warning('EMARestartHook: there is no best checkpoint to go back to')
+        return CURRENT_WEIGHTS
 
     # --- small things ---------------------------------------------------------------------------
 
@@ -332,12 +312,8 @@ class EMARestartHook(Hook):
             )
         ema.check_hyperparameters(**live)
 
-    def _uses_best(self) -> bool:
+    def uses_best(self) -> bool:
         return 'best' in (self.source, self.plateau and self.plateau.source)
-
-    def _key(self, runner) -> str:
-        hooks = [hook for hook in runner.hooks if isinstance(hook, EMARestartHook)]
-        return str(hooks.index(self))
 
     @staticmethod
     def _ema(runner) -> Restartable:
@@ -364,47 +340,8 @@ class EMARestartHook(Hook):
         return answer[0]
 
 
-def checked_milestones(milestones) -> list[int]:
-    if milestones is None:
-        return []
-    if not isinstance(milestones, (list, tuple)):
-        raise TypeError(f'milestones must be a list of integers, got {milestones!r}')
-    milestones = [count('a milestone', at) for at in milestones]
-    if milestones != sorted(set(milestones)):
-        raise ValueError(f'milestones must rise, got {milestones}')
-    return milestones
-
-
-def plateau_of(settings) -> Plateau:
-    if not isinstance(settings, dict):
-        raise TypeError(f'on_plateau must be a dict, got {settings!r}')
-    try:
-        return Plateau(**settings)
-    except TypeError as error:
-        if '__init__' in str(error):
-            raise TypeError(f'on_plateau: {str(error).split("__init__() ")[-1]}') from None
-        raise
-
-
-def at_of(moment: str) -> int:
-    return int(moment.split()[1])
-
-
-def switch_epochs(runner, name: str, must: bool = True) -> list[int]:
-    """Return the 0-based epochs before which the hooks of this name switch in this run."""
-    epochs = []
-    hooks = [h for h in runner.hooks if any(c.__name__ == name for c in type(h).__mro__)]
-    for hook in hooks:
-        if hasattr(hook, 'switch_epoch'):
-            epochs.append(max(hook.switch_epoch, 0))
-        else:  # YOLOXModeSwitchHook compares epoch + 1, so it switches one epoch earlier
-            epochs.append(max(runner.max_epochs - hook.num_last_epochs - 1, 0))
-    if must and not hooks:
-        raise ValueError(
-            f'follow={name!r} must name a hook of the run, got '
-            f'{sorted({type(hook).__name__ for hook in runner.hooks})}'
-        )
-    return [at for at in epochs if at < runner.max_epochs]
+def restart_hooks_of(runner) -> list[EMARestartHook]:
+    return [hook for hook in runner.hooks if isinstance(hook, EMARestartHook)]
 
 
 def live_of(ema: Restartable) -> dict[str, float]:

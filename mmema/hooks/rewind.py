@@ -10,6 +10,8 @@ from mmengine.hooks import CheckpointHook
 from mmengine.model import is_model_wrapper
 from mmengine.runner.checkpoint import _load_checkpoint
 
+from ..resume import KEPT
+
 SOURCES = ('model', 'ema', 'best')
 
 
@@ -31,27 +33,54 @@ def keep_best(runner, moment: str) -> str | None:
     A run that was killed and resumed from an older checkpoint can find the best one of that time
     deleted; then the copy that was made at the same moment before serves again.
     """
-    kept = Path(runner.work_dir) / f'best_before_restart_at_{moment.replace(" ", "_")}.pth'
-    best = next(
-        (
-            Path(path)
-            for key, path in runner.message_hub.runtime_info.items()
-            if (key == 'best_ckpt' or key.startswith('best_ckpt_')) and path
-        ),
-        None,
-    )
+    work_dir = Path(runner.work_dir)
+    kept = work_dir / f'{KEPT}{moment.replace(" ", "_")}.pth'
+    best = _best_so_far(runner)
     if best is None:
         return None
-    if best.is_file():
-        part = kept.with_suffix('.part')
-        shutil.copyfile(best, part)
-        os.replace(part, kept)
-    elif not kept.is_file():
+    for file in (best, work_dir / best.name, kept):  # the folder may have been moved
+        if file.is_file():
+            break
+    else:
         raise ValueError(
             f'the restart needs the best checkpoint {best}, but the file is gone. Put it back, or '
             "set source='model'."
         )
+    checkpoint = _load_checkpoint(str(file), map_location='cpu')
+    missing = [key for key in ('ema_state_dict', 'optimizer') if key not in checkpoint]
+    if missing:
+        runner.logger.warning(
+            f'EMARestartHook: {file} has no {" and no ".join(missing)}: it was saved before this '
+            'hook was in the run'
+        )
+        return None
+    if file != kept:
+        part = kept.with_suffix('.part')
+        shutil.copyfile(file, part)
+        os.replace(part, kept)
     return kept.name
+
+
+def _best_so_far(runner) -> Path | None:
+    """Return the file of the first metric of ``save_best`` that has one."""
+    hook = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
+    metrics = getattr(hook, 'key_indicators', None) or []
+    for key in ('best_ckpt', *(f'best_ckpt_{metric}' for metric in metrics)):
+        if runner.message_hub.runtime_info.get(key):
+            return Path(runner.message_hub.get_info(key))
+    return None
+
+
+def kept_file(runner, name: str) -> Path:
+    """Return where a kept copy is: in the work folder, or where the run was resumed from."""
+    resumed_from = Path(str(runner._load_from or '')).parent
+    for folder in (Path(runner.work_dir), resumed_from):
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(
+        f'the run goes back to {name} at restarts, but {runner.work_dir} does not hold it. Copy it '
+        'there from the folder of the run that was resumed.'
+    )
 
 
 def complete(runner, checkpoint: dict) -> None:

@@ -1,12 +1,14 @@
 """Restarts through a real Runner: when, what, from where, and after a resume."""
 
+import math
+
 import pytest
 import torch
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS
 from reference import ReferenceEMA, assert_close, blended_names, tensors_of
-from runs import EMA, assert_same, ema_of, log_of, make_runner, seen, state_of
+from runs import EMA, LineModel, assert_same, ema_of, log_of, make_runner, seen, state_of
 
 from mmema import EMARestartHook
 
@@ -121,6 +123,23 @@ def test_follow_restarts_one_epoch_earlier_with_the_real_mode_switch(tmp_path, s
     assert log.index('Epoch(val) [3]') < log.index('now!') < log.index('Epoch(train) [4]')
 
 
+def test_a_mode_switch_hook_that_never_switches_is_not_followed(tmp_path):
+    # MMYOLO's compares with ==: with as many last epochs as there are, it is never true.
+    pytest.importorskip('mmyolo')
+    switch = dict(type='mmyolo.YOLOXModeSwitchHook', num_last_epochs=6)
+    runner = make_runner(tmp_path, switch, restart(follow='YOLOXModeSwitchHook'))
+    runner.train()
+    assert restarted_at(runner) == []
+
+
+def test_a_switch_beyond_the_end_is_said(tmp_path):
+    pytest.importorskip('mmdet')
+    runner = make_runner(tmp_path, pipeline_switch(40), restart(follow='PipelineSwitchHook'))
+    runner.train()
+    assert restarted_at(runner) == []
+    assert "the milestone 'epoch 40' is beyond the end of the run" in log_of(runner)
+
+
 @pytest.mark.parametrize('by_iter', [False, True])
 def test_a_resume_past_a_milestone_restarts_once_and_says_so(tmp_path, by_iter):
     length = dict(iters=24, val_interval=4) if by_iter else {}
@@ -165,6 +184,23 @@ def test_plateau_of_an_unknown_metric_names_those_there_are(tmp_path):
     runner = make_runner(tmp_path, restart(on_plateau=dict(metric='coco/bbox_mAP')))
     with pytest.raises(ValueError, match=r"got 'coco/bbox_mAP'; there are \['score'\]"):
         runner.train()
+
+
+def test_a_validation_without_any_metric_is_no_plateau(tmp_path):
+    # mmdet's CocoMetric gives an empty dict where nothing is detected, as in early epochs.
+    class NoDetections(Hook):
+        priority = 'HIGHEST'
+
+        def after_val_epoch(self, runner, metrics=None):
+            if runner.epoch < 3:
+                metrics.clear()
+
+    script = {1: 0.1, 2: 0.1, 3: 0.1, 4: 0.1, 5: 0.2, 6: 0.3}
+    runner = make_runner(
+        tmp_path, restart(on_plateau=dict(metric='score')), NoDetections(), script=script
+    )
+    runner.train()
+    assert restarted_at(runner) == [16]
 
 
 # --- what ---------------------------------------------------------------------------------------
@@ -363,6 +399,84 @@ def test_plateaus_go_back_to_the_best_of_the_stage_before(tmp_path):
         assert_same(part(after[iteration], 'raw.', 'ema.'), part(before[4], 'raw.', 'ema.'))
 
 
+def test_a_plateau_alone_goes_back_to_the_best_so_far(tmp_path):
+    script = dict(enumerate([None, 0.5, 0.4, 0.6, 0.8, 0.75, 0.1]))
+    hook = restart(on_plateau=dict(metric='score'), source='best', steps=3)
+    runner = make_runner(tmp_path, hook, dict(type='Snapshots'), dict(type='After'), script=script)
+    runner.train()
+    before, after = moments_of(runner)
+    assert restarted_at(runner) == [8, 20]
+    assert_same(part(after[8], 'raw.', 'ema.'), part(before[4], 'raw.', 'ema.'))  # epoch 1, 0.5
+    assert_same(part(after[20], 'raw.', 'ema.'), part(before[16], 'raw.', 'ema.'))  # 4, 0.8
+
+
+@pytest.mark.parametrize('source', ['ema', 'best'])
+def test_gradients_of_abandoned_weights_are_dropped(tmp_path, source):
+    class Gradients(Hook):
+        priority = 'LOWEST'
+
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            if runner.iter == 8:
+                grads = [p.grad for p in runner.model.parameters()]
+                assert all(g is None or not g.any() for g in grads)
+                runner.checked = True
+
+    wrapper = dict(accumulative_counts=3, optimizer=dict(type='SGD', lr=0.05, momentum=0.9))
+    hook = restart(milestones=[2], source=source)
+    runner = make_runner(tmp_path, hook, Gradients(), optim_wrapper=wrapper)
+    runner.train()
+    assert runner.checked and restarted_at(runner) == [8]
+
+
+def test_the_first_metric_of_save_best_decides(tmp_path):
+    class Second(Hook):
+        priority = 'HIGHEST'
+
+        def after_val_epoch(self, runner, metrics=None):
+            metrics['other'] = -metrics['score']
+            if runner.epoch == 1:
+                metrics['score'] = math.nan  # so `other` has a best checkpoint first
+
+    script = dict(enumerate([None, 0.1, 0.2, 0.3, 0.3, 0.3, 0.3]))
+    runner = make_runner(
+        tmp_path,
+        restart(milestones=[3], source='best'),
+        Second(),
+        script=script,
+        checkpoint=dict(save_best=['score', 'other'], rule=['greater', 'greater']),
+    )
+    runner.train()
+    kept = torch.load(tmp_path / 'best_before_restart_at_iter_12.pth')
+    assert kept['meta']['epoch'] == 3
+
+
+def test_a_best_checkpoint_from_before_the_hook_is_not_gone_back_to(tmp_path):
+    script = dict(enumerate([None, 0.9, 0.2, 0.3, 0.3, 0.3, 0.3]))
+    with pytest.raises(KeyboardInterrupt):
+        make_runner(tmp_path, Crash(10), script=script).train()
+    hook = restart(milestones=[4], source='best')
+    runner = make_runner(tmp_path, hook, resume=True, script=script)
+    runner.train()
+    assert restarted_at(runner) == [16]
+    log = log_of(runner)
+    assert 'best_score_epoch_1.pth has no optimizer: it was saved before this hook' in log
+    assert 'training goes on from the current weights' in log
+
+
+def test_source_ema_before_the_first_update_leaves_the_weights_alone(tmp_path):
+    # The stock EMAHook's average is a copy from before init_weights until then.
+    pytest.importorskip('mmdet')
+    model = LineModel()
+    model.init_weights = lambda: torch.nn.init.constant_(model.layers[0].weight, 7.0)
+    hook = restart(follow='PipelineSwitchHook', source='ema')
+    runner = make_runner(
+        tmp_path, hook, pipeline_switch(0), dict(type='After'), model=model, epochs=2
+    )
+    runner.train()
+    after = next(h.after for h in runner.hooks if isinstance(h, After))
+    assert (after[0]['raw.layers.0.weight'] == 7).all()
+
+
 def test_without_a_best_checkpoint_it_says_so_before_training(tmp_path):
     hook = restart(milestones=[2], source='best')
     runner = make_runner(tmp_path, hook, checkpoint=dict(save_best=None, rule=None))
@@ -377,7 +491,10 @@ def test_without_a_best_checkpoint_it_says_so_before_training(tmp_path):
 def test_without_a_best_checkpoint_yet_it_goes_on_from_the_current_weights(tmp_path):
     runner = make_runner(tmp_path, restart(milestones=[2], source='best'), val_interval=3)
     runner.train()
-    assert 'there is no best checkpoint yet' in log_of(runner)
+    log = log_of(runner)
+    assert 'there is no best checkpoint to go back to' in log
+    known = "the restart 'epoch 2' comes before the first validation, after 12 iterations"
+    assert log.index(known) < log.index('Epoch(train) [1]')
     assert restarted_at(runner) == [8]
 
 
@@ -478,6 +595,103 @@ def test_a_resumed_run_by_iterations_ends_with_the_same_bits(tmp_path, unbroken,
     settings = dict(settings, iters=24, val_interval=4, checkpoint=dict(interval=3))
     whole = unbroken(case, hook, settings)
     assert_resume_changes_nothing(whole, tmp_path, hook, settings, Crash(*place))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', ['soft', 'ema', 'best', 'stage 2'])
+def test_the_same_with_our_own_hook(tmp_path, unbroken, case):
+    hook, settings = CASES[case]
+    settings = dict(settings, ema=dict(EMA, type='mmema.EMAHook', update_buffers=True))
+    whole = unbroken(f'{case}, ours', hook, settings)
+    assert_resume_changes_nothing(whole, tmp_path, hook, settings, Crash(15, 'before_val_epoch'))
+
+
+def test_a_plateau_found_with_a_new_best_of_another_metric_survives(tmp_path):
+    # CheckpointHook saves again after such a validation, with the restart still to come.
+    class Second(Hook):
+        priority = 'HIGHEST'
+
+        def after_val_epoch(self, runner, metrics=None):
+            metrics['other'] = float(runner.epoch)
+
+    settings = dict(script=SCRIPT, checkpoint=dict(save_best='other'))
+    hook = restart(on_plateau=PLATEAU)
+    with pytest.raises(KeyboardInterrupt):
+        make_runner(tmp_path, hook, Second(), Crash(8, 'before_train_epoch'), **settings).train()
+    runner = make_runner(tmp_path, hook, Second(), resume=True, **settings)
+    runner.train()
+    assert restarted_at(runner)[0] == 8
+
+
+def test_resume_from_the_best_checkpoint_when_the_last_is_cut_short(tmp_path):
+    hook = restart(milestones=[4], source='best')
+    settings = dict(script=dict(enumerate([None, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])))
+    whole = make_runner(tmp_path / 'whole', hook, **settings)
+    whole.train()
+    cut = tmp_path / 'cut'
+    with pytest.raises(KeyboardInterrupt):
+        make_runner(cut, hook, Crash(8, 'before_train_epoch'), **settings).train()
+    (cut / 'epoch_1.pth').unlink()
+    last = cut / 'epoch_2.pth'
+    last.write_bytes(last.read_bytes()[:3000])
+    resumed = make_runner(cut, hook, resume=True, **settings)
+    resumed.train()
+    assert seen(resumed)[0][0] == 8
+    assert 'so the run is resumed from' in log_of(resumed)
+    assert_same(state_of(whole), state_of(resumed))
+
+
+def test_two_hooks_each_get_their_own_state_back(tmp_path):
+    old = restart(milestones=[1, 5])
+    with pytest.raises(KeyboardInterrupt):
+        make_runner(tmp_path, old, Crash(11)).train()
+    new = restart(milestones=[1], steps=3)
+    runner = make_runner(tmp_path, new, old, resume=True)
+    runner.train()
+    # The new one at once, the old one not again before its time.
+    assert [i for i, _, _, n in seen(runner) if n == 2] == list(range(8, 20))
+    assert ema_of(runner).restarts == 3
+
+
+def test_a_run_in_another_folder_finds_the_kept_checkpoint(tmp_path):
+    hook, settings = CASES['stage 2']
+    with pytest.raises(KeyboardInterrupt):
+        make_runner(tmp_path / 'one', hook, Crash(11), **settings).train()
+    file = str(tmp_path / 'one' / 'epoch_2.pth')
+    whole = make_runner(tmp_path / 'whole', hook, **settings)
+    whole.train()
+    other = make_runner(tmp_path / 'two', hook, resume=True, load_from=file, **settings)
+    other.train()
+    assert_same(state_of(whole), state_of(other))
+    for kept in tmp_path.rglob('best_before*'):
+        kept.unlink()
+    file = str(tmp_path / 'two' / 'epoch_4.pth')
+    lost = make_runner(tmp_path / 'three', hook, resume=True, load_from=file, **settings)
+    with pytest.raises(ValueError, match='but .*three does not hold it. Copy it there'):
+        lost.train()
+
+
+def test_a_resume_in_the_middle_of_an_epoch_validates_nothing_twice(tmp_path):
+    script = dict(enumerate([None, 0.5, 0.4, 0.6, 0.7, 0.8, 0.9]))
+    settings = dict(script=script, checkpoint=dict(by_epoch=False, interval=5))
+    hook = restart(on_plateau=dict(metric='score', patience=2))
+    with pytest.raises(KeyboardInterrupt):
+        make_runner(tmp_path, hook, Crash(10), **settings).train()
+    runner = make_runner(tmp_path, hook, resume=True, **settings)
+    runner.train()
+    assert 'the validation before the resume' not in log_of(runner)
+    assert restarted_at(runner) == []
+
+
+def test_loading_weights_after_a_resumed_run_is_no_resume(tmp_path):
+    hook = restart(milestones=[2])
+    with pytest.raises(KeyboardInterrupt):
+        make_runner(tmp_path, hook, Crash(11)).train()
+    runner = make_runner(tmp_path, hook, resume=True)
+    runner.train()
+    torch.save(dict(state_dict=LineModel(3).state_dict()), tmp_path / 'weights.pth')
+    runner.load_checkpoint(str(tmp_path / 'weights.pth'))
+    assert torch.equal(runner.model.layers[0].weight, LineModel(3).layers[0].weight)
 
 
 def test_fine_tuning_starts_a_schedule_of_its_own(tmp_path):
@@ -592,6 +806,7 @@ def test_a_checkpoint_of_mmengines_class_is_adopted_and_it_is_said(tmp_path):
         (dict(on_plateau=dict(metric='a', rule='more')), r"\['rule'\] must be one of"),
         (dict(on_plateau=dict(metric='a', momentum_add=-1)), r"\['momentum_add'\] must be in"),
         (dict(on_plateau=dict(metric='a', max_momentum=0.1)), 'needs on_plateau'),
+        (dict(on_plateau=dict(metric='a', after_restart=True)), 'must come with another trigger'),
     ],
 )
 def test_bad_arguments_are_refused_at_once(arguments, message):
