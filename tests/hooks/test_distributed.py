@@ -13,6 +13,7 @@ from runs import assert_same
 
 TRAIN = Path(__file__).parents[1] / 'train_line.py'
 LIMIT = 180
+BOUND = 120  # the group's own limit is 60 seconds, and starting up takes some
 PLATEAU = dict(metric='score', momentum_add=0.01)
 # By epoch, as rank 0 sees it: plateaus after 2 and 4. The others see a metric that never improves.
 SCRIPT = [None, 0.5, 0.4, 0.6, 0.55, 0.7, 0.8]
@@ -64,7 +65,7 @@ def test_a_killed_rank_ends_the_job(tmp_path, rank):
     begin = time.monotonic()
     job = launch(tmp_path, 2, hooks=[hook], die=[rank, 7])
     assert job.returncode != 0
-    assert time.monotonic() - begin < LIMIT
+    assert time.monotonic() - begin < BOUND
     assert not list(tmp_path.glob('final_*'))
 
 

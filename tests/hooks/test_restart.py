@@ -13,6 +13,7 @@ from runs import EMA, LineModel, assert_same, ema_of, log_of, make_runner, seen,
 from mmema import EMARestartHook
 
 RESTART = 'mmema.EMARestartHook'
+SCRIPT = {1: 0.5, 2: 0.4, 3: 0.6, 4: 0.55, 5: 0.7, 6: 0.65}
 
 
 def restart(**arguments):
@@ -253,6 +254,34 @@ def test_every_mode_follows_the_reference(tmp_path, what, by_iter, update_buffer
     )
     runner.train()
     assert restarted_at(runner) == [9, 17]
+
+
+@pytest.mark.parametrize(
+    'trigger, at',
+    [
+        (dict(milestones=[2, 4]), [8, 16]),
+        (dict(every=2), [8, 16]),
+        (dict(every=7, by_epoch=False), [7, 14, 21]),
+        (dict(follow='PipelineSwitchHook'), [12]),
+        (dict(on_plateau=dict(metric='score')), [8, 16]),
+        (dict(milestones=[1], on_plateau=dict(metric='score', momentum_add=0.1)), [4, 8, 16]),
+    ],
+)
+@pytest.mark.parametrize('what', [dict(), dict(steps=6), dict(steps=None, gamma=9.0)])
+def test_every_trigger_follows_the_reference(tmp_path, trigger, at, what):
+    pytest.importorskip('mmdet')
+    plan = {iteration: dict(what) for iteration in at}
+    if 'momentum_add' in trigger.get('on_plateau', {}):
+        plan[8]['momentum'], plan[16]['momentum'] = 0.2, 0.3
+    runner = make_runner(
+        tmp_path,
+        pipeline_switch(3),
+        restart(**trigger, **what),
+        dict(type='Twin', plan=plan),
+        script=SCRIPT,  # plateaus after the epochs 2, 4 and 6
+    )
+    runner.train()
+    assert restarted_at(runner) == at
 
 
 def test_one_momentum_for_each_milestone(tmp_path):
@@ -512,7 +541,6 @@ def test_a_best_checkpoint_that_is_gone_is_an_error(tmp_path):
 # --- resume ---------------------------------------------------------------------------------------
 
 PLATEAU = dict(metric='score', momentum_add=0.01)
-SCRIPT = {1: 0.5, 2: 0.4, 3: 0.6, 4: 0.55, 5: 0.7, 6: 0.65}
 CASES = {
     'hard': (restart(milestones=[2]), {}),
     'soft': (restart(every=2, steps=3, momentum=0.03), {}),
