@@ -38,6 +38,10 @@ def checked_momentum(momentum, milestones: list[int], alone: bool):
     return momentum
 
 
+def unit_of(moment: str) -> str:
+    return moment.split()[0]
+
+
 def at_of(moment: str) -> int:
     return int(moment.split()[1])
 

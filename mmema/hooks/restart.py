@@ -8,6 +8,7 @@ from typing import Sequence
 from mmengine.dist import barrier, broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import IterBasedTrainLoop
+from mmengine.runner.base_loop import BaseLoop
 
 from ..arguments import count, flag, one_of, real
 from ..averaged import Restartable
@@ -23,11 +24,13 @@ from .moments import (
     checked_momentum,
     now_of,
     switch_epochs,
+    unit_of,
 )
 from .plateau import plateau_of
 from .rewind import SOURCES
 
 CURRENT_WEIGHTS = 'the current weights'
+NEVER = {'epoch': float('inf'), 'iter': float('inf')}
 
 
 @register_everywhere(HOOKS)
@@ -111,13 +114,16 @@ class EMARestartHook(Hook):
                 'a restart with steps=None must change momentum, gamma or source, got none of them'
             )
         # What a checkpoint knows this hook by.
-        self.arguments = repr((milestones, every, by_epoch, follow, on_plateau, steps, source))
+        self.arguments = repr(
+            (milestones, every, by_epoch, follow, on_plateau, steps, momentum, gamma, source)
+        )
         self.moments: dict[str, float | None] = {}  # each with the momentum that it sets
         self.done: list[str] = []
         self.plateau_due = False
         self.kept: str | None = None
         self.validated: int | None = None
         self._just_resumed = False
+        self._next = dict(NEVER)
 
     # --- the start of a run ---------------------------------------------------------------------
 
@@ -165,6 +171,7 @@ class EMARestartHook(Hook):
         """Work out the moments, check what can be known now, and give advice."""
         ema = self._ema(runner)
         self.moments = self._moments(runner)
+        self._look_ahead()
         plateau_momentum = self.plateau and self.plateau.momentum_after(momentum_of(ema))
         for momentum in (*self.moments.values(), plateau_momentum):
             self._check_live(ema, self._live(momentum))
@@ -216,17 +223,21 @@ class EMARestartHook(Hook):
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Restart if a trigger is due and not yet done."""
         now = {'epoch': runner.epoch, 'iter': runner.iter}
-        due = [
-            moment
-            for moment in self.moments
-            if moment not in self.done and now[moment.split()[0]] >= at_of(moment)
-        ]
-        if due or self.plateau_due:
+        if self.plateau_due or any(now[unit] >= at for unit, at in self._next.items()):
+            due = [m for m in self.moments if m not in self.done and now[unit_of(m)] >= at_of(m)]
             self._restart(runner, due)
+            self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        """Note the next moment of each unit, so that an iteration without one costs nothing."""
+        self._next = dict(NEVER)
+        for moment in set(self.moments).difference(self.done):
+            unit = unit_of(moment)
+            self._next[unit] = min(self._next[unit], at_of(moment))
 
     def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
         """Decide on rank 0 about a plateau, and tell the other ranks."""
-        if not hasattr(runner, '_train_loop') or isinstance(runner._train_loop, (dict, type(None))):
+        if not isinstance(runner._train_loop, BaseLoop):
             return  # a validation outside of training
         self.validated = now_of(runner)
         if self.plateau is None:
