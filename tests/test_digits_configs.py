@@ -151,7 +151,9 @@ def test_trains_switches_and_averages(leaf, tiny_set, tmp_path):
 
     (hook,) = (hook for hook in runner.hooks if isinstance(hook, EMAHook))
     assert type(hook.ema_model) is mmema.RestartableExpMomentumEMA
-    assert int(hook.ema_model.steps) == 2 * EPOCHS
+    # The average restarts with the switch, before the epoch with index 1.
+    assert hook.ema_model.restarts == 1
+    assert int(hook.ema_model.steps) == 2 * (EPOCHS - 1)
 
     (scalars,) = tmp_path.glob('*/vis_data/scalars.json')
     lines = [json.loads(line) for line in scalars.read_text().splitlines()]
