@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
-from runs import Clock, Line, LineModel, Score
+from runs import Clock, Line, LineModel
 from torch.utils.data import DataLoader
 
 BAD = st.sampled_from([0, -1, 1.5, math.nan, math.inf, '0.1', True, [], {}, 'model'])
@@ -74,7 +74,9 @@ def train(parts, by_epoch, ema, hook):
         optim_wrapper=dict(optimizer=torch.optim.SGD(model.parameters(), lr=0.01)),
         val_dataloader=data,
         val_cfg=dict(),
-        val_evaluator=Score([0.1 * math.cos(time) for time in range(ITERATIONS + 1)]),
+        val_evaluator=dict(
+            type='Score', script=[0.1 * math.cos(time) for time in range(ITERATIONS + 1)]
+        ),
         default_hooks=dict(
             timer=None,
             logger=None,
