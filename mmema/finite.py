@@ -79,9 +79,9 @@ class Guard:
     def update(self, momentum: float | None) -> None:
         """Blend (None: not at all; 1: copy) and copy whatever is finite, without waiting."""
         for number, (pair, finite) in enumerate(zip(self.pairs, flags(self.sources))):
-            self.skipped[number] = self.skipped[number] + (~finite).long()
             weight = momentum if self.is_blended[number] else 1.0
             if weight is not None:
+                self.skipped[number] = self.skipped[number] + (~finite).long()
                 average = pair.average
                 source = pair.source.to(average.device, average.dtype)
                 source = torch.where(finite.to(average.device), source, average)

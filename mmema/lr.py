@@ -65,6 +65,7 @@ class YOLOXWarmCosLR(LRSchedulerMixin, _ParamScheduler):
         by_epoch: Give it as True with ``convert_to_iter_based=True``, so that the three above are
             converted. Defaults to False.
         last_step: For a resume. Defaults to -1.
+        end: The end of the run, which Runner passes to every scheduler; ``total`` says it here.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -86,6 +87,7 @@ class YOLOXWarmCosLR(LRSchedulerMixin, _ParamScheduler):
         min_lr_ratio: float = 0.05,
         by_epoch: bool = False,
         last_step: int = -1,
+        end: int | None = None,
     ):
         self.warm_up = count('warm_up', warm_up)
         self.plain = count('plain', plain, least=0)
@@ -105,7 +107,7 @@ class YOLOXWarmCosLR(LRSchedulerMixin, _ParamScheduler):
         super().__init__(optimizer, begin=0, end=INF, last_step=last_step, by_epoch=False)
 
     @classmethod
-    def build_iter_from_epoch(cls, *args, warm_up, plain, total, epoch_length, **kwargs):
+    def build_iter_from_epoch(cls, *args, warm_up, plain, total, epoch_length, end=None, **kwargs):
         """Build it from a config by epochs."""
         kwargs['by_epoch'] = False
         return cls(

@@ -8,7 +8,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from .tensors import Pair, copy_all, named_tensors, pairs_of, unwrapped
+from .tensors import Pair, copy_all, named_tensors, pairs_of, plain, unwrapped
 
 # Which averages are in a model now. Not an attribute: a deep copy of an average is in none.
 _lent: WeakSet = WeakSet()
@@ -23,9 +23,8 @@ def averaged_weights(model: nn.Module, ema: nn.Module):
     state is right at any time, and a float32 average of 16-bit parameters is not rounded. Leaving
     the block, through an exception too, gives every tensor its own memory back.
 
-    If the parameters were replaced inside the block, as a switch to deploy form does, there is
-    nothing to give the trained weights back to: the model keeps the averaged ones, and a warning
-    says so.
+    If the layers were replaced inside the block, as a switch to deploy form does, there is nothing
+    to give the trained weights back to: the model keeps the averaged ones, in memory of its own.
 
     Args:
         model: The model, in a wrapper such as MMDistributedDataParallel or not.
@@ -73,13 +72,10 @@ class Swap:
         self.model = unwrapped(model)
         self.ema = ema
         pairs = [pair for pair, _ in pairs_of(ema.module, self.model)]
-        self.parameters = _parameters(self.model)
-        self.buffers = [
-            (module._buffers, key, buffer)
-            for module in self.model.modules()
-            for key, buffer in module._buffers.items()
-            if buffer is not None
-        ]
+        self.shapes = _shapes(self.model)
+        modules = [*self.model.modules()]
+        self.parameters = _places([module._parameters for module in modules])
+        self.buffers = _places([module._buffers for module in modules])
         self.trained = [(pair.source, pair.source.data) for pair in pairs]
         stand_ins = [_stand_in(pair) for pair in pairs]  # all copies before the first change
         _lent.add(ema)
@@ -99,16 +95,17 @@ class Swap:
         """Give every tensor its memory back.
 
         Returns:
-            False if the parameters of the model are others by now; it keeps the averaged weights.
+            False if the model has other layers by now; it keeps the averaged weights, as its own.
         """
         _lent.discard(self.ema)
-        now = _parameters(self.model)
-        if now.keys() != self.parameters.keys() or any(
-            now[name] is not parameter for name, parameter in self.parameters.items()
-        ):
+        if _shapes(self.model) != self.shapes:
+            for tensor, _ in self.trained:
+                tensor.data = tensor.data.clone()
             return False
         for tensor, data in self.trained:
             tensor.data = data
+        for owner, key, parameter in self.parameters:
+            owner[key] = parameter  # the one that the optimizer knows
         for owner, key, buffer in self.buffers:
             # `.half()` and `.float()` put other tensors there, which hold the averaged values.
             # Another shape is no conversion but something that the model keeps for itself.
@@ -128,11 +125,17 @@ def follow(average: nn.Module, source: nn.Module, only=None) -> None:
 
 def non_persistent(model: nn.Module) -> set:
     """Return the names of the tensors that no state of the model holds."""
-    return {name for name, _, _ in named_tensors(model)} - set(model.state_dict())
+    names = {name for name, _, _ in named_tensors(model)} - set(model.state_dict())
+    return {plain(name) for name in names}
 
 
-def _parameters(model: nn.Module) -> dict:
-    return dict(model.named_parameters(remove_duplicate=False))
+def _shapes(model: nn.Module) -> dict:
+    return {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _places(dicts: list) -> list:
+    """Return (dict, key, tensor) for every tensor in the dicts of some modules."""
+    return [(d, key, tensor) for d in dicts for key, tensor in d.items() if tensor is not None]
 
 
 def _stand_in(pair: Pair) -> Tensor:

@@ -8,7 +8,7 @@ from operator import attrgetter, eq, is_
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -25,8 +25,8 @@ _SMALL = 2**14  # elements; norms and biases of all usual layers
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside MMDistributedDataParallel and its like."""
-    while is_model_wrapper(model):
+    """Return the model inside MMDistributedDataParallel and its like, or test-time augmentation."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model
 
@@ -42,7 +42,7 @@ def named_tensors(model: nn.Module) -> Iterator[Tuple[str, Tensor, bool]]:
 def averaged_copy(model: nn.Module, device: Optional[torch.device]) -> nn.Module:
     """Copy a model so that every tensor is its own, on ``device``, and exists there only once.
 
-    Sixteen-bit parameters become float32: at a momentum of 2e-4 a bf16 or fp16 average would round
+    Sixteen-bit tensors become float32: at a momentum of 2e-4 a bf16 or fp16 average would round
     every step away and never move.
     """
     memo = {}
@@ -67,11 +67,11 @@ def _own_copy(name: str, tensor: Tensor, is_buffer: bool, device: Optional[torch
             'shape yet. Run one forward pass first.'
         )
     device = tensor.device if device is None else device
-    if is_buffer:
-        copied = tensor.detach()
-        return copied.clone() if copied.device == device else copied.to(device)
     dtype = torch.float32 if tensor.dtype in _SIXTEEN_BITS else tensor.dtype
-    if (dtype, device) == (tensor.dtype, tensor.device):
+    same = (dtype, device) == (tensor.dtype, tensor.device)
+    if is_buffer:
+        return tensor.detach().clone() if same else tensor.detach().to(device, dtype)
+    if same:
         return deepcopy(tensor)  # keeps what a subclass of Parameter adds
     return nn.Parameter(tensor.detach().to(device, dtype), requires_grad=False)
 

@@ -9,7 +9,13 @@ from inspect import signature
 
 import pytest
 import torch
-from mmengine.model import BaseAveragedModel, ExponentialMovingAverage, MMDistributedDataParallel
+from mmengine.model import (
+    BaseAveragedModel,
+    BaseModel,
+    BaseTTAModel,
+    ExponentialMovingAverage,
+    MMDistributedDataParallel,
+)
 from reference import ReferenceEMA, assert_close, blended_names, tensors_of
 from torch import nn
 from toys import Toy, seeded, shake
@@ -258,6 +264,35 @@ def test_sixteen_bit_parameters_have_a_float32_average(dtype):
         ema.update_parameters(model)
     assert ema.module.weight.dtype == torch.float32
     assert weight_of(ema) == pytest.approx(2 - (1 - 2e-4) ** 5000, rel=1e-4)  # 1.632
+
+
+@pytest.mark.parametrize('update_buffers', [False, True])
+def test_sixteen_bit_buffers_have_a_float32_average_too(update_buffers):
+    model = nn.BatchNorm1d(2).to(torch.bfloat16)
+    ema = ExpMomentumEMA(model, momentum=2e-4, gamma=0.01, update_buffers=update_buffers)
+    ema.update_parameters(model)
+    model.running_mean.fill_(1)
+    for _ in range(2000):
+        ema.update_parameters(model)
+    expected = 1 - (1 - 2e-4) ** 1999 if update_buffers else 1.0
+    assert ema.module.running_mean.dtype == torch.float32
+    assert ema.module.running_mean[0].item() == pytest.approx(expected, abs=2e-4)
+    assert torch.isfinite(ema.eval()(torch.ones(3, 2))).all()  # it can be run
+
+
+def test_exclude_finds_its_names_behind_test_time_augmentation():
+    class TTA(BaseTTAModel):
+        def merge_preds(self, data_samples_list):
+            return data_samples_list
+
+    class Model(BaseModel):
+        def forward(self, inputs, data_samples=None, mode='tensor'):
+            return self.head(inputs)
+
+    model = Model()
+    model.head = nn.Linear(2, 2)
+    ema = ExpMomentumEMA(TTA(model), exclude=['head.*'])
+    assert set(dict(ema.module.named_parameters())) == {'head.weight', 'head.bias'}
 
 
 def test_a_removed_or_added_layer_is_an_error_that_names_it():

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from mmengine.hooks import Hook
 from mmengine.registry import PARAM_SCHEDULERS
+from runs import make_runner
 
 from mmema import YOLOXWarmCosLR
 from mmema.lr import yolox_warm_cos
@@ -58,6 +60,22 @@ def test_a_resume_goes_on_where_it_was():
     optimizer.step()
     second.step()
     assert optimizer.param_groups[0]['lr'] == formula(8, 0.01, 3, 2, 20, 0.05)
+
+
+@pytest.mark.parametrize('by_epoch', [False, True])
+def test_every_iteration_of_a_real_run(tmp_path, by_epoch):
+    class Rates(Hook):
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            self.seen.append(runner.optim_wrapper.get_lr()['lr'][0])
+
+    unit = 1 if by_epoch else 4
+    scheduler = dict(type='mmema.YOLOXWarmCosLR', warm_up=2 * unit, plain=1 * unit, total=6 * unit)
+    if by_epoch:
+        scheduler.update(by_epoch=True, convert_to_iter_based=True)
+    rates = Rates()
+    rates.seen = []
+    make_runner(tmp_path, rates, param_scheduler=[scheduler]).train()
+    assert rates.seen == pytest.approx([formula(i, 0.05, 8, 4, 24, 0.05) for i in range(24)])
 
 
 @pytest.mark.parametrize(

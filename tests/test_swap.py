@@ -137,6 +137,23 @@ def test_parameters_replaced_inside_keep_what_they_were_made_from():
     assert torch.equal(model.norm.weight, ema.module.norm.weight)
 
 
+def test_a_layer_replaced_inside_does_not_leave_the_model_in_the_averages_memory():
+    model, ema = trained()
+    with averaged_weights(model, ema):
+        model.more = nn.Linear(1, 1)
+    assert model.conv.weight.data_ptr() != ema.module.conv.weight.data_ptr()
+    assert torch.equal(model.conv.weight, ema.module.conv.weight)
+
+
+def test_a_parameter_assigned_anew_inside_is_the_trained_one_afterwards():
+    model, ema = trained()
+    own, weight = values(model), model.conv.bias
+    with averaged_weights(model, ema):
+        model.conv.bias = nn.Parameter(torch.full((3,), 9.0))
+    assert model.conv.bias is weight  # the one that the optimizer holds
+    assert_equal(values(model), own)
+
+
 def test_a_wrapped_model(tmp_path):
     torch.distributed.init_process_group(
         'gloo', init_method=f'file://{tmp_path}/group', rank=0, world_size=1

@@ -40,7 +40,7 @@ def what_loads(runner) -> tuple[str, bool]:
             if frame.f_code.co_name == 'load_checkpoint':
                 file, resumes = str(frame.f_locals.get('filename', file)), False
             elif frame.f_code.co_name == 'resume':
-                return file, True
+                return str(frame.f_locals.get('filename', file)), True
         frame = frame.f_back
     return file, runner._resume if resumes is None else resumes
 

@@ -13,7 +13,7 @@ from mmengine.runner.base_loop import BaseLoop
 from mmengine.runner.checkpoint import load_state_dict, weights_to_cpu
 
 from ..arguments import flag, listed
-from ..averaged import log
+from ..averaged import MomentumAveragedModel, log
 from ..finite import names_of_non_finite
 from ..registry import HOOKS
 from ..resume import check_ema_state
@@ -82,6 +82,9 @@ class EMAHook(StockEMAHook):
         self._optimizers: list = []
         self._handles: list = []
         self._steps_seen = 0
+        self._iterations = 0
+        self._ever_stepped = False
+        self._told_of_no_step = False
         self._not_finite: set = set()
 
     # --- the average and its source ---------------------------------------------------------------
@@ -96,8 +99,7 @@ class EMAHook(StockEMAHook):
             self._made_for = (ref(runner), ref(source))
             self._differs = False
             self._not_finite = set(names_of_non_finite(self.ema_model.module))  # masks, say
-        for loop in (getattr(runner, name, None) for name in ('_val_loop', '_test_loop')):
-            self._guard(loop)
+        self._guard_loops(runner)
 
     def _is_made_for(self, runner, source) -> bool:
         made_for = self._made_for
@@ -107,6 +109,10 @@ class EMAHook(StockEMAHook):
         model = unwrapped(runner.model)
         self.src_model = getattr(model, '_orig_mod', model)  # without torch.compile
         return self.src_model
+
+    def _guard_loops(self, runner) -> None:
+        for name in ('_val_loop', '_test_loop'):
+            self._guard(getattr(runner, name, None))
 
     def _guard(self, loop) -> None:
         """Put the trained weights back whichever way an evaluation ends."""
@@ -133,7 +139,11 @@ class EMAHook(StockEMAHook):
             follow(self.ema_model.module, self._source(runner))
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
-        """Watch the optimizers, which may have been replaced."""
+        """Watch the optimizers, which may have been replaced; see that nothing is mixed up."""
+        if self._swap is not None:  # an evaluation that nobody guarded has failed
+            self._put_back()
+        if not self._differs:  # weights were loaded meanwhile
+            follow(self.ema_model.module, self._source(runner))
         if not self.per_optimizer_step:
             return
         optimizers = optimizers_of(runner.optim_wrapper)
@@ -153,10 +163,16 @@ class EMAHook(StockEMAHook):
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Update the average, if an optimizer has made a step."""
         self._differs = True
+        self._iterations += 1
         if not self._has_stepped(runner):
             return
+        self._ever_stepped = True
         if self._ema_started(runner):
             self.ema_model.update_parameters(self._source(runner))
+        elif isinstance(self.ema_model, MomentumAveragedModel):
+            self.ema_model.steps.zero_()
+            self.ema_model.update_parameters(self._source(runner))  # copies, what is finite
+            self.ema_model.steps.zero_()
         else:
             follow(self.ema_model.module, self._source(runner))
 
@@ -188,8 +204,11 @@ class EMAHook(StockEMAHook):
         self._put_back()
 
     def _put_in(self, runner) -> None:
+        if self.ema_model is None:  # a loop that was run by hand
+            self.before_run(runner)
         self._put_back()
-        self._tell_not_finite()
+        self._guard_loops(runner)
+        self._tell()
         if self._differs:
             self._swap = Swap(self._source(runner), self.ema_model)
 
@@ -202,23 +221,33 @@ class EMAHook(StockEMAHook):
                 'switch_to_deploy does): it keeps them, and cannot be trained on.'
             )
 
-    def _tell_not_finite(self) -> None:
+    def _tell(self) -> None:
+        """Say what is wrong with the average, before it is evaluated or saved."""
+        if self._iterations and not self._ever_stepped and not self._told_of_no_step:
+            self._told_of_no_step = True
+            log(
+                f'the average has not moved: no optimizer told of a step in {self._iterations} '
+                'iterations. per_optimizer_step=False updates it at each of them.'
+            )
         if hasattr(self.ema_model, 'tell_skipped'):
             self.ema_model.tell_skipped()
         names = names_of_non_finite(self.ema_model.module)
         new = [name for name in names if name not in self._not_finite]
-        self._not_finite.update(new)
+        self._not_finite = set(names)
         if new:
             log(
-                f'not finite in the average: {listed(new)}. They stay so until a hard restart; '
-                'skip_non_finite=True keeps such values out.'
+                f'not finite in the average: {listed(new)} (after {int(self.ema_model.steps)} '
+                'updates). They stay so until a hard restart; skip_non_finite=True keeps such '
+                'values out.'
             )
 
     # --- checkpoints ------------------------------------------------------------------------------
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Save the averaged weights as ``state_dict``, the trained ones in ``ema_state_dict``."""
-        self._tell_not_finite()
+        if self.ema_model is None:
+            self.before_run(runner)
+        self._tell()
         if not self._differs:
             try:
                 follow(self.ema_model.module, self._source(runner))

@@ -10,9 +10,9 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, OPTIM_WRAPPERS
 from reference import ReferenceEMA, assert_close, blended_names, tensors_of
-from runs import EMA, LineModel, assert_same, ema_of, loader, make_runner, state_of
+from runs import EMA, LineModel, assert_same, ema_of, loader, log_of, make_runner, state_of
 from torch import nn
 
 import mmema
@@ -749,3 +749,103 @@ def test_what_no_checkpoint_holds_begins_as_the_models_after_a_resume(tmp_path):
     runner = make(epochs=2, resume=True)
     runner.train()
     assert torch.equal(ema_of(runner).module.cache, torch.full((2,), 3.0))
+
+
+def test_an_average_that_no_step_moves_is_told(tmp_path):
+    @OPTIM_WRAPPERS.register_module(force=True)
+    class OwnStep(OptimWrapper):
+        """Steps in a way of its own, as sharpness-aware minimisation does."""
+
+        def step(self, **kwargs):
+            with torch.no_grad():
+                for parameter in self.optimizer.param_groups[0]['params']:
+                    parameter.sub_(0.01 * parameter.grad)
+
+    wrapper = dict(type='OwnStep', optimizer=dict(type='SGD', lr=0.05))
+    runner = make_runner(tmp_path / 'a', ema=OURS, optim_wrapper=wrapper, epochs=2)
+    runner.train()
+    assert log_of(runner).count('the average has not moved: no optimizer told of a step') == 1
+    asked = dict(OURS, per_optimizer_step=False)
+    runner = make_runner(tmp_path / 'b', ema=asked, optim_wrapper=wrapper, epochs=2)
+    runner.train()
+    assert ema_of(runner).steps == 8
+    assert 'has not moved' not in log_of(runner)
+
+
+def test_weights_loaded_in_mid_training_are_what_the_average_begins_with(tmp_path):
+    other = LineModel(5)
+    state = {f'student.{name}': value for name, value in other.state_dict().items()}
+    torch.save(dict(state_dict=state), tmp_path / 'other.pth')
+
+    class Load(Hook):
+        priority = 'VERY_HIGH'
+
+        def before_train_epoch(self, runner):
+            if runner.epoch == 1:
+                keys = [(r'^student\.', '')]
+                runner.load_checkpoint(str(tmp_path / 'other.pth'), revise_keys=keys)
+
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            if runner.iter == 4:  # one step later the average is the loaded weights, blended
+                step = (runner.model.layers[0].weight - other.layers[0].weight).abs().max()
+                apart = ema_of(runner).module.layers[0].weight - other.layers[0].weight
+                self.near = bool(apart.abs().max() <= step)
+
+    load = Load()
+    runner = make_runner(tmp_path / 'run', load, ema=dict(OURS, momentum=1e-3, gamma=0.1), epochs=2)
+    runner.train()
+    assert load.near
+
+
+def test_a_nan_before_the_average_begins_is_kept_out_too(tmp_path):
+    class Poison(Hook):
+        priority = 'VERY_HIGH'
+
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            weight = runner.model.layers[0].weight
+            if runner.iter == 2:
+                self.kept = weight.detach().clone()
+                weight.data.fill_(torch.nan)
+
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            if runner.iter == 3:
+                runner.model.layers[0].weight.data.copy_(self.kept)
+
+    settings = dict(OURS, begin_iter=6, skip_non_finite=True)
+    runner = make_runner(tmp_path, Poison(), ema=settings, epochs=3)
+    runner.train()
+    assert all(torch.isfinite(t).all() for t in ema_of(runner).module.parameters())
+    assert ema_of(runner).skipped == {'layers.0.weight': 1}
+
+
+def test_a_loop_that_failed_by_hand_leaves_the_trained_weights(tmp_path):
+    class Fail(Hook):
+        def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            raise RuntimeError('out of memory')
+
+    class ByHand(Hook):
+        priority = 'VERY_LOW'
+
+        def after_train_epoch(self, runner):
+            before = weights(runner.model)
+            with pytest.raises(RuntimeError, match='out of memory'):
+                runner.test_loop.run()
+            runner.call_hook('before_train_iter', batch_idx=0)
+            assert same(weights(runner.model), before)
+
+    runner = make_runner(tmp_path, Fail(), ByHand(), ema=OURS, epochs=2, **TEST)
+    runner.train()
+    assert ema_of(runner).steps == 8
+
+
+def test_what_is_not_finite_again_is_told_again(tmp_path):
+    runner = make_runner(tmp_path, ema=OURS, epochs=1)
+    runner.train()
+    hook = next(hook for hook in runner.hooks if isinstance(hook, mmema.EMAHook))
+    weight = hook.ema_model.module.layers[0].weight
+    healthy = weight.clone()
+    for value in (torch.nan, None, torch.nan):
+        weight.copy_(healthy if value is None else torch.full_like(healthy, value))
+        hook.ema_model.steps.add_(1)  # MMEngine's logger filters a warning with the same words
+        hook.before_save_checkpoint(runner, dict(state_dict=runner.model.state_dict()))
+    assert log_of(runner).count("not finite in the average: 'layers.0.weight'") == 2
