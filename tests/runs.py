@@ -116,6 +116,7 @@ def make_runner(
     val_interval=1,
     checkpoint=None,
     model=None,
+    val_cfg=None,
     **settings,
 ):
     """Return a Runner of 4 iterations an epoch; ``iters`` makes it one by iterations."""
@@ -145,7 +146,7 @@ def make_runner(
         train_dataloader=loader(),
         train_cfg=train_cfg,
         val_dataloader=loader(shuffle=False),
-        val_cfg=dict(),
+        val_cfg=val_cfg or dict(),
         val_evaluator=dict(type='Score', script=script),
         default_hooks=dict(checkpoint=checkpoint, logger=dict(type='LoggerHook', interval=2)),
         custom_hooks=[dict(ema), *hooks, dict(type='Clock')],

@@ -105,9 +105,23 @@ def test_parts_of_a_resumed_run(tmp_path, capsys):
     assert 'line 3 of' in capsys.readouterr().err
 
 
-def test_metric_curves():
-    points = [{'step': s, 'coco/mAP': s / 10, 'raw/coco/mAP': s / 20} for s in (2, 1)]
-    assert plot_ema.metric_curves(points) == {
+def test_a_run_that_was_begun_anew_in_the_same_folder(tmp_path):
+    def part(epochs, score):
+        for epoch in range(1, epochs + 1):
+            yield dict(loss=0.0, step=4 * epoch)
+            yield {'coco/mAP': score, 'step': epoch}
+
+    write(tmp_path, '20260101_000000', part(5, 0.1))
+    write(tmp_path, '20260102_000000', part(2, 0.9))
+    train, validations = plot_ema.read_points(tmp_path)
+    assert [p['step'] for p in train] == [4, 8]
+    assert [(p['step'], p['coco/mAP']) for p in validations] == [(1, 0.9), (2, 0.9)]
+
+
+@pytest.mark.parametrize('prefix', ['raw', 'src'])
+def test_metric_curves(prefix):
+    points = [{'step': s, 'coco/mAP': s / 10, f'{prefix}/coco/mAP': s / 20} for s in (2, 1)]
+    assert plot_ema.metric_curves(points, dict(prefix=prefix)) == {
         'coco/mAP EMA': [(1, 0.1), (2, 0.2)],
         'coco/mAP raw': [(1, 0.05), (2, 0.1)],
     }

@@ -92,6 +92,9 @@ def test_refuses_before_it_imports(tmp_path, arguments, reason):
         ('train_cfg.max_epohcs=1', "unexpected keyword argument 'max_epohcs'"),
         ('custom_hooks.0.ema_type=mmema.None', 'mmema.None is not in the mmyolo::model registry'),
         ('val_evaluator.ann_file=none.json', 'no none.json'),
+        ('custom_hooks.0.momentun=0.1', "unexpected keyword argument 'momentun'"),
+        ('custom_hooks.1.follow=YOLOXModeSwitchHook', 'must name a hook of the run, got'),
+        ('custom_hooks.1.steps=-1', 'steps must be at least 0, got -1'),
         ('train_dataloader.dataset.data_prefix.img=none/', '/none/000000.png'),
     ],
 )

@@ -158,19 +158,24 @@ def check_key(config, key):
 def config_errors():
     """Turn an error that the config makes into one line; every other keeps its traceback.
 
-    It is the config's where MMEngine's registry finds no such type or argument, or where the
-    constructor that it calls refuses what it is given.
+    It is the config's where MMEngine's registry finds no such type or argument, where the
+    constructor that it calls refuses what it is given, or where a hook of ours refuses the run at
+    its start.
     """
+    import mmema
+
     try:
         yield
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, TypeError) and error.__context__ is not None:
+            error = error.__context__  # MMEngine's call_hook raises another one instead
         frames = traceback.extract_tb(error.__traceback__)
         last = frames[-1]
         built = any(Path(frame.filename).name == 'build_functions.py' for frame in frames)
-        if not built or not (
-            last.name in ('__init__', 'build_from_cfg')
-            or Path(last.filename).parent.name == 'mmema'
-        ):
+        starts = any(frame.name in ('before_run', 'before_train') for frame in frames)
+        ours = Path(mmema.__file__).parent in Path(last.filename).parents
+        refused = last.name in ('__init__', 'build_from_cfg')
+        if not (built and refused or (built or starts) and ours):
             raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         text = str(text).split(' More details can be found')[0] or type(error).__name__
@@ -269,7 +274,7 @@ def read_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location='cpu')
     except Exception as error:
-        if 'Unsupported global' in str(error):
+        if 'GLOBAL ' in str(error):
             unknown = str(error).split('GLOBAL ')[-1].split(' ')[0]
             die(
                 f'{path} holds objects of {unknown}, which torch does not load from a file that it '

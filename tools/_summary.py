@@ -15,13 +15,17 @@ def report(runner, seconds):
     rows = [('trained', duration(seconds))]
     weights = weights_in_use(runner)
     name, greater = watched_metric(runner, metrics)
+    prefix = getattr(runner.val_loop, 'prefix', 'raw') + '/'  # of an EMAValLoop
+    chosen = name
+    name = name[len(prefix) :] if name and name.startswith(prefix) else name
     points = [(point['step'], point[name]) for point in metrics if name in point]
     if points:
-        rows.append((f'{name} of the {weights}', best_and_last(runner, points, greater)))
-    raw_name = f'{getattr(runner.val_loop, "prefix", "raw")}/{name}'  # of an EMAValLoop
+        text = best_and_last(runner, points, greater, resumed=chosen == name)
+        rows.append((f'{name} of the {weights}', text))
+    raw_name = f'{prefix}{name}'
     raw = [(point['step'], point[raw_name]) for point in metrics if raw_name in point]
     if raw:
-        text = best_and_last(runner, raw, greater, resumed=False)
+        text = best_and_last(runner, raw, greater, resumed=chosen == raw_name)
         rows.append((f'{name} of the raw weights', text))
     best = runner.message_hub.runtime_info.get('best_ckpt')
     if best and os.path.isfile(best):
@@ -30,12 +34,13 @@ def report(runner, seconds):
     if os.path.isfile(mark):
         rows.append(('last checkpoint', shorten(Path(mark).read_text().strip())))
     rows.append(('log', shorten(os.path.join(runner.log_dir, f'{runner.timestamp}.log'))))
+    path = os.path.join(runner.work_dir, 'curve.png')
     if losses:
-        path = os.path.join(runner.work_dir, 'curve.png')
-        draw(path, losses, points, (name, step_unit(runner), weights), raw)
         rows.append(('curve', shorten(path)))
     width = max(len(label) for label, _ in rows)
     print('\n' + '\n'.join(f'{label:<{width}}  {value}' for label, value in rows), flush=True)
+    if losses:
+        draw(path, losses, points, (name, step_unit(runner), weights), raw)
 
 
 def read_scalars(path):

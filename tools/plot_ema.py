@@ -317,7 +317,7 @@ def of_scalars(run, folder):
         lr=[point.get('lr', float('nan')) for point in train],
         all_momenta=between(at, momentum, steps, counts),
         restarts=restarts_of(at, steps, counts),
-        metrics=metric_curves(validations),
+        metrics=metric_curves(validations, run.config.get('val_cfg') or {}),
     )
 
 
@@ -325,7 +325,7 @@ def read_points(folder):
     """Return training and validation points of all parts of a run, a resumed one included."""
     if not folder.is_dir():
         cli.die(f'no folder {folder}')
-    train, validations = {}, {}
+    train, validations = {}, []
     for path in sorted(folder.glob('*/vis_data/scalars.json')):
         begin = True
         for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -335,13 +335,14 @@ def read_points(folder):
                 cli.note(f'note: line {number} of {path} is cut short and left out')
                 continue
             if 'loss' not in point:
-                validations[point.get('step')] = point
+                validations.append((max(train, default=0), point))
                 continue
             if begin:  # what an earlier part did from here on was done again
                 train = {at: p for at, p in train.items() if at < point['step']}
+                validations = [(at, p) for at, p in validations if at < point['step']]
                 begin = False
             train[point['step']] = point
-    return list(train.values()), list(validations.values())
+    return list(train.values()), [point for _, point in validations]
 
 
 def between(at, momentum, steps, counts):
@@ -375,13 +376,14 @@ def restarts_of(at, steps, counts):
     return restarts
 
 
-def metric_curves(validations):
+def metric_curves(validations, val_cfg):
+    prefix = val_cfg.get('prefix', 'raw') + '/'
     names = [name for point in validations for name in point if '/' in name]
-    raw = [name for name in names if name.startswith('raw/')]
+    raw = [name for name in names if name.startswith(prefix)]
     names = [name for name in names if name not in raw]
     name = next((name for name in names if 'mAP' in name), names[0] if names else None)
     curves = {}
-    for label, key in ((f'{name} EMA', name), (f'{name} raw', f'raw/{name}')):
+    for label, key in ((f'{name} EMA', name), (f'{name} raw', f'{prefix}{name}')):
         curve = [(point['step'], point[key]) for point in validations if key in point]
         if curve:
             curves[label] = sorted(curve)
