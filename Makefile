@@ -30,7 +30,7 @@ quick: $(READY)  ## run the fast tests, for after each edit
 	$(RUN) -m pytest -m 'not slow' -q $(ARGS)
 
 clean:  ## remove .venv, data and caches; keep work_dirs and the compiled mmcv
-	rm -rf $(VENV) data build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) data build *.egg-info .pytest_cache .ruff_cache .hypothesis .dist_test
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): tools/bootstrap.py requirements/stack.txt pyproject.toml

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,7 +100,9 @@ def check_is_file(path: Path) -> None:
 
 def read_pickle(path: Path, trust: bool):
     try:
-        with plain_namespaces():
+        with plain_namespaces(), warnings.catch_warnings():
+            # Else torch's remarks, such as on the protocol of the pickle, stand before our line.
+            warnings.simplefilter('ignore', UserWarning)
             return torch.load(path, map_location='cpu', weights_only=not trust)
     except (ImportError, AttributeError) as error:
         raise CheckpointError(
@@ -239,13 +242,19 @@ def distances(average: State, raw: State):
         difference = (other.double() - tensor.double()).norm().item()
         differences.append(difference)
         norms.append(norm)
-        own.append((name, difference / norm if norm else float(difference > 0) * float('inf')))
+        own.append((name, relative(difference, norm)))
     if not norms:
         return None, []
     total = sum(n * n for n in norms) ** 0.5
     apart = sum(d * d for d in differences) ** 0.5
     farthest = sorted((o for o in own if o[1] > 0), key=lambda pair: -pair[1])[:3]
-    return (apart / total if total else float('nan')), farthest
+    return relative(apart, total), farthest
+
+
+def relative(difference: float, norm: float) -> float:
+    if difference == 0:
+        return 0.0  # two tensors of zeros too
+    return difference / norm if norm else difference * float('inf')
 
 
 def comparable(name: str, tensor: Tensor, other: Optional[Tensor]) -> bool:
@@ -258,8 +267,14 @@ def non_finite(state: State) -> List[str]:
     return [
         name
         for name, tensor in state.items()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+        if tensor.is_floating_point() and not is_finite(tensor)
     ]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    if tensor.element_size() == 1:  # torch has no isfinite for float8
+        tensor = tensor.float()
+    return bool(torch.isfinite(tensor).all())
 
 
 def summary(state: State) -> str:
@@ -450,7 +465,7 @@ def fill_in(found: Weights, to: str, notes: List[str]) -> None:
         notes.append('no raw weights in the file: training goes on from the average')
     elif found.raw is not None and 'raw' not in keeps:
         notes.append(f'{to} keeps no raw weights: they are left out')
-    if 'steps' not in keeps:
+    if 'steps' not in keeps and found.steps is not None:
         notes.append(f'{to} keeps no counter: {found.steps} updates are left out')
     if found.live and to != 'mmema':
         names = ', '.join(name for name, _ in live_lines(found.live))

@@ -55,7 +55,7 @@ def is_mmengine(content: dict) -> bool:
 
 def read_mmengine(content: dict) -> Weights:
     """A run's checkpoint: ``state_dict`` has the average, ``ema_state_dict`` the raw weights."""
-    state, meta = tensors(content['state_dict'], 'state_dict'), content.get('meta') or {}
+    state, meta = tensors(content['state_dict'], 'state_dict'), dict_at(content, 'meta')
     found = Weights('mmengine', mmengine_maker(meta), meta=meta)
     if 'ema_state_dict' not in content:
         return mmengine_without_ema(found, state, meta)
@@ -86,11 +86,11 @@ def live_values(ema: dict) -> dict:
 
 
 def mmengine_without_ema(found: Weights, state: State, meta: dict) -> Weights:
-    own = meta.get('mmema') or {}
+    own = dict_at(meta, 'mmema')
     ema = own.get('weights') == 'ema' if 'weights' in own else 'EMAHook' in str(meta.get('cfg', ''))
     if ema:
         found.average, found.average_at = state, 'state_dict'
-        found.steps = own.get('steps')
+        found.steps = counter(own, 'steps')
         found.notes.append(
             'made by `export --weights ema`'
             if own
@@ -225,6 +225,8 @@ def read_dfine(content: dict) -> Weights:
     """``ema`` has ``module`` and ``updates``; ``model`` the raw weights."""
     found, ema = Weights('dfine', 'RT-DETR, D-FINE or DEIM'), content.get('ema')
     if ema is not None:
+        if not isinstance(ema, dict) or 'module' not in ema:
+            raise CheckpointError("ema must be a dict with 'module' in it")
         found.average, found.average_at = tensors(ema['module'], 'ema.module'), "ema['module']"
         found.steps = counter(ema, 'updates')
     if content.get('model') is not None:
@@ -283,7 +285,8 @@ def read_torchvision(content: dict) -> Weights:
     found = read_averaged_model(content['model_ema'])
     found.kind, found.maker = 'torchvision', 'torchvision reference'
     found.average_at = "model_ema['module.*']"
-    found.raw, found.raw_at = tensors(content['model'], 'model'), 'model'
+    if content.get('model') is not None:
+        found.raw, found.raw_at = tensors(content['model'], 'model'), 'model'
     note_decay(found, content.get('args'))
     return found
 
@@ -316,19 +319,23 @@ def write_averaged_model(weights: Weights) -> dict:
 
 
 def is_state_dict(content: dict) -> bool:
-    state = content.get('model', content)
+    state = content.get(bare_at(content), content)
     if not isinstance(state, dict):
         return False
     return bool(state) and all(isinstance(value, Tensor) for value in state.values())
 
 
+def bare_at(content: dict) -> str:
+    return next((key for key in ('state_dict', 'model') if key in content), 'the file')
+
+
 def read_state_dict(content: dict) -> Weights:
     """Names and tensors, and nothing that says which weights they are."""
-    place = 'model' if 'model' in content else 'the file'
+    place = bare_at(content)
     return Weights(
         'state_dict',
         'unknown: a bare state_dict',
-        raw=tensors(content.get('model', content), place),
+        raw=tensors(content.get(place, content), place),
         raw_at=place,
         notes=['nothing in the file says whether these are averaged or raw weights'],
     )
@@ -393,10 +400,24 @@ def tensors(state, place: str) -> State:
             raise CheckpointError(
                 f'{place} must be names and tensors, but {name!r} is a {type(value).__name__}'
             )
+        check_plain(name, value, place)
     names = [name.replace('_orig_mod.', '') for name in state]
     if names and all(name.startswith('module.') for name in names):
         names = [name[len('module.') :] for name in names]
     return with_metadata(state, dict(zip(names, state.values())))
+
+
+def check_plain(name: str, tensor: Tensor, place: str) -> None:
+    """Refuse tensors that can be neither compared nor written as numbers in memory."""
+    if tensor.is_meta:
+        what = 'has no data: it was saved from the meta device'
+    elif tensor.is_quantized or 'float4' in str(tensor.dtype):
+        what = f'is quantized ({str(tensor.dtype)[6:]}): use the checkpoint before quantization'
+    elif tensor.is_nested or tensor.layout != torch.strided:
+        what = 'is sparse or nested: save it with .to_dense() or .to_padded_tensor()'
+    else:
+        return
+    raise CheckpointError(f'{place}: {name!r} {what}')
 
 
 def module_of(state, place: str) -> State:
@@ -413,6 +434,15 @@ def with_metadata(old: State, new: State) -> State:
     if hasattr(old, '_metadata'):
         kept._metadata = old._metadata
     return kept
+
+
+def dict_at(content: dict, key: str) -> dict:
+    value = content.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f'{key} must be a dict, got {value!r:.60}')
+    return value
 
 
 def counter(content: dict, key: str) -> Optional[int]:

@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 import pickle
+import warnings
 from copy import deepcopy
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import ExponentialMovingAverage, MomentumAnnealingEMA
 from runs import EMA, ema_of, make_runner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from toys import Toy, seeded, shake
 
@@ -89,6 +90,34 @@ def test_non_finite_tensors_are_named(tmp_path):
     report = inspect(tmp_path / 'x.pth')
     assert report.non_finite == {'average': ['norm.weight'], 'raw': ['conv.bias']}
     assert ('NaN or infinity', 'average: norm.weight') in report.lines()
+
+
+def test_distance_of_zeros(tmp_path):
+    def distance(average, raw):
+        content = {'model': {'a': raw}, 'ema': {'module': {'a': average}, 'updates': 7}}
+        torch.save(content, tmp_path / 'x.pth')
+        report = inspect(tmp_path / 'x.pth')
+        return report.distance, report.farthest
+
+    assert distance(torch.zeros(2), torch.zeros(2)) == (0.0, [])
+    assert distance(torch.ones(2), torch.zeros(2)) == (math.inf, [('a', math.inf)])
+
+
+@pytest.mark.parametrize(
+    'name', ['float8_e4m3fn', 'float8_e5m2', 'float16', 'bfloat16', 'float64', 'int8', 'complex64']
+)
+def test_every_kind_of_number_is_inspected_and_exported(tmp_path, name):
+    kind = getattr(torch, name, None) or pytest.skip(f'this torch has no {name}')
+    state = {'a': torch.tensor([1.0, 2.0]).to(kind)}
+    if name.startswith('float8'):
+        state['bad'] = torch.tensor([math.nan]).to(kind)
+    if name == 'float64':
+        state['large'] = torch.tensor([1e300], dtype=kind)  # no infinity
+    torch.save(state, tmp_path / 'x.pth')
+    report = inspect(tmp_path / 'x.pth')
+    assert report.non_finite['raw'] == (['bad'] if 'bad' in state else [])
+    out = export(tmp_path / 'x.pth', tmp_path / 'out.safetensors', 'raw')
+    assert torch.equal(load_file(out)['a'].to(torch.complex128), state['a'].to(torch.complex128))
 
 
 def averages_of_others():
@@ -459,6 +488,38 @@ def test_what_gets_lost_is_said(run, tmp_path):
     assert any('training goes on from the average' in note for note in notes)
 
 
+def test_a_counter_that_nobody_kept_is_not_lost(tmp_path):
+    torch.save(files_of_others()['timm'], tmp_path / 'x.pth')
+    notes = convert(tmp_path / 'x.pth', tmp_path / 'y.pth', 'yolox')
+    assert any('no raw weights' in note for note in notes)
+    assert not any('counter' in note for note in notes)
+
+
+def test_torchvision_without_the_raw_weights(tmp_path):
+    average, _ = pair()
+    content = files_of_others()['torchvision']
+    for raw in ('none', 'left out'):
+        content['model'] = None
+        if raw == 'left out':
+            del content['model']
+        torch.save(content, tmp_path / 'x.pth')
+        found = inspect(tmp_path / 'x.pth').weights
+        same(found.average, average)
+        assert (found.kind, found.raw, found.steps) == ('torchvision', None, 123)
+        same(load_state(export(tmp_path / 'x.pth', tmp_path / f'{raw}.pth')), average)
+        notes = convert(tmp_path / 'x.pth', tmp_path / 'y.pth', 'mmema', force=True)
+        assert any('training goes on from the average' in note for note in notes)
+
+
+@pytest.mark.parametrize('key', ['state_dict', 'model', None])
+def test_bare_state_dicts(tmp_path, key):
+    _, raw = pair()
+    torch.save({key: raw, 'epoch': 3} if key else raw, tmp_path / 'x.pth')
+    found = load(tmp_path / 'x.pth')
+    same(found.raw, raw)
+    assert (found.kind, found.average, found.raw_at) == ('state_dict', None, key or 'the file')
+
+
 def test_prefixes_of_wrappers_are_taken_off(tmp_path):
     average, raw = pair()
     wrapped = {f'module._orig_mod.{k}': v for k, v in raw.items()}
@@ -562,12 +623,63 @@ def test_files_of_something_else(tmp_path, content, match):
         ({'state_dict': {3: torch.zeros(1)}, 'meta': {}}, 'state_dict .* but 3 is a Tensor'),
         ({'model': {}, 'ema': {'module': {}, 'updates': 'x'}}, "updates must be a number, got 'x'"),
         ({'shadow_params': [], 'decay': 1}, 'diffusers or pytorch_ema'),
+        ({'state_dict': {'a': torch.zeros(1)}, 'meta': 'x'}, "meta must be a dict, got 'x'"),
+        (
+            {'state_dict': {'a': torch.zeros(1)}, 'meta': {'mmema': [1]}},
+            r'mmema must be a dict, got \[1\]',
+        ),
+        (
+            {
+                'state_dict': {'a': torch.zeros(1)},
+                'meta': {'mmema': {'weights': 'ema', 'steps': 'x'}},
+            },
+            "steps must be a number, got 'x'",
+        ),
+        ({'model': {}, 'last_epoch': 1, 'ema': {'x': 1}}, "ema must be a dict with 'module' in it"),
     ],
 )
 def test_contents_of_something_else(tmp_path, content, match):
     torch.save(content, tmp_path / 'x.pth')
     with pytest.raises(CheckpointError, match=match):
         load(tmp_path / 'x.pth')
+
+
+@pytest.mark.parametrize('text', ['[1]', '"x"', '3'])
+def test_safetensors_with_metadata_of_something_else(tmp_path, text):
+    save_file({'a': torch.zeros(1)}, tmp_path / 'x.safetensors', {'mmema': text})
+    with pytest.raises(CheckpointError, match='x.safetensors: meta must be a dict, got'):
+        load(tmp_path / 'x.safetensors')
+
+
+def odd_tensors():
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # torch says of most of these that they are in beta
+        yield torch.eye(3).to_sparse(), 'is sparse'
+        yield torch.eye(3).to_sparse_csr(), 'is sparse'
+        yield torch.empty(3, device='meta'), 'has no data'
+        yield torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), r'quantized \(qint8\)'
+        yield torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), 'sparse or nested'
+
+
+@pytest.mark.parametrize('number', range(5))
+def test_tensors_that_are_not_plain_are_named(tmp_path, number):
+    tensor, match = list(odd_tensors())[number]
+    for content, where in (
+        ({'conv.weight': tensor}, 'the file'),
+        ({'steps': torch.tensor(1), 'module.conv.weight': tensor}, 'the file'),
+        ({'state_dict': {'conv.weight': tensor}, 'meta': {}}, 'state_dict'),
+    ):
+        torch.save(content, tmp_path / 'x.pth')
+        with pytest.raises(CheckpointError, match=f"x.pth: {where}: 'conv.weight' .*{match}"):
+            load(tmp_path / 'x.pth')
+
+
+def test_torch_does_not_talk_before_our_line(tmp_path, recwarn):
+    with open(tmp_path / 'x.pth', 'wb') as file:
+        pickle.dump({'state_dict': 1}, file, 4)
+    with pytest.raises(CheckpointError, match='damaged, cut short or no checkpoint'):
+        load(tmp_path / 'x.pth')
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_hostile_pickle_is_not_run(tmp_path):

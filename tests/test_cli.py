@@ -2,6 +2,7 @@
 
 import argparse
 import decimal
+import os
 import sys
 
 import pytest
@@ -124,6 +125,33 @@ def test_refuses_what_is_no_checkpoint(tmp_path, refusal, content, reason):
     line = refusal(cli.read_checkpoint, path)
     assert path in line
     assert reason in line
+
+
+def test_a_hostile_file_is_called_what_it_is(tmp_path, refusal):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'owned'),)
+
+    path = str(tmp_path / 'hostile.pth')
+    torch.save({'state_dict': Hostile()}, path)
+    line = refusal(cli.read_checkpoint, path)
+    assert f'{path} holds objects of {os.mkdir.__module__}.mkdir' in line
+    assert 'cut short' not in line
+    assert not (tmp_path / 'owned').exists()
+
+
+@pytest.mark.parametrize('key', ['state_dict', 'meta', 'optimizer'])
+def test_refuses_to_resume_from_odd_contents(tmp_path, refusal, key):
+    import train
+
+    path = str(tmp_path / 'odd.pth')
+    content = {'state_dict': {}, 'meta': {'epoch': 1}, 'optimizer': {}}
+    config = Config(dict(train_cfg=dict(max_epochs=2)))
+    torch.save(content, path)
+    train.check_resumable(config, path)
+    torch.save({**content, key: 'x'}, path)
+    line = refusal(train.check_resumable, config, path)
+    assert f'{path} is no checkpoint of a run: its {key} is a str, not a dict' in line
 
 
 @pytest.mark.parametrize('size', [0, 1, 1000, 3000, -1])

@@ -1,6 +1,7 @@
 """tools/ema_checkpoint.py as people call it, and every command of docs/checkpoints.md."""
 
 import argparse
+import pickle
 import re
 import shlex
 import sys
@@ -74,6 +75,15 @@ def test_a_refusal_is_one_line(tmp_path):
     assert line == f'{TOOL}: x.pth is empty (0 bytes); whoever wrote it did not finish'
 
 
+def test_a_refused_pickle_is_one_line(tmp_path):
+    with open(tmp_path / 'x.pth', 'wb') as file:
+        pickle.dump({'state_dict': 1}, file, 4)
+    done = call_tool(TOOL, 'inspect', 'x.pth', folder=tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f'{TOOL}: x.pth: it is damaged, cut short or no checkpoint at all')
+
+
 # --- in this process ---------------------------------------------------------------------------
 
 
@@ -131,6 +141,25 @@ def test_bad_calls_end_with_status_2_and_one_line(run, tool, tmp_path, arguments
     assert expected in text.splitlines()[-1]
     assert 'Traceback' not in text
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('command', ['inspect', 'export', 'convert --to dfine'])
+@pytest.mark.parametrize(
+    ('content', 'expected'),
+    [
+        ({'state_dict': {'a': torch.zeros(1)}, 'meta': 'x'}, "meta must be a dict, got 'x'"),
+        ({'a': torch.eye(2).to_sparse()}, "the file: 'a' is sparse or nested"),
+    ],
+)
+def test_odd_contents_end_with_status_2_and_one_line(tool, tmp_path, command, content, expected):
+    torch.save(content, tmp_path / 'x.pth')
+    words = command.split()
+    output = [] if command == 'inspect' else ['-o', 'y.pth']
+    status, text = tool(words[0], 'x.pth', *words[1:], *output)
+    assert status == 2
+    (line,) = text.splitlines()
+    assert line.startswith(f'{TOOL}: x.pth: {expected}')
+    assert [path.name for path in tmp_path.iterdir()] == ['x.pth']
 
 
 # --- docs/checkpoints.md -----------------------------------------------------------------------

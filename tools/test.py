@@ -57,7 +57,13 @@ def read_weights(checkpoint):
         cli.die(
             f'{checkpoint} has no state_dict, it holds: {", ".join(map(str, list(content)[:5]))}'
         )
-    return content['state_dict']
+    weights = content['state_dict']
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        cli.die(
+            f'{checkpoint} is no checkpoint: its state_dict is a {type(weights).__name__}, '
+            'not tensors by name'
+        )
+    return weights
 
 
 def check_weights(runner, weights, checkpoint):

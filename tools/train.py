@@ -82,12 +82,17 @@ def resume(config, checkpoint):
 
 def check_resumable(config, checkpoint):
     content = cli.read_checkpoint(checkpoint)
-    missing = [key for key in ('state_dict', 'meta', 'optimizer') if key not in content]
+    needed = ('state_dict', 'meta', 'optimizer')
+    missing = [key for key in needed if key not in content]
     if missing:
         cli.die(
             f'{checkpoint} has no {", ".join(missing)}, so a run cannot go on from it; to begin a '
             f'new one with its weights: --cfg-options load_from={checkpoint}'
         )
+    for key in needed:
+        if not isinstance(content[key], dict):
+            kind = type(content[key]).__name__
+            cli.die(f'{checkpoint} is no checkpoint of a run: its {key} is a {kind}, not a dict')
     epochs, done = config.train_cfg.get('max_epochs'), content['meta'].get('epoch', 0)
     if epochs is not None and done >= epochs:
         cli.note(
