@@ -6,6 +6,7 @@ import inspect
 import os
 import sys
 import traceback
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def check_arguments(args):
 
 def import_stack():
     """Import all that the tools need, or say what is missing."""
+    warnings.filterwarnings('ignore', message='.*pkg_resources')  # of MMEngine and its like
     try:
         import mmcv  # noqa: F401
         import mmdet  # noqa: F401
