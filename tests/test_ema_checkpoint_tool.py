@@ -52,6 +52,7 @@ def tool(tmp_path, monkeypatch, capsys):
 # --- as another process ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_inspect_and_export_from_any_folder(run, tmp_path):
     runner, file = run
     done = call_tool(TOOL, 'inspect', file, folder=tmp_path)
@@ -69,12 +70,14 @@ def test_inspect_and_export_from_any_folder(run, tmp_path):
         assert torch.equal(state[name], tensor), name
 
 
+@pytest.mark.slow
 def test_a_refusal_is_one_line(tmp_path):
     (tmp_path / 'x.pth').write_bytes(b'')
     line = refusal(TOOL, 'inspect', 'x.pth', folder=tmp_path)
     assert line == f'{TOOL}: x.pth is empty (0 bytes); whoever wrote it did not finish'
 
 
+@pytest.mark.slow
 def test_a_refused_pickle_is_one_line(tmp_path):
     with open(tmp_path / 'x.pth', 'wb') as file:
         pickle.dump({'state_dict': 1}, file, 4)

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow  # each starts an interpreter that imports the libraries
+
 BUILD = """
 from mmengine.registry import MODELS, DefaultScope
 import torch
