@@ -7,9 +7,14 @@ from pathlib import Path
 import mmengine.runner.runner
 import pytest
 import torch
+from hypothesis import settings
 from mmengine.logging import MMLogger
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+# The same examples in every run: what fails, fails again.
+settings.register_profile('same', derandomize=True)
+settings.load_profile('same')
 
 # Every Runner logs its environment, for which it asks the compilers: once is enough.
 mmengine.runner.runner.collect_env = lru_cache(None)(mmengine.runner.runner.collect_env)
