@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import math
+
 
 def real(name: str, value) -> float:
     """Return a number, or raise TypeError."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f'{name} must be a number, got {value!r}')
     return value
+
+
+def check_momentum(momentum) -> None:
+    """Raise TypeError or ValueError if a momentum that is given breaks its rule."""
+    if momentum is not None and not 0 < real('momentum', momentum) < 1:
+        raise ValueError(
+            f'momentum must be in (0, 1), got {momentum}. It is the weight of the new value: one '
+            'minus the decay of other libraries.'
+        )
+
+
+def check_positive(name: str, value) -> None:
+    """Raise TypeError or ValueError if a number that is given is not above 0 and finite."""
+    if value is not None and not 0 < real(name, value) < math.inf:
+        raise ValueError(f'{name} must be above 0 and finite, got {value}')
 
 
 def count(name: str, value, least: int = 1) -> int:

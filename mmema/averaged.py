@@ -13,7 +13,7 @@ from mmengine.model import BaseAveragedModel
 from torch import Tensor, nn
 
 from . import schedules
-from .arguments import count, flag, listed, real
+from .arguments import check_momentum, check_positive, count, flag, listed
 from .finite import Guard, is_number
 from .registry import MODELS, register_everywhere
 from .swap import refuse_while_lent
@@ -170,7 +170,7 @@ class MomentumAveragedModel(BaseAveragedModel):
                 update would replace the average, or blend random weights, and nothing would show
                 it. Also if a shape differs.
         """
-        missing = sorted(set(self.module_and_steps()) - set(state_dict))
+        missing = sorted(set(state_keys(self)) - set(state_dict))
         if missing:
             more = f' and {len(missing) - 5} more' if len(missing) > 5 else ''
             raise RuntimeError(
@@ -180,10 +180,6 @@ class MomentumAveragedModel(BaseAveragedModel):
             )
         kwargs = {'assign': True} if assign else {}  # torch 2.0 does not know the argument
         return super().load_state_dict(state_dict, strict=strict, **kwargs)
-
-    def module_and_steps(self) -> list:
-        """Return the keys that every EMA state has."""
-        return ['steps', *(f'module.{key}' for key in self.module.state_dict())]
 
     def _pairing_with(self, model: nn.Module) -> Pairing:
         source = unwrapped(model)
@@ -283,13 +279,8 @@ class ExpMomentumEMA(MomentumAveragedModel):
         momentum: Optional[float] = None, gamma: Optional[float] = None
     ) -> None:
         """Raise TypeError or ValueError if a given value breaks its rule."""
-        if momentum is not None and not 0 < real('momentum', momentum) < 1:
-            raise ValueError(
-                f'momentum must be in (0, 1), got {momentum}. It is the weight of the new value: '
-                'one minus the decay of other libraries.'
-            )
-        if gamma is not None and not 0 < real('gamma', gamma) < math.inf:
-            raise ValueError(f'gamma must be above 0 and finite, got {gamma}')
+        check_momentum(momentum)
+        check_positive('gamma', gamma)
 
     def momentum_at(self, steps: int) -> float:
         return schedules.exp_momentum(steps, self.momentum, self.gamma)
@@ -361,8 +352,8 @@ class Restartable(MomentumAveragedModel):
 
     def rewind(self, state_dict) -> None:
         """Take the average and the counter from a state; live values and restarts stay."""
-        keys = self.module_and_steps()
-        super().load_state_dict({key: state_dict[key] for key in keys if key in state_dict})
+        keys = [key for key in state_keys(self) if key in state_dict]
+        super().load_state_dict({key: state_dict[key] for key in keys})
 
     def _load_live(self, live: dict) -> None:
         self.restarts = int(live['restarts'])
@@ -435,6 +426,11 @@ def patterns(exclude: Sequence[str], model: nn.Module) -> tuple:
                 f'as {names[0]!r}. For all of a module write {pattern + ".*"!r}.'
             )
     return tuple(exclude)
+
+
+def state_keys(ema: BaseAveragedModel) -> list[str]:
+    """Return the keys that every EMA state has, MMEngine's included."""
+    return ['steps', *(f'module.{key}' for key in ema.module.state_dict())]
 
 
 def as_device(device: Device) -> Optional[torch.device]:

@@ -9,7 +9,7 @@ import torch
 from mmengine.model import BaseAveragedModel
 
 from .arguments import listed
-from .averaged import MomentumAveragedModel, log
+from .averaged import log, state_keys
 
 # What the copies of best checkpoints are called that are kept for restarts.
 KEPT = 'best_before_restart_at_'
@@ -79,7 +79,7 @@ def check_ema_state(checkpoint: dict, ema: BaseAveragedModel, file: str) -> None
             f'{file} has no ema_state_dict: the run that wrote it had no EMAHook. {how}'
         )
     state = checkpoint['ema_state_dict']
-    missing = [key for key in MomentumAveragedModel.module_and_steps(ema) if key not in state]
+    missing = [key for key in state_keys(ema) if key not in state]
     if missing:
         raise ValueError(f'the EMA state in {file} lacks {listed(missing)}. {how}')
     own = ema.module.state_dict()

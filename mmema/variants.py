@@ -9,7 +9,8 @@ from typing import Optional, Sequence
 from torch import nn
 
 from . import schedules
-from .averaged import Device, Restartable, real, warn_of_large
+from .arguments import check_momentum, check_positive, real
+from .averaged import Device, Restartable, warn_of_large
 from .registry import MODELS, register_everywhere
 
 _gamma_of = lru_cache(maxsize=None)(schedules.power_function_gamma)
@@ -454,16 +455,3 @@ class RestartablePowerFunctionEMA(Restartable):
     def restart(self, steps: Optional[int] = 0, sigma_rel: Optional[float] = None) -> None:
         """Restart; see :meth:`mmema.RestartableExpMomentumEMA.restart`."""
         self._restart(steps, sigma_rel=sigma_rel)
-
-
-def check_momentum(momentum: Optional[float]) -> None:
-    if momentum is not None and not 0 < real('momentum', momentum) < 1:
-        raise ValueError(
-            f'momentum must be in (0, 1), got {momentum}. It is the weight of the new value: one '
-            'minus the decay of other libraries.'
-        )
-
-
-def check_positive(name: str, value: Optional[float]) -> None:
-    if value is not None and not 0 < real(name, value) < math.inf:
-        raise ValueError(f'{name} must be above 0 and finite, got {value}')

@@ -92,6 +92,20 @@ class Clock(Hook):
         )
 
 
+class Crash(Hook):
+    """Stops a run as a power cut would, at one of the places where it can be."""
+
+    def __init__(self, iteration, place='after_train_iter'):
+        self.iteration = iteration
+        setattr(self, place, self.crash)
+
+    priority = 'LOWEST'
+
+    def crash(self, runner, *args, **kwargs):
+        if runner.iter >= self.iteration:
+            raise KeyboardInterrupt
+
+
 def ema_of(runner):
     return next(hook.ema_model for hook in runner.hooks if hasattr(hook, 'ema_model'))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mmengine.runner import IterBasedTrainLoop
 
-from ..arguments import count, real
+from ..arguments import check_momentum, count
 from .common import last_of, validation_follows
 
 FOLLOWED = ('PipelineSwitchHook', 'YOLOXModeSwitchHook')
@@ -30,11 +30,7 @@ def checked_momentum(momentum, milestones: list[int], alone: bool):
             f'on_plateau, got {len(momentum)} values for {len(milestones)} milestones'
         )
     for value in momentum if each else [momentum]:
-        if value is not None and not 0 < real('momentum', value) < 1:
-            raise ValueError(
-                f'momentum must be in (0, 1), got {value}. It is the weight of the new value: one '
-                'minus the decay of other libraries.'
-            )
+        check_momentum(value)
     return momentum
 
 

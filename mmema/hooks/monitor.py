@@ -8,6 +8,7 @@ import torch
 from mmengine.hooks import Hook, LoggerHook
 from torch import nn
 
+from ..finite import is_number
 from ..registry import HOOKS, register_everywhere
 from ..tensors import pairs_of, unwrapped
 from .common import ema_hook_of
@@ -98,7 +99,7 @@ def relative_distance(average: nn.Module, source: nn.Module) -> float:
     """
     apart, size = [], []
     for pair, is_buffer in pairs_of(average, unwrapped(source)):
-        if not is_buffer and (pair.source.is_floating_point() or pair.source.is_complex()):
+        if not is_buffer and is_number(pair.source):
             own = pair.source.to(pair.average.dtype)
             apart.append(torch.linalg.vector_norm(pair.average.to(own.device) - own))
             size.append(torch.linalg.vector_norm(own))

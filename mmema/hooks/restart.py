@@ -10,10 +10,11 @@ from mmengine.hooks import Hook
 from mmengine.runner import IterBasedTrainLoop
 from mmengine.runner.base_loop import BaseLoop
 
-from ..arguments import count, flag, one_of, real
+from ..arguments import check_positive, count, flag, one_of
 from ..averaged import Restartable
 from ..registry import HOOKS, register_everywhere
 from ..resume import check_ema_state, checkpoint_to_resume, is_whole
+from ..tensors import unwrapped
 from . import rewind
 from .advice import advice, plan_of
 from .common import ema_hook_of, validation_follows, what_loads
@@ -99,8 +100,7 @@ class EMARestartHook(Hook):
             )
         self.steps = None if steps is None else count('steps', steps, least=0)
         self.momentum = checked_momentum(momentum, self.milestones, alone=not (every or follow))
-        if gamma is not None and not 0 < real('gamma', gamma) < float('inf'):
-            raise ValueError(f'gamma must be above 0 and finite, got {gamma}')
+        check_positive('gamma', gamma)
         self.gamma = gamma
         self.source = one_of('source', source, SOURCES)
         changes = (momentum, gamma, self.plateau and self.plateau.momentum_add)
@@ -272,7 +272,7 @@ class EMARestartHook(Hook):
         source = self.source if due else self.plateau.source or self.source
         gone_on_from = self._go_on_from(runner, ema, source, ends_stage=bool(due))
         if gone_on_from != CURRENT_WEIGHTS:
-            rewind.model_of(runner).zero_grad()  # half accumulated, for weights that are gone
+            unwrapped(runner.model).zero_grad()  # half accumulated, for weights that are gone
         if self.steps is None and not live:
             live = {ema._LIVE[0]: getattr(ema, ema._LIVE[0])}  # only the source changes
         ema.restart(self.steps, **live)
@@ -293,7 +293,7 @@ class EMARestartHook(Hook):
     def _go_on_from(self, runner, ema, source: str, ends_stage: bool) -> str:
         """Put the weights in place; return what they are, for the log."""
         if source == 'ema' and runner.iter > 0:  # before, the average is of no weights at all
-            ema.copy_to(rewind.model_of(runner))
+            ema.copy_to(unwrapped(runner.model))
             return 'the averaged weights'
         if source == 'best':
             # Plateaus go back to the best one of the stage before, where another trigger ended one.

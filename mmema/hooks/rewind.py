@@ -7,17 +7,12 @@ import shutil
 from pathlib import Path
 
 from mmengine.hooks import CheckpointHook
-from mmengine.model import is_model_wrapper
 from mmengine.runner.checkpoint import _load_checkpoint
 
 from ..resume import KEPT
+from ..tensors import unwrapped
 
 SOURCES = ('model', 'ema', 'best')
-
-
-def model_of(runner):
-    """Return the run's model without its wrapper."""
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def saves_best(runner) -> bool:
@@ -107,7 +102,7 @@ def go_back(runner, ema, file: Path) -> None:
     # MMEngine saves the averaged weights as `state_dict`, the raw ones in the place of the average.
     averaged = checkpoint['state_dict']
     raw = {key[7:]: tensor for key, tensor in state.items() if key.startswith('module.')}
-    model_of(runner).load_state_dict(raw)
+    unwrapped(runner.model).load_state_dict(raw)
     ema.rewind({'steps': state['steps'], **{f'module.{k}': averaged[k] for k in raw}})
     _put_back_optimizer(runner.optim_wrapper, checkpoint['optimizer'])
 

@@ -4,8 +4,7 @@ import contextlib
 import random
 
 import pytest
-from mmengine.hooks import Hook
-from runs import EMA, LineModel, assert_same, make_runner, state_of
+from runs import EMA, Crash, LineModel, assert_same, make_runner, state_of
 from torch import nn
 
 PLACES = [
@@ -13,20 +12,6 @@ PLACES = [
     for when in ('before', 'after')
     for what in ('train_iter', 'val_epoch', 'train_epoch')
 ]
-
-
-class Crash(Hook):
-    """Stops a run as a power cut would."""
-
-    priority = 'LOWEST'
-
-    def __init__(self, iteration, place):
-        self.iteration = iteration
-        setattr(self, place, self.crash)
-
-    def crash(self, runner, *args, **kwargs):
-        if runner.iter >= self.iteration:
-            raise KeyboardInterrupt
 
 
 def model_of(kind):

@@ -8,7 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS
 from reference import ReferenceEMA, assert_close, blended_names, tensors_of
-from runs import EMA, LineModel, assert_same, ema_of, log_of, make_runner, seen, state_of
+from runs import EMA, Crash, LineModel, assert_same, ema_of, log_of, make_runner, seen, state_of
 
 from mmema import EMARestartHook
 
@@ -29,20 +29,6 @@ def restarted_at(runner):
             found.append(iteration)
             before = restarts
     return found
-
-
-class Crash(Hook):
-    """Stops a run as a power cut would, at one of the places where it can be."""
-
-    def __init__(self, iteration, place='after_train_iter'):
-        self.iteration = iteration
-        setattr(self, place, self.crash)
-
-    priority = 'LOWEST'
-
-    def crash(self, runner, *args, **kwargs):
-        if runner.iter >= self.iteration:
-            raise KeyboardInterrupt
 
 
 # --- when ---------------------------------------------------------------------------------------
