@@ -182,8 +182,10 @@ class MomentumAveragedModel(BaseAveragedModel):
         return super().load_state_dict(state_dict, strict=strict, **kwargs)
 
     def _pairing_with(self, model: nn.Module) -> Pairing:
-        source = unwrapped(model)
-        if self._pairing is None or not self._pairing.holds(source):
+        pairing = self._pairing
+        known = pairing is not None and model is pairing.source  # else it may be in a wrapper
+        source = model if known else unwrapped(model)
+        if pairing is None or not pairing.holds(source):
             excluded = {
                 id(tensor)  # under whichever of its names
                 for name, tensor, _ in named_tensors(source)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from itertools import chain
-from operator import attrgetter, eq, is_
+from gc import get_referents
+from operator import attrgetter, is_
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -12,16 +12,9 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-_values = dict.values
-# What can change while a tensor stays itself, through .data. Bytes stand for the shape: torch
-# refuses another shape of the same size, but would spread a smaller source over the average.
-_size = 'nbytes' if hasattr(Tensor, 'nbytes') else 'shape'  # torch 2.0 has no nbytes
-_kind_blended = attrgetter('dtype', 'device', _size, 'requires_grad')
-_kind_copied = attrgetter('dtype', _size, 'requires_grad')
-_END = object()
-_address = Tensor.data_ptr
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
-_SMALL = 2**14  # elements; norms and biases of all usual layers
+_SMALL = 2**12  # elements; norms and biases of all usual layers
+_RUN = 2**15 - 1  # elements up to which torch.cat is one loop; beyond, an operator for each tensor
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -80,7 +73,7 @@ def _lay_end_to_end(tensors: List[Tensor]) -> None:
     """Move the small vectors on the CPU into one storage for each dtype.
 
     Norms and biases are two thirds of a detector's tensors and half a percent of its weights: as
-    slices of one tensor they are blended by one operator instead of hundreds.
+    slices of one tensor they are blended by a few operators instead of hundreds.
     """
     vectors: Dict[torch.dtype, List[Tensor]] = {}
     for tensor in tensors:
@@ -109,25 +102,33 @@ def _first_uncopyable(model: nn.Module, memo: dict) -> str:
 
 
 class Snapshot:
-    """The objects in a module's tree, to see at once whether they are still the same.
+    """The objects in two module trees, to see at once whether they are still the same.
 
-    Anything that puts another tensor in a place of the tree (re-assigned buffers, a new
+    Anything that puts another tensor in a place of a tree (re-assigned buffers, a new
     ``nn.Parameter``, ``load_state_dict(assign=True)``, a replaced submodule) changes an identity in
-    one of these dicts.
+    one of its dicts.
     """
 
-    def __init__(self, model: nn.Module):
-        dicts = [d for m in model.modules() for d in (m._parameters, m._buffers, m._modules)]
+    def __init__(self, average: nn.Module, source: nn.Module):
+        dicts = _dicts_of(source)
+        self.filled = [d for d in dicts + _dicts_of(average) if d]
+        self.objects = get_referents(*self.filled)
+        # Where the source may get a tensor more. One more in the average has nothing to follow.
         self.empty = [d for d in dicts if not d]
-        self.filled = [d for d in dicts if d]
-        self.objects = [*self._now()]
-
-    def _now(self) -> Iterator[object]:
-        # One more than there are, so that an object too many or too few at the end is seen, too.
-        return chain(chain.from_iterable(map(_values, self.filled)), (_END,))
 
     def holds(self) -> bool:
-        return not any(self.empty) and all(map(is_, self._now(), self.objects))
+        # What a dict refers to are its values: one call for all dicts, where a loop over them takes
+        # three times as long.
+        now = get_referents(*self.filled)
+        return (
+            len(now) == len(self.objects)
+            and all(map(is_, now, self.objects))
+            and not any(self.empty)
+        )
+
+
+def _dicts_of(model: nn.Module) -> List[dict]:
+    return [d for m in model.modules() for d in (m._parameters, m._buffers, m._modules)]
 
 
 class Check:
@@ -136,11 +137,10 @@ class Check:
     def __init__(self, function: Callable[[Tensor], object], tensors: List[Tensor]):
         self.function = function
         self.tensors = tensors
-        once: Dict[object, object] = {}  # equal answers as one object: less memory to visit
-        self.answers = [once.setdefault(answer, answer) for answer in map(function, tensors)]
+        self.answers = [*map(function, tensors)]
 
     def holds(self) -> bool:
-        return all(map(eq, map(self.function, self.tensors), self.answers))
+        return [*map(self.function, self.tensors)] == self.answers
 
 
 class Pair(NamedTuple):
@@ -212,29 +212,39 @@ class Pairing:
         self, average: nn.Module, source: nn.Module, is_blended: Callable[[Pair, bool], bool]
     ):
         self.source = source
-        self.trees = (Snapshot(average), Snapshot(source))
+        self.trees = Snapshot(average, source)
         self.blended: List[Pair] = []
         self.copied: List[Pair] = []
+        parameters = []
         for pair, is_buffer in pairs_of(average, source):
             (self.blended if is_blended(pair, is_buffer) else self.copied).append(pair)
+            if not is_buffer:
+                parameters.append(pair.source)
+        pairs = self.blended + self.copied
         # An average that was re-assigned through .data has other memory than the one kept here.
-        averages = [pair.average for pair in self.blended + self.copied]
+        averages = [pair.average for pair in pairs]
         self.kept = [average.detach() for average in averages]
-        self.checks = [
-            Check(_address, averages),
-            Check(_kind_blended, [pair.source for pair in self.blended]),
-            Check(_kind_copied, [pair.source for pair in self.copied]),
-        ]
         self.blended_runs, single = _sort_out_runs(self.blended)
         self.like, self.unlike = _sort_by_likeness(single)
         self.copied_runs, single = _sort_out_runs(self.copied)
         self.copied_like, self.copied_unlike = _sort_by_likeness(single)
 
+        # All that can change while a tensor stays itself, through .data or a flag, and would lead
+        # an operator astray. A copy converts what it reads; gathering needs one device.
+        gathered = [source for run in self.copied_runs for source in run.sources]
+        blended = [pair.source for pair in self.blended]
+        self.checks = [
+            Check(Tensor.data_ptr, averages),
+            Check(Tensor.numel, [pair.source for pair in pairs]),
+            Check(Tensor.get_device, blended + gathered),
+            Check(attrgetter('dtype'), blended),
+            Check(attrgetter('requires_grad'), parameters),
+        ]
+
     def holds(self, source: nn.Module) -> bool:
         return (
             source is self.source
-            and self.trees[0].holds()
-            and self.trees[1].holds()
+            and self.trees.holds()
             and all(check.holds() for check in self.checks)
         )
 
@@ -274,7 +284,7 @@ def _sort_out_runs(pairs: List[Pair]) -> Tuple[List[Run], List[Pair]]:
     """Return the runs among the pairs, and the pairs that are in none."""
     runs: List[List[Pair]] = []
     single = []
-    end = None
+    end, size = None, 0
     for pair in sorted(pairs, key=lambda pair: pair.average.data_ptr()):
         average, source = pair.average, pair.source
         kind = (average.dtype, average.device)
@@ -286,9 +296,11 @@ def _sort_out_runs(pairs: List[Pair]) -> Tuple[List[Run], List[Pair]]:
             single.append(pair)
             continue
         start = (average.dtype, average.untyped_storage().data_ptr(), average.data_ptr())
-        if start != end:
+        if start != end or size + average.numel() > _RUN:
             runs.append([])
+            size = 0
         runs[-1].append(pair)
+        size += average.numel()
         end = (*start[:2], start[2] + average.numel() * average.element_size())
     return [_run_of(run) for run in runs], single
 

@@ -85,6 +85,18 @@ def test_the_number_of_operators_that_blend_does_not_grow(update_buffers):
 
 
 @BUFFERS
+def test_no_gathering_is_too_long_for_one_loop(update_buffers):
+    # From 2**15 elements on, torch.cat calls an operator for each tensor.
+    model = nn.ModuleList([nn.BatchNorm2d(1500) for _ in range(30)])
+    ema = ExpMomentumEMA(model, update_buffers=update_buffers)
+    ema.update_parameters(model)
+    runs = ema._pairing.blended_runs + ema._pairing.copied_runs
+    assert sum(len(run.sources) for run in runs) == 4 * 30
+    assert max(run.average.numel() for run in runs) == 21 * 1500
+    assert len(runs) == 6
+
+
+@BUFFERS
 def test_nothing_is_searched_for_again_while_nothing_changes(update_buffers):
     model, generator = Toy(), seeded(0)
     ema = ExpMomentumEMA(model, update_buffers=update_buffers)
@@ -105,8 +117,10 @@ def test_nothing_is_searched_for_again_while_nothing_changes(update_buffers):
 @pytest.mark.parametrize('momentum', [0.0002, 0.3, 0.5, 0.9])
 def test_an_update_is_bit_for_bit_lerp_tensor_by_tensor(momentum, update_buffers):
     generator = seeded(1)
-    # Lengths around the vector registers, whose ends are worked out by other code.
-    model = nn.ModuleList([nn.BatchNorm2d(n) for n in range(1, 70)] + [detector_like(3)])
+    # Lengths around the vector registers, whose ends are worked out by other code, and more than
+    # one gathering or one slice holds.
+    lengths = [*range(1, 70), *[3000] * 12, 5000]
+    model = nn.ModuleList([nn.BatchNorm2d(n) for n in lengths] + [detector_like(3)])
     ema = ExpMomentumEMA(model, momentum, 1e-3, update_buffers=update_buffers)
     ema.update_parameters(model)
     expected = deepcopy(tensors_of(ema.module))
