@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from . import schedules
 from .arguments import check_momentum, check_positive, count, flag, listed
 from .finite import Guard, is_number
+from .mirror import Mirror, is_far
 from .registry import MODELS, register_everywhere
 from .swap import refuse_while_lent
-from .tensors import Pair, Pairing, averaged_copy, named_tensors, plain, unwrapped
+from .tensors import Pair, Pairing, averaged_copy, named_tensors, pairs_of, plain, unwrapped
 
 Device = Union[torch.device, str, None]
 
@@ -35,6 +36,10 @@ class MomentumAveragedModel(BaseAveragedModel):
     - Sixteen-bit parameters have a float32 average.
     - The tensors of the source are found by name in the ``model`` that the update is given, and
       found again as soon as anything in it was re-assigned, converted or replaced.
+    - With an average in main memory and a source on a GPU, an update only sends the weights on
+      their way; they are taken in at the next update or as soon as anything of the average is
+      read. Neither the program nor what is read notices, but for a module that was taken out of
+      ``module`` before.
 
     Args:
         model: The model to average. It is deep-copied; wrappers such as
@@ -75,6 +80,8 @@ class MomentumAveragedModel(BaseAveragedModel):
         # accelerator would wait for all that the device has to do.
         self.register_buffer('steps', torch.tensor(0))
         self._pairing: Optional[Pairing] = None
+        self._mirror: Optional[Mirror] = None
+        self._late: list = []  # the momentum of the update that is on its way, if one is
         self._guard: Optional[Guard] = None
         self._skipped_before: dict = {}
         self._told_skipped: set = set()
@@ -109,28 +116,51 @@ class MomentumAveragedModel(BaseAveragedModel):
             RuntimeError: If the model holds the averaged weights now.
         """
         refuse_while_lent(self, 'update them')
-        pairing = self._pairing_with(model)
+        self._catch_up()
+        mirror = self._mirror_of(model)
+        momentum = self._momentum_due()
+        if mirror is None:
+            self._take(self._pairing, momentum)
+        else:
+            mirror.fetch(blended=momentum is not None)
+            self._late.append(momentum)
+        self.steps.add_(1)
+
+    def _momentum_due(self) -> Optional[float]:
+        """Return the momentum of this update: 1 if it copies, None if it does not blend."""
         steps = int(self.steps)
-        momentum = None  # not at this update
         if steps == 0:
-            momentum = 1.0
-        elif steps % self.interval == 0:
-            momentum = self.momentum_at(steps)
+            return 1.0
+        return self.momentum_at(steps) if steps % self.interval == 0 else None
+
+    def _take(self, pairing: Pairing, momentum: Optional[float]) -> None:
         if self.skip_non_finite and not self._guard_of(pairing).sees_only_finite():
             self._guard.update(momentum)
             if self._guard.on_cpu:
                 self.tell_skipped()
-        else:
-            if momentum == 1:
-                pairing.copy_blended()
-            elif momentum is not None:
-                pairing.blend(momentum)
-            pairing.copy()
-        self.steps.add_(1)
+            return
+        if momentum == 1:
+            pairing.copy_blended()
+        elif momentum is not None:
+            pairing.blend(momentum)
+        pairing.copy()
+
+    @torch.no_grad()
+    def _catch_up(self) -> None:
+        """Take in what is on its way."""
+        if not self.__dict__.get('_late'):
+            return
+        momentum, mirror = self._late.pop(), self._mirror
+        if not self._pairing.holds(mirror.module):  # the average was moved, say
+            self._mirror = None
+            self._pairing = self._paired_with(mirror.module)
+        mirror.wait()
+        self._take(self._pairing, momentum)
 
     @property
     def skipped(self) -> dict:
         """How often each tensor was left out because it was not finite."""
+        self._catch_up()
         counts = dict(self._skipped_before)
         for name, number in (self._guard.counts() if self._guard else {}).items():
             counts[name] = counts.get(name, 0) + number
@@ -149,8 +179,7 @@ class MomentumAveragedModel(BaseAveragedModel):
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Give ``model`` the averaged weights."""
-        pairing = self._pairing_with(model)
-        for pair in pairing.blended + pairing.copied:
+        for pair, _ in pairs_of(self.module, unwrapped(model)):
             pair.source.copy_(pair.average)
 
     def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: int) -> None:
@@ -181,23 +210,34 @@ class MomentumAveragedModel(BaseAveragedModel):
         kwargs = {'assign': True} if assign else {}  # torch 2.0 does not know the argument
         return super().load_state_dict(state_dict, strict=strict, **kwargs)
 
-    def _pairing_with(self, model: nn.Module) -> Pairing:
-        pairing = self._pairing
-        known = pairing is not None and model is pairing.source  # else it may be in a wrapper
-        source = model if known else unwrapped(model)
-        if pairing is None or not pairing.holds(source):
-            excluded = {
-                id(tensor)  # under whichever of its names
-                for name, tensor, _ in named_tensors(source)
-                if any(fnmatchcase(plain(name), pattern) for pattern in self.exclude)
-            }
+    def _mirror_of(self, model: nn.Module) -> Optional[Mirror]:
+        """Return the mirror of a far source, or None and have ``_pairing`` hold for a near one."""
+        known = self._mirror or self._pairing
+        same = known is not None and model is known.source  # else it may be in a wrapper
+        source = model if same else unwrapped(model)
+        if known is None or not known.holds(source):
+            self._mirror = self._pairing = None
+            if is_far(self.module, source):
+                self._mirror = Mirror(source, self._blends_in(source))
+            self._pairing = self._paired_with(self._mirror.module if self._mirror else source)
+        return self._mirror
 
-            def is_blended(pair: Pair, is_buffer: bool) -> bool:
-                kind = self.update_buffers if is_buffer else pair.source.requires_grad
-                return is_number(pair.source) and kind and id(pair.source) not in excluded
+    def _paired_with(self, source: nn.Module) -> Pairing:
+        return Pairing(self.module, source, self._blends_in(source))
 
-            self._pairing = Pairing(self.module, source, is_blended)
-        return self._pairing
+    def _blends_in(self, source: nn.Module):
+        """Return what tells from a pair, and whether it is a buffer, if it is blended."""
+        excluded = {
+            id(tensor)  # under whichever of its names
+            for name, tensor, _ in named_tensors(source)
+            if any(fnmatchcase(plain(name), pattern) for pattern in self.exclude)
+        }
+
+        def is_blended(pair: Pair, is_buffer: bool) -> bool:
+            kind = self.update_buffers if is_buffer else pair.source.requires_grad
+            return is_number(pair.source) and kind and id(pair.source) not in excluded
+
+        return is_blended
 
     def _guard_of(self, pairing: Pairing) -> Guard:
         if self._guard is None or self._guard.pairing is not pairing:
@@ -205,7 +245,27 @@ class MomentumAveragedModel(BaseAveragedModel):
             self._guard = Guard(pairing)
         return self._guard
 
+    # Whatever leads to a tensor of the average catches up first.
+
+    def __getattr__(self, name):
+        if name == 'module':
+            self._catch_up()
+        return super().__getattr__(name)
+
+    def named_modules(self, *args, **kwargs):
+        self._catch_up()
+        return super().named_modules(*args, **kwargs)
+
+    def named_children(self):
+        self._catch_up()
+        return super().named_children()
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self._catch_up()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _apply(self, fn, *args, **kwargs):
+        self._catch_up()
         steps = self.steps
         super()._apply(fn, *args, **kwargs)
         self.steps = steps
@@ -213,9 +273,12 @@ class MomentumAveragedModel(BaseAveragedModel):
 
     def __getstate__(self):
         # The pairing holds the source; a copy or a pickle of the average must not take it along.
+        self._catch_up()
         return {
             **self.__dict__,
             '_pairing': None,
+            '_mirror': None,
+            '_late': [],
             '_guard': None,
             '_skipped_before': self.skipped,
             '_told_skipped': set(self._told_skipped),

@@ -95,7 +95,8 @@ def test_without_waiting_the_average_is_the_same():
         if step == 3:
             nn.init.constant_(model.norm.bias, math.nan)
         for average, on_cpu in ((ema, True), (twin, False)):
-            average._guard_of(average._pairing_with(model)).on_cpu = on_cpu
+            average._mirror_of(model)
+            average._guard_of(average._pairing).on_cpu = on_cpu
             average.update_parameters(model)
         nn.init.zeros_(model.norm.bias)
     assert twin.skipped == ema.skipped == {'norm.bias': 1}

@@ -1,0 +1,315 @@
+"""An average in main memory of a source on a GPU: the same numbers, late, and nobody notices.
+
+Without a GPU the same road is taken with a source in main memory, which is called far.
+"""
+
+import pickle
+from copy import deepcopy
+
+import pytest
+import torch
+from reference import ReferenceEMA, assert_close, blended_names, tensors_of
+from torch import nn
+from toys import Toy, seeded, shake
+
+from mmema import ExpMomentumEMA, RestartableExpMomentumEMA, averaged_weights
+from mmema import averaged as averaged_module
+from mmema.mirror import Mirror
+
+BUFFERS = pytest.mark.parametrize('update_buffers', [False, True])
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device'),
+]
+
+
+@pytest.fixture(params=['cpu', pytest.param('cuda', marks=GPU)])
+def far(request, monkeypatch):
+    """The device of a source that is far from an average in main memory."""
+    if request.param == 'cpu':
+        monkeypatch.setattr(
+            averaged_module, 'is_far', lambda _, source: not hasattr(source, 'near')
+        )
+    return request.param
+
+
+def make(far, model=None, **kwargs):
+    model = (Toy() if model is None else model).to(far)
+    ema = RestartableExpMomentumEMA(model, 0.1, 3, device='cpu', **kwargs)
+    return model, ema
+
+
+@torch.no_grad()
+def move(model, generator):
+    twin = deepcopy(model).cpu()
+    shake(twin, generator)
+    for mine, new in zip(tensors_of(model).values(), tensors_of(twin).values()):
+        mine.copy_(new)
+
+
+def on_cpu(tensors):
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def memory_of(ema):
+    """The tensors of an average as they are, without the reading that would catch up."""
+    return tensors_of(ema._modules['module'])
+
+
+# --- the same numbers ---------------------------------------------------------------------------
+
+
+@BUFFERS
+@pytest.mark.parametrize('interval', [1, 3])
+@pytest.mark.parametrize('reads', [False, True])
+def test_it_follows_the_reference(far, reads, interval, update_buffers):
+    model, ema = make(far, interval=interval, update_buffers=update_buffers)
+    blended = blended_names(model, update_buffers)
+    reference = ReferenceEMA(on_cpu(tensors_of(model)), blended, 0.1, 3, interval)
+    generator = seeded(0)
+    for step in range(9):
+        move(model, generator)
+        if step == 5:
+            ema.restart(steps=2)
+            reference.restart(steps=2)
+        ema.update_parameters(model)
+        reference.update(on_cpu(tensors_of(model)))
+        if reads:
+            assert_close(tensors_of(ema.module), reference.average, rtol=2e-6)
+    assert isinstance(ema._mirror, Mirror)
+    assert_close(tensors_of(ema.module), reference.average, rtol=2e-6)
+    assert int(ema.steps) == reference.steps
+
+
+@BUFFERS
+def test_it_is_bit_for_bit_the_average_of_a_near_source(far, update_buffers):
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)]
+    model, late = make(far, nn.Sequential(*layers), update_buffers=update_buffers)
+    twin = deepcopy(model).cpu()
+    twin.near = True
+    near = ExpMomentumEMA(twin, 0.1, 3, update_buffers=update_buffers)
+    generator = seeded(1)
+    for _ in range(4):
+        move(model, generator)
+        twin.load_state_dict(model.state_dict())
+        late.update_parameters(model)
+        near.update_parameters(twin)
+    for name, tensor in tensors_of(late.module).items():
+        assert torch.equal(tensor, tensors_of(near.module)[name]), name
+
+
+def test_what_training_does_after_an_update_is_not_in_it(far):
+    model, ema = make(far)
+    ema.update_parameters(model)
+    then = {name: t.detach().cpu().clone() for name, t in tensors_of(model).items()}
+    move(model, seeded(2))
+    for name, tensor in tensors_of(ema.module).items():
+        assert torch.equal(tensor, then[name]), name
+
+
+def test_a_sixteen_bit_source_has_a_float32_average(far):
+    model, ema = make(far, nn.Linear(2, 2).bfloat16())
+    nn.init.constant_(model.weight, 1)
+    ema.update_parameters(model)
+    ema.restart(steps=1000, momentum=0.25)
+    nn.init.constant_(model.weight, 2)
+    ema.update_parameters(model)
+    assert torch.equal(ema.module.weight, torch.full((2, 2), 1.25))
+
+
+def test_what_is_not_finite_is_left_out(far):
+    model, ema = make(far, nn.Linear(2, 2), skip_non_finite=True)
+    ema.update_parameters(model)
+    before = ema.module.weight.clone()
+    nn.init.constant_(model.weight, float('nan'))
+    ema.update_parameters(model)
+    assert ema.skipped == {'weight': 1}
+    assert torch.equal(ema.module.weight, before)
+
+
+# --- late, and nobody notices -------------------------------------------------------------------
+
+
+def test_an_update_leaves_the_average_for_later(far):
+    model, ema = make(far)
+    ema.update_parameters(model)
+    ema.module  # noqa: B018
+    before = deepcopy(memory_of(ema))
+    move(model, seeded(3))
+    ema.update_parameters(model)
+    for name, tensor in memory_of(ema).items():
+        assert torch.equal(tensor, before[name]), name
+    assert int(ema.steps) == 2
+    ema.update_parameters(model)
+    assert not torch.equal(memory_of(ema)['conv.weight'], before['conv.weight'])
+
+
+@pytest.mark.parametrize(
+    'read',
+    [
+        lambda ema, model: ema.module.conv.weight,
+        lambda ema, model: ema.state_dict()['module.conv.weight'],
+        lambda ema, model: nn.ModuleList([ema]).state_dict()['0.module.conv.weight'],
+        lambda ema, model: dict(ema.named_parameters())['module.conv.weight'],
+        lambda ema, model: next(ema.children()).conv.weight,
+        lambda ema, model: ema.avg_parameters['conv.weight'],
+        lambda ema, model: deepcopy(ema).module.conv.weight,
+        lambda ema, model: pickle.loads(pickle.dumps(ema)).module.conv.weight,
+        lambda ema, model: ema.double().module.conv.weight.float(),
+        lambda ema, model: ema.copy_to(model) or model.conv.weight,
+        lambda ema, model: restored(ema, model).conv.weight,
+    ],
+    ids=[
+        'module',
+        'state_dict',
+        'nested',
+        'named_parameters',
+        'children',
+        'avg_parameters',
+        'deepcopy',
+        'pickle',
+        'double',
+        'copy_to',
+        'load_state_dict',
+    ],
+)
+def test_whatever_reads_the_average_sees_the_last_update(far, read):
+    model, ema = make(far)
+    ema.update_parameters(model)
+    nn.init.constant_(model.conv.weight, 7)
+    ema.restart()
+    ema.update_parameters(model)  # copies
+    assert torch.equal(read(ema, model).cpu(), torch.full((3, 2, 1, 1), 7.0))
+
+
+def restored(ema, model):
+    """A twin with an update on its way that loads a state: the state wins."""
+    model = deepcopy(model)
+    nn.init.zeros_(model.conv.weight)
+    twin = RestartableExpMomentumEMA(model, device='cpu')
+    twin.update_parameters(model)
+    twin.load_state_dict(ema.state_dict())
+    return twin.module
+
+
+def test_a_model_lent_the_average_has_the_last_update(far):
+    model, ema = make(far)
+    ema.update_parameters(model)
+    nn.init.constant_(model.conv.weight, 7)
+    ema.restart()
+    ema.update_parameters(model)
+    nn.init.constant_(model.conv.weight, 1)
+    with averaged_weights(model, ema):
+        assert torch.equal(model.conv.weight.cpu(), torch.full((3, 2, 1, 1), 7.0))
+        with pytest.raises(RuntimeError, match='cannot update them'):
+            ema.update_parameters(model)
+    assert torch.equal(model.conv.weight.cpu(), torch.ones(3, 2, 1, 1))
+
+
+# --- what may go stale --------------------------------------------------------------------------
+
+
+def replace_parameter(model, ema):
+    model.conv.weight = model.tied.weight = nn.Parameter(model.conv.weight.detach().clone())
+
+
+def repoint(model, ema):
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def reassign_buffer(model, ema):
+    model.anchors = model.anchors.clone()
+
+
+def there_and_back(model, ema):
+    model.double()
+    ema.update_parameters(model)  # a double source meanwhile
+    model.float()
+
+
+def average_there_and_back(model, ema):
+    ema.module.double()
+    ema.update_parameters(model)
+    ema.module.float()
+
+
+@pytest.mark.parametrize(
+    'change',
+    [replace_parameter, repoint, reassign_buffer, there_and_back, average_there_and_back],
+)
+def test_what_changed_is_found_again(far, change):
+    model, ema = make(far)
+    ema.update_parameters(model)
+    change(model, ema)
+    ema.restart()
+    nn.init.constant_(model.conv.weight, 3)
+    nn.init.constant_(model.anchors, 4)
+    ema.update_parameters(model)
+    assert torch.equal(ema.module.conv.weight, torch.full((3, 2, 1, 1), 3.0))
+    assert torch.equal(ema.module.anchors, torch.full((2, 2), 4.0))
+    assert ema.module.tied.weight is ema.module.conv.weight
+
+
+def test_an_average_converted_while_an_update_is_on_its_way_gets_it(far):
+    model, ema = make(far)
+    ema.update_parameters(model)
+    kept = ema.module  # the one road that catches up with nothing
+    nn.init.constant_(model.conv.weight, 3)
+    ema.restart()
+    ema.update_parameters(model)
+    kept.double()
+    assert torch.equal(ema.module.conv.weight, torch.full((3, 2, 1, 1), 3.0).double())
+
+
+def test_frozen_parameters_are_copied(far):
+    model, ema = make(far, interval=2)
+    ema.update_parameters(model)
+    model.norm.weight.requires_grad_(False)
+    nn.init.constant_(model.norm.weight, 3)
+    nn.init.constant_(model.norm.bias, 3)
+    ema.update_parameters(model)  # the second of an interval blends nothing
+    assert torch.equal(ema.module.norm.weight, torch.full((3,), 3.0))
+    assert torch.equal(ema.module.norm.bias, torch.zeros(3))
+
+
+def test_a_source_with_other_layers_is_an_error_and_the_average_stays(far):
+    model, ema = make(far)
+    ema.update_parameters(model)
+    nn.init.constant_(model.conv.weight, 3)
+    ema.restart()
+    ema.update_parameters(model)
+    with pytest.raises(ValueError, match='must have the same tensors'):
+        ema.update_parameters(nn.Linear(1, 1))
+    assert torch.equal(ema.module.conv.weight, torch.full((3, 2, 1, 1), 3.0))
+    assert int(ema.steps) == 1
+
+
+# --- with a GPU ---------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_an_update_does_not_wait_for_the_gpu():
+    model, ema = make('cuda')
+    for _ in range(2):
+        ema.update_parameters(model)
+    ema.module  # noqa: B018
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        ema.update_parameters(model)
+        assert not torch.cuda.current_stream().query()  # still asleep: nobody has waited
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    nn.init.zeros_(model.conv.weight)  # in the same stream, so after the copy
+    ema.restart()
+    assert not torch.equal(ema.module.conv.weight, torch.zeros(3, 2, 1, 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_the_memory_in_between_is_pinned():
+    model, ema = make('cuda')
+    ema.update_parameters(model)
+    assert all(parcel.target.is_pinned() for parcel in ema._mirror.parcels)
