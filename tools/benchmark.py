@@ -8,8 +8,10 @@ The limit is one flat ``lerp_`` over all weights: two are read, one is written. 
 all contenders in a new order, so that whatever else the machine does hits all alike; a figure is
 the median of the rounds, a ratio the median of the ratios within a round. On the CPU each model is
 measured twice: 'warm', right after another update of the same contender, and 'cold', after 96 MB
-of other memory were visited; a training iteration lies between the two. Before anything is timed
-each contender's result is compared with the formula in float64.
+of other memory were visited; a training iteration lies between the two. On a GPU 'device' is the
+time between two events in a stream that has enough to do for the program to run ahead, and 'host'
+what the program itself spends. Before anything is timed each contender's result is compared with
+the formula in float64.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import argparse
 import gc
 import platform
 import random
+import subprocess
 import time
 from copy import deepcopy
 from importlib import import_module
@@ -37,19 +40,20 @@ YOLO = {
 }
 LARGE = '300 M'
 LIMIT = 'limit: one flat lerp_'
+COPY = '3 passes at the speed of a copy'
+AHEAD = 20_000_000  # clock cycles for the program to run ahead: about 10 ms
 OURS = ('mmema', 'mmema, update_buffers')
 
 
-# --- contenders: each a function model -> (averaged module, update) -----------------------------
+# --- contenders: each a function model -> (what returns the averaged module, update) ------------
 
 
-def with_updates(average, module):
-    return module, average.update_parameters
+def with_updates(average):
+    return lambda: average.module, average.update_parameters
 
 
-def mmema_class(model, update_buffers=False):
-    average = mmema.ExpMomentumEMA(model, MOMENTUM, 1e-3, update_buffers=update_buffers)
-    return with_updates(average, average.module)
+def mmema_class(model, **kwargs):
+    return with_updates(mmema.ExpMomentumEMA(model, MOMENTUM, 1e-3, **kwargs))
 
 
 def openmmlab(path):
@@ -57,8 +61,7 @@ def openmmlab(path):
         module, name = path.rsplit('.', 1)
         cls = getattr(import_module(module), name)
         gamma = {} if name == 'ExponentialMovingAverage' else {'gamma': 1e-3}
-        average = cls(model, momentum=MOMENTUM, update_buffers=True, **gamma)
-        return with_updates(average, average.module)
+        return with_updates(cls(model, momentum=MOMENTUM, update_buffers=True, **gamma))
 
     return make
 
@@ -67,22 +70,21 @@ def torch_averaged_model(model):
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     multi_avg_fn = get_ema_multi_avg_fn(1 - MOMENTUM)
-    average = AveragedModel(model, multi_avg_fn=multi_avg_fn, use_buffers=True)
-    return with_updates(average, average.module)
+    return with_updates(AveragedModel(model, multi_avg_fn=multi_avg_fn, use_buffers=True))
 
 
 def timm_v3(model):
     from timm.utils import ModelEmaV3
 
     average = ModelEmaV3(model, decay=1 - MOMENTUM)
-    return average.module, average.update
+    return lambda: average.module, average.update
 
 
 def ema_pytorch(model):
     from ema_pytorch import EMA
 
     average = EMA(model, beta=1 - MOMENTUM, update_after_step=0, update_every=1, power=1e9)
-    return average.ema_model, lambda model: average.update()
+    return lambda: average.ema_model, lambda model: average.update()
 
 
 def torch_ema(model):
@@ -92,7 +94,7 @@ def torch_ema(model):
     module = deepcopy(model)
     for parameter, shadow in zip(module.parameters(), average.shadow_params):
         parameter.data = shadow
-    return module, lambda model: average.update()
+    return lambda: module, lambda model: average.update()
 
 
 def plain_loop(model):
@@ -106,7 +108,7 @@ def plain_loop(model):
             if tensor.dtype.is_floating_point:
                 tensor.mul_(1 - MOMENTUM).add_(source[name].detach(), alpha=MOMENTUM)
 
-    return average, update
+    return lambda: average, update
 
 
 CONTENDERS = {
@@ -121,13 +123,17 @@ CONTENDERS = {
     'torch-ema': torch_ema,
     'YOLOv5 / D-FINE loop': plain_loop,
 }
+ON_GPU = {"mmema, device='cpu'": lambda model: mmema_class(model, device='cpu')}
 
 
-def limit(model):
+def limits(model):
     size = sum(tensor.numel() for tensor in floats(model))
     device = next(model.parameters()).device
     average, source = torch.zeros(size, device=device), torch.ones(size, device=device)
-    return lambda: average.lerp_(source, MOMENTUM)
+    works = {LIMIT: lambda: average.lerp_(source, MOMENTUM)}
+    if device.type != 'cpu':
+        works[COPY] = lambda: average.copy_(source)  # two passes; the third is added to the figure
+    return works
 
 
 def floats(model):
@@ -143,15 +149,16 @@ def checked(model, makes):
         except ImportError:
             continue
         update(model)  # a first update copies, or finds both equal
-        before = [p.detach().clone() for p in list(module.parameters())[:50]]
+        before = [p.detach().clone() for p in list(module().parameters())[:50]]
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(1)
         update(model)
-        for old, new, source in zip(before, module.parameters(), model.parameters()):
-            exact = (1 - MOMENTUM) * old.double() + MOMENTUM * source.detach().double()
+        for old, new, source in zip(before, module().parameters(), model.parameters()):
+            old, new, source = (t.detach().cpu().double() for t in (old, new, source))
+            exact = (1 - MOMENTUM) * old + MOMENTUM * source
             torch.testing.assert_close(
-                new.detach().double(), exact, rtol=1e-6, atol=2e-7, msg=f'{name} is off: {{}}'
+                new, exact, rtol=1e-6, atol=2e-7, msg=lambda m, n=name: f'{n} is off: {m}'
             )
         with torch.no_grad():
             for parameter in model.parameters():
@@ -163,9 +170,38 @@ def checked(model, makes):
 # --- clocks -------------------------------------------------------------------------------------
 
 
-def measured(works, rounds, before=lambda work: None, device='cpu'):
+def on_cpu(work):
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def on_host(work):
+    torch.cuda.synchronize()
+    return on_cpu(work)
+
+
+def on_device(work):
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(AHEAD)
+    start.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def on_both(work):
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measured(works, rounds, before=lambda work: None, clock=on_cpu):
     """Return, for each work, its seconds in every round; the order is new in each."""
-    wait = torch.cuda.synchronize if device != 'cpu' else lambda: None
     seconds = {name: [] for name in works}
     order = list(works)
     gc.collect()
@@ -173,11 +209,9 @@ def measured(works, rounds, before=lambda work: None, device='cpu'):
         random.shuffle(order)
         for name in order:
             before(works[name])
-            wait()
-            start = time.perf_counter()
-            works[name]()
-            wait()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock(works[name]))
+    if COPY in seconds and clock is on_device:
+        seconds[COPY] = [1.5 * value for value in seconds[COPY]]
     return seconds
 
 
@@ -209,13 +243,19 @@ def measure_models(names, rounds, device):
         makes = CONTENDERS
         if name == LARGE:  # each is another 1.2 GB
             makes = {k: CONTENDERS[k] for k in (OURS[0], 'mmyolo', 'mmdet')}
-        works = {LIMIT: limit(model), **checked(model, makes)}
-        states = {'warm': lambda work: work(), 'cold': lambda work: evict.add_(1)}
+        states = {
+            'warm': (lambda work: work(), on_cpu),
+            'cold': (lambda work: evict.add_(1), on_cpu),
+        }
         if device != 'cpu':
-            states.pop('cold')
-        for state, before in states.items():
+            makes = {**makes, **ON_GPU}
+            states = {
+                s: (lambda work: work(), f) for s, f in (('device', on_device), ('host', on_host))
+            }
+        works = {**limits(model), **checked(model, makes)}
+        for state, (before, clock) in states.items():
             count = max(5, rounds // {'YOLOv5-l': 4, LARGE: 20}.get(name, 1))
-            found[name, state] = measured(works, count, before, device)
+            found[name, state] = measured(works, count, before, clock)
         weights = sum(tensor.numel() for tensor in floats(model))
         print(
             f'{name}: {weights / 1e6:.1f} M weights, {len(model.state_dict())} tensors', flush=True
@@ -248,7 +288,7 @@ def measure_iteration(rounds, device, pixels=128, batch=4):
     makes = {name: CONTENDERS[name] for name in (OURS[0], 'mmyolo', 'mmdet')}
     works = {'no average': step}
     works.update({name: with_update(u) for name, u in checked(model, makes).items()})
-    return measured(works, rounds, device=device)
+    return measured(works, rounds, clock=on_cpu if device == 'cpu' else on_both)
 
 
 def measure_growth(rounds, device):
@@ -260,9 +300,10 @@ def measure_growth(rounds, device):
         side = max(2, weights // tensors // 8)
         model = nn.ParameterList([nn.Parameter(torch.rand(side, 8)) for _ in range(tensors)])
         model = model.to(device)
-        works = {LIMIT: limit(model)}
+        works = limits(model)
         works.update(checked(model, {k: CONTENDERS[k] for k in (OURS[0], 'mmyolo', 'mmdet')}))
-        found[tensors, weights] = measured(works, rounds, device=device)
+        clock = on_cpu if device == 'cpu' else on_device
+        found[tensors, weights] = measured(works, rounds, clock=clock)
     return found
 
 
@@ -309,8 +350,10 @@ def draw(found, growth, path):
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout='constrained')
-    warm = {name: s for (name, state), s in found.items() if state == 'warm'}
-    names = [n for n in dict.fromkeys(n for s in warm.values() for n in s) if n != LIMIT]
+    warm = {name: s for (name, state), s in found.items() if state in ('warm', 'device')}
+    names = [
+        n for n in dict.fromkeys(n for s in warm.values() for n in s) if n not in (LIMIT, COPY)
+    ]
     colours = {name: f'C{i}' for i, name in enumerate(names)}
     colours[LIMIT] = 'black'
     for i, name in enumerate(names):
@@ -340,6 +383,15 @@ def draw(found, growth, path):
     figure.savefig(path, dpi=110)
 
 
+def driver():
+    query = ['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader']
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return 'unknown'
+    return answer.split()[0]
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -363,7 +415,7 @@ def main():
     torch.manual_seed(0)
     where = f'{platform.machine()}, {torch.get_num_threads()} threads'
     if args.device != 'cpu':
-        where = torch.cuda.get_device_name()
+        where = f'{torch.cuda.get_device_name()}, driver {driver()}, CUDA {torch.version.cuda}'
     text = [f'{where}; Python {platform.python_version()}, torch {torch.__version__}']
     found = measure_models(args.models, args.rounds, args.device)
     text.append(models_table(found))

@@ -1,0 +1,71 @@
+"""That tools/benchmark.py measures what it says; how long anything takes is not tested."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+TOOLS = Path(__file__).resolve().parent.parent / 'tools'
+sys.path.insert(0, str(TOOLS))
+
+import benchmark  # noqa: E402
+
+
+def run(*arguments):
+    command = [sys.executable, '-W', 'ignore', TOOLS / 'benchmark.py', *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+def test_the_table_holds_every_library_that_can_be_imported(tmp_path):
+    pytest.importorskip('mmyolo')
+    done = run('--quick', '--rounds', '3', '--threads', '1', '--out', tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / 'performance.md').read_text()
+    assert table.strip() in done.stdout
+    for name in ('mmema', 'mmyolo', 'mmdet', 'mmengine', 'torch AveragedModel'):
+        assert f'\n| {name} | ' in table
+    assert f'\n| {benchmark.LIMIT} | ' in table
+    assert table.count('(1.00)') >= 2  # the limit, warm and cold
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('arguments', 'reason'),
+    [
+        (['--rounds', '2'], '--rounds must be at least 3, got 2'),
+        (['--models', 'YOLOv9'], "invalid choice: 'YOLOv9'"),
+        pytest.param(
+            ['--device', 'cuda'],
+            '--device cuda needs a CUDA device, and torch sees none',
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is one'),
+        ),
+    ],
+)
+def test_it_refuses(arguments, reason):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert reason in done.stderr
+
+
+def test_a_contender_that_is_off_is_not_measured():
+    def wrong(model):
+        module, update = benchmark.CONTENDERS['mmema'](model)
+        return module, lambda model: (update(model), update(model))
+
+    with pytest.raises(AssertionError, match='a wrong one is off'):
+        benchmark.checked(nn.Linear(3, 3), {'a wrong one': wrong})
+
+
+def test_every_contender_is_right_about_itself():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    makes = {name: benchmark.CONTENDERS[name] for name in (*benchmark.OURS, 'YOLOv5 / D-FINE loop')}
+    assert set(benchmark.checked(model, makes)) == set(makes)
+
+
+def test_a_ratio_is_the_median_of_the_ratios_within_a_round():
+    seconds = {'a': [1.0, 4.0, 9.0], 'b': [1.0, 2.0, 3.0]}
+    assert benchmark.ratio(seconds, 'a', 'b') == 2.0
