@@ -69,3 +69,18 @@ def test_every_contender_is_right_about_itself():
 def test_a_ratio_is_the_median_of_the_ratios_within_a_round():
     seconds = {'a': [1.0, 4.0, 9.0], 'b': [1.0, 2.0, 3.0]}
     assert benchmark.ratio(seconds, 'a', 'b') == 2.0
+
+
+def test_the_parts_of_an_update_make_one():
+    pytest.importorskip('mmyolo')
+    found = benchmark.measure_parts(['YOLOv5-n'], rounds=3)
+    assert all(len(values) == 3 for values in found['YOLOv5-n'].values())
+    table = benchmark.parts_table(found)
+    assert table.splitlines()[0] == '| ms of an update | YOLOv5-n |'
+    assert [line.split(' | ')[0] for line in table.splitlines()[2:]] == [
+        '| identities',
+        '| addresses, sizes, kinds',
+        '| blend',
+        '| copy',
+        '| a whole update',
+    ]

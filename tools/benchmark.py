@@ -97,6 +97,13 @@ def torch_ema(model):
     return lambda: module, lambda model: average.update()
 
 
+def lists_made_once(model):
+    """One operator for all parameters, and nothing that sees whether they are still the same."""
+    average = deepcopy(model)
+    averages, sources = ([p.detach() for p in m.parameters()] for m in (average, model))
+    return lambda: average, lambda model: torch._foreach_lerp_(averages, sources, MOMENTUM)
+
+
 def plain_loop(model):
     """YOLOv5, YOLOX, RT-DETR and D-FINE: state_dict, then two operators for each tensor."""
     average = deepcopy(model).eval()
@@ -122,6 +129,7 @@ CONTENDERS = {
     'ema-pytorch': ema_pytorch,
     'torch-ema': torch_ema,
     'YOLOv5 / D-FINE loop': plain_loop,
+    '_foreach_lerp_ alone': lists_made_once,
 }
 ON_GPU = {"mmema, device='cpu'": lambda model: mmema_class(model, device='cpu')}
 
@@ -307,6 +315,30 @@ def measure_growth(rounds, device):
     return found
 
 
+def measure_parts(names, rounds):
+    """Return {model: seconds} of the parts of an update of mmema, and of a whole one."""
+    found = {}
+    for name in names:
+        model = build(name, 'cpu')
+        average = mmema.ExpMomentumEMA(model, MOMENTUM, 1e-3)
+        for _ in range(3):
+            average.update_parameters(model)
+        pairing = average._pairing
+        parts = {
+            'identities': pairing.trees.holds,
+            'addresses, sizes, kinds': lambda p=pairing: [check.holds() for check in p.checks],
+            'blend': lambda p=pairing: p.blend(MOMENTUM),
+            'copy': pairing.copy,
+            'a whole update': lambda a=average, m=model: a.update_parameters(m),
+        }
+        found[name] = seconds = {part: [] for part in parts}
+        with torch.no_grad():
+            for _ in range(rounds):
+                for part, work in parts.items():
+                    seconds[part].append(on_cpu(work))
+    return found
+
+
 # --- tables and picture -------------------------------------------------------------------------
 
 
@@ -328,6 +360,14 @@ def iteration_table(seconds):
     for name, values in seconds.items():
         more = 100 * (ratio(seconds, name, 'no average') - 1)
         lines.append(f'| {name} | {median(values) * 1e3:.1f} | {more:+.1f} % |')
+    return '\n'.join(lines)
+
+
+def parts_table(found):
+    lines = [f'| ms of an update | {" | ".join(found)} |', '| --- |' + ' --- |' * len(found)]
+    for part in next(iter(found.values())):
+        cells = [f'{median(seconds[part]) * 1e3:.2f}' for seconds in found.values()]
+        lines.append(f'| {part} | {" | ".join(cells)} |')
     return '\n'.join(lines)
 
 
@@ -421,7 +461,10 @@ def main():
     text.append(models_table(found))
     growth = {}
     if not args.quick:
-        text.append(iteration_table(measure_iteration(args.rounds // 4, args.device)))
+        if args.device == 'cpu':
+            yolos = [name for name in args.models if name in YOLO]
+            text.append(parts_table(measure_parts(yolos, args.rounds)))
+        text.append(iteration_table(measure_iteration(args.rounds, args.device)))
         growth = measure_growth(args.rounds // 4, args.device)
         text.append(growth_table(growth))
     print('\n\n'.join(['', *text]))

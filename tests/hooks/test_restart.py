@@ -639,7 +639,11 @@ def test_a_plateau_found_with_a_new_best_of_another_metric_survives(tmp_path):
 
 def test_resume_from_the_best_checkpoint_when_the_last_is_cut_short(tmp_path):
     hook = restart(milestones=[4], source='best')
-    settings = dict(script=dict(enumerate([None, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])))
+    settings = dict(
+        script=dict(enumerate([None, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])),
+        # A rate that depends on how often its scheduler has been called.
+        param_scheduler=dict(type='MultiStepLR', milestones=[3], by_epoch=True),
+    )
     whole = make_runner(tmp_path / 'whole', hook, **settings)
     whole.train()
     cut = tmp_path / 'cut'
@@ -670,8 +674,8 @@ def test_two_hooks_each_get_their_own_state_back(tmp_path):
 def test_a_run_in_another_folder_finds_the_kept_checkpoint(tmp_path):
     hook, settings = CASES['stage 2']
     with pytest.raises(KeyboardInterrupt):
-        make_runner(tmp_path / 'one', hook, Crash(11), **settings).train()
-    file = str(tmp_path / 'one' / 'epoch_2.pth')
+        make_runner(tmp_path / 'one', hook, Crash(14), **settings).train()
+    file = str(tmp_path / 'one' / 'epoch_3.pth')  # the kept one is older
     whole = make_runner(tmp_path / 'whole', hook, **settings)
     whole.train()
     other = make_runner(tmp_path / 'two', hook, resume=True, load_from=file, **settings)

@@ -17,6 +17,15 @@ from mmema.hooks.common import ema_hook_of
 HOOKS = [dict(type='mmema.EMARecalibrateHook'), dict(type='mmema.EMAMonitorHook')]
 
 
+class Odd(Model):
+    """A second norm that sees odd samples alone: those of rank 1."""
+
+    def forward(self, x, y, mode='tensor'):
+        if x[0, 0] % 2:
+            self.unused(x)
+        return super().forward(x, y, mode)
+
+
 class Keep(Hook):
     priority = 'LOWEST'
 
@@ -47,7 +56,7 @@ def rank_of_two(rank, port, folder):
         Path(folder),
         [ema(), keep, *HOOKS],
         epochs=1,
-        model=MMDistributedDataParallel(Model(), find_unused_parameters=True),
+        model=MMDistributedDataParallel(Odd(), find_unused_parameters=True),
         train_dataloader=loader(),
         val_cfg=dict(type='mmema.EMAValLoop'),
         launcher='pytorch',
@@ -80,3 +89,5 @@ def test_both_ranks_agree(tmp_path):
     torch.testing.assert_close(average['norm.running_mean'], mean)
     torch.testing.assert_close(average['norm.running_var'], variance)
     assert not torch.allclose(source['norm.running_mean'], mean)
+    # What one rank could not measure stays as it was in both.
+    assert torch.equal(average['unused.running_mean'], torch.zeros(2))
