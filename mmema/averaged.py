@@ -265,7 +265,6 @@ class MomentumAveragedModel(BaseAveragedModel):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _apply(self, fn, *args, **kwargs):
-        self._catch_up()
         steps = self.steps
         super()._apply(fn, *args, **kwargs)
         self.steps = steps

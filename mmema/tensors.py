@@ -221,14 +221,14 @@ class Pairing:
             if not is_buffer:
                 parameters.append(pair.source)
         pairs = self.blended + self.copied
-        # An average that was re-assigned through .data has other memory than the one kept here.
-        averages = [pair.average for pair in pairs]
-        self.kept = [average.detach() for average in averages]
         self.blended_runs, single = _sort_out_runs(self.blended)
         self.like, self.unlike = _sort_by_likeness(single)
         self.copied_runs, single = _sort_out_runs(self.copied)
         self.copied_like, self.copied_unlike = _sort_by_likeness(single)
 
+        # An average that was re-assigned or converted through .data has another address: a run keeps
+        # its memory from being used again.
+        averages = [pair.average for pair in pairs]
         # All that can change while a tensor stays itself, through .data or a flag, and would lead
         # an operator astray. A copy converts what it reads; gathering needs one device.
         gathered = [source for run in self.copied_runs for source in run.sources]

@@ -295,6 +295,26 @@ def test_exclude_finds_its_names_behind_test_time_augmentation():
     assert set(dict(ema.module.named_parameters())) == {'head.weight', 'head.bias'}
 
 
+@pytest.mark.parametrize('place', ['norm', 'empty'])
+def test_a_tensor_added_to_any_module_is_an_error_that_names_it(place):
+    model = nn.Module()
+    model.norm, model.empty = nn.BatchNorm1d(1), nn.Identity()
+    ema = ExpMomentumEMA(model)
+    ema.update_parameters(model)
+    getattr(model, place).register_parameter('scale', nn.Parameter(torch.ones(1)))
+    with pytest.raises(ValueError, match=rf"has in addition \['{place}.scale'\]"):
+        ema.update_parameters(model)
+
+
+def test_a_tensor_taken_from_the_end_of_the_average_is_an_error_that_names_it():
+    model = nn.Sequential(nn.Linear(1, 1))
+    ema = ExpMomentumEMA(model)
+    ema.update_parameters(model)
+    del ema.module[0].bias
+    with pytest.raises(ValueError, match=r"has in addition \['0.bias'\]"):
+        ema.update_parameters(model)
+
+
 def test_a_removed_or_added_layer_is_an_error_that_names_it():
     model = Toy()
     ema = ExpMomentumEMA(model)

@@ -192,6 +192,28 @@ def restored(ema, model):
     return twin.module
 
 
+def test_a_copy_takes_neither_mirror_nor_source_along(far):
+    model, ema = make(far)
+    ema.update_parameters(model)
+    for twin in (deepcopy(ema), pickle.loads(pickle.dumps(ema))):
+        assert twin._mirror is twin._pairing is None
+        assert twin._late == []
+    assert ema._mirror.source is model
+
+
+def test_an_update_that_blends_nothing_fetches_nothing_to_blend(far):
+    model, ema = make(far, interval=2)
+    ema.update_parameters(model)
+    ema.module  # noqa: B018
+    nn.init.constant_(model.conv.weight, 7)
+    nn.init.constant_(model.anchors, 7)
+    ema.update_parameters(model)
+    ema._mirror.wait()
+    near = tensors_of(ema._mirror.module)
+    assert torch.equal(near['anchors'], torch.full((2, 2), 7.0))
+    assert not torch.equal(near['conv.weight'], torch.full((3, 2, 1, 1), 7.0))
+
+
 def test_a_model_lent_the_average_has_the_last_update(far):
     model, ema = make(far)
     ema.update_parameters(model)
@@ -260,6 +282,7 @@ def test_an_average_converted_while_an_update_is_on_its_way_gets_it(far):
     ema.update_parameters(model)
     kept.double()
     assert torch.equal(ema.module.conv.weight, torch.full((3, 2, 1, 1), 3.0).double())
+    assert ema._mirror is None  # whether the source is still far is asked again
 
 
 def test_frozen_parameters_are_copied(far):
