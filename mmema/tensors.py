@@ -226,8 +226,8 @@ class Pairing:
         self.copied_runs, single = _sort_out_runs(self.copied)
         self.copied_like, self.copied_unlike = _sort_by_likeness(single)
 
-        # An average that was re-assigned or converted through .data has another address: a run keeps
-        # its memory from being used again.
+        # An average that was re-assigned or converted through .data has another address, which it
+        # cannot share with a run: that holds its memory.
         averages = [pair.average for pair in pairs]
         # All that can change while a tensor stays itself, through .data or a flag, and would lead
         # an operator astray. A copy converts what it reads; gathering needs one device.
