@@ -220,22 +220,23 @@ class Pairing:
             (self.blended if is_blended(pair, is_buffer) else self.copied).append(pair)
             if not is_buffer:
                 parameters.append(pair.source)
-        pairs = self.blended + self.copied
         self.blended_runs, single = _sort_out_runs(self.blended)
         self.like, self.unlike = _sort_by_likeness(single)
         self.copied_runs, single = _sort_out_runs(self.copied)
         self.copied_like, self.copied_unlike = _sort_by_likeness(single)
+        self.checks = self._checks(parameters)
 
-        # An average that was re-assigned or converted through .data has another address, which it
-        # cannot share with a run: that holds its memory.
-        averages = [pair.average for pair in pairs]
-        # All that can change while a tensor stays itself, through .data or a flag, and would lead
-        # an operator astray. A copy converts what it reads; gathering needs one device.
-        gathered = [source for run in self.copied_runs for source in run.sources]
+    def _checks(self, parameters: List[Tensor]) -> List[Check]:
+        """All that can change while a tensor stays itself and would lead an operator astray."""
+        pairs = self.blended + self.copied
         blended = [pair.source for pair in self.blended]
-        self.checks = [
-            Check(Tensor.data_ptr, averages),
+        gathered = [source for run in self.copied_runs for source in run.sources]
+        return [
+            # What is converted or re-assigned through .data moves; a run keeps its old memory, so
+            # nothing else gets that address.
+            Check(Tensor.data_ptr, [pair.average for pair in pairs]),
             Check(Tensor.numel, [pair.source for pair in pairs]),
+            # Copying converts, only gathering needs one device.
             Check(Tensor.get_device, blended + gathered),
             Check(attrgetter('dtype'), blended),
             Check(attrgetter('requires_grad'), parameters),

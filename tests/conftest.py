@@ -1,5 +1,6 @@
 """What the tests share: the folder of helpers, one thread, and the log as text."""
 
+import gc
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +28,21 @@ def warnings_seen(caplog):
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A group of this process alone, there longer than anything in the test that holds it.
+
+    A DistributedDataParallel that is the last to hold its group waits, with Python locked, for a
+    thread of the group that may want Python: now and then a test hung there.
+    """
+    torch.distributed.init_process_group(
+        'gloo', init_method=f'file://{tmp_path}/group', rank=0, world_size=1
+    )
+    yield
+    gc.collect()
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

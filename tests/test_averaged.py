@@ -349,21 +349,15 @@ def test_a_model_that_cannot_be_copied_names_the_tensor():
         ExpMomentumEMA(nn.LazyLinear(2))
 
 
-def test_wrappers_are_taken_off(tmp_path):
-    torch.distributed.init_process_group(
-        'gloo', init_method=f'file://{tmp_path}/group', rank=0, world_size=1
-    )
-    try:
-        model = one_weight(0.0)
-        wrapped = MMDistributedDataParallel(model)
-        ema = ExpMomentumEMA(wrapped, momentum=0.25, gamma=0.01)
-        assert set(ema.state_dict()) == {'steps', 'module.weight'}
-        ema.update_parameters(wrapped)
-        nn.init.constant_(model.weight, 4.0)
-        ema.update_parameters(wrapped)
-        assert weight_of(ema) == 1.0
-    finally:
-        torch.distributed.destroy_process_group()
+def test_wrappers_are_taken_off(process_group):
+    model = one_weight(0.0)
+    wrapped = MMDistributedDataParallel(model)
+    ema = ExpMomentumEMA(wrapped, momentum=0.25, gamma=0.01)
+    assert set(ema.state_dict()) == {'steps', 'module.weight'}
+    ema.update_parameters(wrapped)
+    nn.init.constant_(model.weight, 4.0)
+    ema.update_parameters(wrapped)
+    assert weight_of(ema) == 1.0
 
 
 # --- copies, state -----------------------------------------------------------------------------

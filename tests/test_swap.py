@@ -154,18 +154,12 @@ def test_a_parameter_assigned_anew_inside_is_the_trained_one_afterwards():
     assert_equal(values(model), own)
 
 
-def test_a_wrapped_model(tmp_path):
-    torch.distributed.init_process_group(
-        'gloo', init_method=f'file://{tmp_path}/group', rank=0, world_size=1
-    )
-    try:
-        model, ema = trained()
-        own = values(model)
-        with averaged_weights(MMDistributedDataParallel(model), ema) as inside:
-            assert torch.equal(inside.module.conv.weight, ema.module.conv.weight)
-        assert_equal(values(model), own)
-    finally:
-        torch.distributed.destroy_process_group()
+def test_a_wrapped_model(process_group):
+    model, ema = trained()
+    own = values(model)
+    with averaged_weights(MMDistributedDataParallel(model), ema) as inside:
+        assert torch.equal(inside.module.conv.weight, ema.module.conv.weight)
+    assert_equal(values(model), own)
 
 
 def test_a_compiled_model():
