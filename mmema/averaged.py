@@ -78,7 +78,7 @@ class MomentumAveragedModel(BaseAveragedModel):
         self.module = averaged_copy(unwrapped(model), as_device(device))
         # On the CPU wherever the weights are: it is read at every update, and reading it from an
         # accelerator would wait for all that the device has to do.
-        self.register_buffer('steps', torch.tensor(0))
+        self.register_buffer('steps', torch.tensor(0, device='cpu'))
         self._pairing: Optional[Pairing] = None
         self._mirror: Optional[Mirror] = None
         self._late: list = []  # the momentum of the update that is on its way, if one is
@@ -150,11 +150,12 @@ class MomentumAveragedModel(BaseAveragedModel):
         """Take in what is on its way."""
         if not self.__dict__.get('_late'):
             return
-        momentum, mirror = self._late.pop(), self._mirror
-        if not self._pairing.holds(mirror.module):  # the average was moved, say
+        mirror = self._mirror
+        mirror.wait()  # where Ctrl-C arrives: nothing has changed yet
+        momentum = self._late.pop()
+        if not self._pairing.holds(self.module, mirror.module):  # the average was moved, say
             self._mirror = None
             self._pairing = self._paired_with(mirror.module)
-        mirror.wait()
         self._take(self._pairing, momentum)
 
     @property
@@ -212,15 +213,23 @@ class MomentumAveragedModel(BaseAveragedModel):
 
     def _mirror_of(self, model: nn.Module) -> Optional[Mirror]:
         """Return the mirror of a far source, or None and have ``_pairing`` hold for a near one."""
-        known = self._mirror or self._pairing
-        same = known is not None and model is known.source  # else it may be in a wrapper
-        source = model if same else unwrapped(model)
-        if known is None or not known.holds(source):
-            self._mirror = self._pairing = None
+        if not self._follows(model):
+            self._mirror = self._pairing = mirror = None  # frees the memory of the old ones first
+            source = unwrapped(model)
             if is_far(self.module, source):
-                self._mirror = Mirror(source, self._blends_in(source))
-            self._pairing = self._paired_with(self._mirror.module if self._mirror else source)
+                mirror = Mirror(source, self._blends_in(source))
+            self._pairing = self._paired_with(mirror.module if mirror else source)
+            self._mirror = mirror
         return self._mirror
+
+    def _follows(self, model: nn.Module) -> bool:
+        if self._pairing is None:
+            return False
+        known = self._mirror or self._pairing
+        source = model if model is known.source else unwrapped(model)
+        if self._mirror:
+            return self._mirror.holds(source)
+        return self._pairing.holds(self.module, source)
 
     def _paired_with(self, source: nn.Module) -> Pairing:
         return Pairing(self.module, source, self._blends_in(source))
@@ -263,6 +272,11 @@ class MomentumAveragedModel(BaseAveragedModel):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         self._catch_up()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self._catch_up()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.steps = self.steps.cpu()  # with assign=True it is the tensor of the state
 
     def _apply(self, fn, *args, **kwargs):
         steps = self.steps
@@ -402,9 +416,16 @@ class Restartable(MomentumAveragedModel):
         came from the constructor does not: the value that the config has now wins over the one it
         had then. A warning names both.
         """
-        state_dict = dict(state_dict)
-        live = {n: state_dict.pop(n, None) for n in (*self._LIVE, 'changed', 'restarts')}
-        result = super().load_state_dict(state_dict, strict, assign)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, metadata, strict, missing, unexpected, *args
+    ):
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing, unexpected, *args
+        )
+        live = {name: state_dict.get(prefix + name) for name in self._live_keys}
+        unexpected[:] = [key for key in unexpected if key not in {prefix + name for name in live}]
         if any(value is None for value in live.values()):
             log(
                 f'{type(self).__name__} took over an average after {int(self.steps)} updates from '
@@ -412,12 +433,17 @@ class Restartable(MomentumAveragedModel):
             )
         else:
             self._load_live(live)
-        return result
+
+    @property
+    def _live_keys(self) -> tuple:
+        return (*self._LIVE, 'changed', 'restarts')
 
     def rewind(self, state_dict) -> None:
         """Take the average and the counter from a state; live values and restarts stay."""
-        keys = [key for key in state_keys(self) if key in state_dict]
-        super().load_state_dict({key: state_dict[key] for key in keys})
+        own = self.state_dict()
+        kept = {key: own[key] for key in self._live_keys}
+        taken = {key: state_dict[key] for key in state_keys(self) if key in state_dict}
+        super().load_state_dict({**kept, **taken})
 
     def _load_live(self, live: dict) -> None:
         self.restarts = int(live['restarts'])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
 from typing import Callable, Dict, List, NamedTuple
 
 import torch
@@ -58,8 +57,7 @@ class Mirror:
         tensors = [tensor for tensor, _, _ in kinds.values()]
         self.devices = {tensor.device for tensor in tensors if tensor.is_cuda}
         self.arrivals: list = []
-        kind = attrgetter('dtype', 'device', 'shape', 'requires_grad')
-        self.check = Check(kind, tensors)
+        self.check = Check(_kind, tensors)
 
     def holds(self, source: nn.Module) -> bool:
         return source is self.source and self.trees.holds() and self.check.holds()
@@ -74,6 +72,11 @@ class Mirror:
     def wait(self) -> None:
         for arrival in self.arrivals:
             arrival.synchronize()
+
+
+def _kind(tensor: Tensor) -> tuple:
+    # With other strides than its target's a source goes through memory that is not pinned.
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.requires_grad
 
 
 def _packed(tensors: list) -> List[Parcel]:

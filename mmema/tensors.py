@@ -211,6 +211,7 @@ class Pairing:
     def __init__(
         self, average: nn.Module, source: nn.Module, is_blended: Callable[[Pair, bool], bool]
     ):
+        self.average = average
         self.source = source
         self.trees = Snapshot(average, source)
         self.blended: List[Pair] = []
@@ -242,9 +243,10 @@ class Pairing:
             Check(attrgetter('requires_grad'), parameters),
         ]
 
-    def holds(self, source: nn.Module) -> bool:
+    def holds(self, average: nn.Module, source: nn.Module) -> bool:
         return (
-            source is self.source
+            average is self.average
+            and source is self.source
             and self.trees.holds()
             and all(check.holds() for check in self.checks)
         )
@@ -312,7 +314,7 @@ def _run_of(pairs: List[Pair]) -> Run:
     return Run(
         first.as_strided((size,), (1,)),
         [pair.source for pair in pairs],
-        torch.empty(size, dtype=first.dtype),
+        torch.empty(size, dtype=first.dtype, device=first.device),
     )
 
 
@@ -337,10 +339,10 @@ def _sort_by_likeness(pairs: List[Pair]):
 
 
 def copy_all(targets: List[Tensor], sources: List[Tensor]) -> None:
-    """Copy tensor by tensor, fused where torch can (2.1 and later)."""
-    if not targets:
-        return
-    if hasattr(torch, '_foreach_copy_'):
+    """Copy tensor by tensor, fused where torch can."""
+    # torch 2.0 cannot. Later ones up to 2.10 may write wrong numbers on a GPU into targets of more
+    # than one dtype (pytorch 173531).
+    if hasattr(torch, '_foreach_copy_') and len({target.dtype for target in targets}) == 1:
         torch._foreach_copy_(targets, sources)
         return
     for target, source in zip(targets, sources):

@@ -363,6 +363,18 @@ def test_wrappers_are_taken_off(process_group):
 # --- copies, state -----------------------------------------------------------------------------
 
 
+def test_inside_another_module_the_whole_state_comes_back():
+    ema, twin = (RestartableExpMomentumEMA(one_weight(0.0), 0.1, 3) for _ in range(2))
+    ema.update_parameters(one_weight(5.0))
+    ema.restart(steps=7, momentum=0.05)
+    outer = nn.ModuleList([twin])
+    assert outer.load_state_dict(nn.ModuleList([ema]).state_dict()) == ([], [])
+    assert weight_of(twin) == 5.0
+    assert (int(twin.steps), twin.momentum, twin.gamma, twin.restarts) == (7, 0.05, 3, 1)
+    with pytest.raises(RuntimeError, match='Unexpected key.*"0.mommentum"'):
+        outer.load_state_dict({**outer.state_dict(), '0.mommentum': torch.tensor(1.0)})
+
+
 @BOTH
 @pytest.mark.parametrize('copy', [deepcopy, lambda ema: pickle.loads(pickle.dumps(ema))])
 def test_a_copy_is_whole_and_independent(cls, copy):

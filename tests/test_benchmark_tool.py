@@ -71,6 +71,14 @@ def test_a_ratio_is_the_median_of_the_ratios_within_a_round():
     assert benchmark.ratio(seconds, 'a', 'b') == 2.0
 
 
+def test_on_the_host_nothing_is_a_multiple_of_one_launch():
+    seconds = {benchmark.LIMIT: [0.001], 'a': [0.003]}
+    assert benchmark.cell_of(seconds, 'a', 'device') == '3.00 (3.00)'
+    assert benchmark.cell_of(seconds, 'a', 'host') == '3.00'
+    assert benchmark.cell_of(seconds, benchmark.LIMIT, 'host') == '-'
+    assert benchmark.cell_of(seconds, 'b', 'host') == '-'
+
+
 def test_the_parts_of_an_update_make_one():
     pytest.importorskip('mmyolo')
     found = benchmark.measure_parts(['YOLOv5-n'], rounds=3)

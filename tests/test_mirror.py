@@ -158,6 +158,7 @@ def test_an_update_leaves_the_average_for_later(far):
         lambda ema, model: ema.double().module.conv.weight.float(),
         lambda ema, model: ema.copy_to(model) or model.conv.weight,
         lambda ema, model: restored(ema, model).conv.weight,
+        lambda ema, model: restored(ema, model, inside=nn.ModuleList).conv.weight,
     ],
     ids=[
         'module',
@@ -171,6 +172,7 @@ def test_an_update_leaves_the_average_for_later(far):
         'double',
         'copy_to',
         'load_state_dict',
+        'nested load_state_dict',
     ],
 )
 def test_whatever_reads_the_average_sees_the_last_update(far, read):
@@ -182,13 +184,14 @@ def test_whatever_reads_the_average_sees_the_last_update(far, read):
     assert torch.equal(read(ema, model).cpu(), torch.full((3, 2, 1, 1), 7.0))
 
 
-def restored(ema, model):
+def restored(ema, model, inside=None):
     """A twin with an update on its way that loads a state: the state wins."""
     model = deepcopy(model)
     nn.init.zeros_(model.conv.weight)
     twin = RestartableExpMomentumEMA(model, device='cpu')
     twin.update_parameters(model)
-    twin.load_state_dict(ema.state_dict())
+    outer, state = (twin, ema) if inside is None else (inside([twin]), inside([ema]))
+    outer.load_state_dict(state.state_dict())
     return twin.module
 
 
@@ -235,6 +238,14 @@ def replace_parameter(model, ema):
     model.conv.weight = model.tied.weight = nn.Parameter(model.conv.weight.detach().clone())
 
 
+def replace_average(model, ema):
+    ema.module = deepcopy(ema.module)
+
+
+def other_layout(model, ema):
+    model.conv.weight.data = model.conv.weight.data.as_strided((3, 2, 1, 1), (1, 3, 6, 6))
+
+
 def repoint(model, ema):
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
@@ -258,7 +269,15 @@ def average_there_and_back(model, ema):
 
 @pytest.mark.parametrize(
     'change',
-    [replace_parameter, repoint, reassign_buffer, there_and_back, average_there_and_back],
+    [
+        replace_parameter,
+        replace_average,
+        other_layout,
+        repoint,
+        reassign_buffer,
+        there_and_back,
+        average_there_and_back,
+    ],
 )
 def test_what_changed_is_found_again(far, change):
     model, ema = make(far)
@@ -283,6 +302,41 @@ def test_an_average_converted_while_an_update_is_on_its_way_gets_it(far):
     kept.double()
     assert torch.equal(ema.module.conv.weight, torch.full((3, 2, 1, 1), 3.0).double())
     assert ema._mirror is None  # whether the source is still far is asked again
+
+
+def test_another_layout_gets_another_mirror(far):
+    model, ema = make(far)
+    ema.update_parameters(model)
+    before = ema._mirror
+    other_layout(model, ema)
+    ema.update_parameters(model)
+    assert ema._mirror is not before
+    near = tensors_of(ema._mirror.module)['conv.weight']
+    assert near.stride() == model.conv.weight.stride()
+
+
+def test_an_error_leaves_no_half_of_a_mirror(far):
+    model, ema = make(far)
+    model.anchors = torch.zeros(5, device=far)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="'anchors' is"):
+            ema.update_parameters(model)
+    assert int(ema.steps) == 0
+
+
+def test_an_interrupted_wait_forgets_nothing(far, monkeypatch):
+    model, ema = make(far)
+    nn.init.constant_(model.conv.weight, 3)
+    ema.update_parameters(model)
+
+    def interrupted():
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ema._mirror, 'wait', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ema.module  # noqa: B018
+    assert torch.equal(ema.module.conv.weight, torch.full((3, 2, 1, 1), 3.0))
 
 
 def test_frozen_parameters_are_copied(far):
@@ -318,6 +372,8 @@ def test_an_update_does_not_wait_for_the_gpu():
     for _ in range(2):
         ema.update_parameters(model)
     ema.module  # noqa: B018
+    ema.restart()  # the next update copies
+    nn.init.constant_(model.conv.weight, 7)
     torch.cuda._sleep(2_000_000_000)  # about a second
     torch.cuda.set_sync_debug_mode('error')
     try:
@@ -326,8 +382,7 @@ def test_an_update_does_not_wait_for_the_gpu():
     finally:
         torch.cuda.set_sync_debug_mode('default')
     nn.init.zeros_(model.conv.weight)  # in the same stream, so after the copy
-    ema.restart()
-    assert not torch.equal(ema.module.conv.weight, torch.zeros(3, 2, 1, 1))
+    assert torch.equal(ema.module.conv.weight, torch.full((3, 2, 1, 1), 7.0))
 
 
 @pytest.mark.gpu

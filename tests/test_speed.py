@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import Toy, seeded, shake
 
 from mmema import ExpMomentumEMA, RestartableExpMomentumEMA
+from mmema.tensors import copy_all
 
 BUFFERS = pytest.mark.parametrize('update_buffers', [False, True])
 YOLOV5_S = 'yolov5/yolov5_s-v61_syncbn_fast_8xb16-300e_coco.py'
@@ -135,6 +136,21 @@ def test_an_update_is_bit_for_bit_lerp_tensor_by_tensor(momentum, update_buffers
                 expected[name].copy_(source)
     for name, tensor in tensors_of(ema.module).items():
         assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.skipif(not hasattr(torch, '_foreach_copy_'), reason='torch 2.0 copies one by one')
+def test_targets_of_two_dtypes_are_copied_one_by_one():
+    # pytorch 173531: on a GPU the fused copy took the dtype of the first for that of all.
+    sources = [torch.full((2,), 3.0), torch.full((2,), 4.0)]
+    targets = [torch.zeros(2, dtype=torch.float64), torch.zeros(2)]
+    with Calls() as calls:
+        copy_all(targets, sources)
+        copy_all([], [])
+    assert calls.names == ['aten.copy_.default'] * 2
+    assert [t.tolist() for t in targets] == [[3, 3], [4, 4]]
+    with Calls() as calls:
+        copy_all(targets[1:], sources[1:])
+    assert calls.names == ['aten._foreach_copy_.default']
 
 
 # --- what may go stale -------------------------------------------------------------------------

@@ -9,9 +9,9 @@ all contenders in a new order, so that whatever else the machine does hits all a
 the median of the rounds, a ratio the median of the ratios within a round. On the CPU each model is
 measured twice: 'warm', right after another update of the same contender, and 'cold', after 96 MB
 of other memory were visited; a training iteration lies between the two. On a GPU 'device' is the
-time between two events in a stream that has enough to do for the program to run ahead, and 'host'
-what the program itself spends. Before anything is timed each contender's result is compared with
-the formula in float64.
+time between two events in a stream that has enough to do for the program to run ahead (where one
+waits for the GPU, its program's time is in it), and 'host' what the program itself spends. Before
+anything is timed each contender's result is compared with the formula in float64.
 """
 
 from __future__ import annotations
@@ -148,6 +148,18 @@ def floats(model):
     return [t for t in model.state_dict().values() if t.is_floating_point()]
 
 
+class Update:
+    """An update to be timed; ``settle`` finishes what the one before has left for later."""
+
+    def __init__(self, update, model, module):
+        self.update = update
+        self.model = model
+        self.settle = module
+
+    def __call__(self):
+        self.update(self.model)
+
+
 def checked(model, makes):
     """Return each contender's update, once its second one is seen to follow the formula."""
     updates = {}
@@ -171,7 +183,7 @@ def checked(model, makes):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.sub_(1)
-        updates[name] = lambda update=update: update(model)
+        updates[name] = Update(update, model, module)
     return updates
 
 
@@ -190,13 +202,18 @@ def on_host(work):
 
 
 def on_device(work):
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    torch.cuda._sleep(AHEAD)
-    start.record()
-    work()
-    end.record()
-    torch.cuda.synchronize()
+    for ahead in (AHEAD, 10 * AHEAD):
+        getattr(work, 'settle', lambda: None)()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(ahead)
+        start.record()
+        work()
+        end.record()
+        was_ahead = not start.query()
+        torch.cuda.synchronize()
+        if was_ahead:
+            break
     return start.elapsed_time(end) / 1e3
 
 
@@ -347,12 +364,16 @@ def models_table(found):
     names = list(dict.fromkeys(name for seconds in found.values() for name in seconds))
     lines = [f'| ms (x limit) | {" | ".join(heads)} |', '| --- |' + ' --- |' * len(heads)]
     for name in names:
-        cells = [
-            f'{median(s[name]) * 1e3:.2f} ({ratio(s, name, LIMIT):.2f})' if name in s else '-'
-            for s in found.values()
-        ]
+        cells = [cell_of(s, name, state) for (_, state), s in found.items()]
         lines.append(f'| {name} | {" | ".join(cells)} |')
     return '\n'.join(lines)
+
+
+def cell_of(seconds, name, state):
+    if name not in seconds or (state == 'host' and name in (LIMIT, COPY)):
+        return '-'
+    text = f'{median(seconds[name]) * 1e3:.2f}'
+    return text if state == 'host' else f'{text} ({ratio(seconds, name, LIMIT):.2f})'
 
 
 def iteration_table(seconds):
@@ -440,7 +461,7 @@ def main():
     parser.add_argument('--models', nargs='+', choices=[*YOLO, LARGE], default=[*YOLO, LARGE])
     parser.add_argument('--rounds', type=int, default=100, help='of the smallest model')
     parser.add_argument('--threads', type=int, help="torch's; default: torch's own choice")
-    parser.add_argument('--device', default='cpu', help='cpu or cuda')
+    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'], help='default: cpu')
     parser.add_argument('--out', type=Path, help='folder for performance.md and performance.png')
     args = parser.parse_args()
     if args.rounds < 3:
@@ -465,7 +486,7 @@ def main():
             yolos = [name for name in args.models if name in YOLO]
             text.append(parts_table(measure_parts(yolos, args.rounds)))
         text.append(iteration_table(measure_iteration(args.rounds, args.device)))
-        growth = measure_growth(args.rounds // 4, args.device)
+        growth = measure_growth(max(3, args.rounds // 4), args.device)
         text.append(growth_table(growth))
     print('\n\n'.join(['', *text]))
     if args.out:
