@@ -214,12 +214,11 @@ class MomentumAveragedModel(BaseAveragedModel):
     def _mirror_of(self, model: nn.Module) -> Optional[Mirror]:
         """Return the mirror of a far source, or None and have ``_pairing`` hold for a near one."""
         if not self._follows(model):
-            self._mirror = self._pairing = mirror = None  # frees the memory of the old ones first
+            self._mirror = self._pairing = None  # frees the memory of the old ones first
             source = unwrapped(model)
             if is_far(self.module, source):
-                mirror = Mirror(source, self._blends_in(source))
-            self._pairing = self._paired_with(mirror.module if mirror else source)
-            self._mirror = mirror
+                self._mirror = Mirror(source, self._blends_in(source))
+            self._pairing = self._paired_with(self._mirror.module if self._mirror else source)
         return self._mirror
 
     def _follows(self, model: nn.Module) -> bool:

@@ -423,6 +423,18 @@ def test_config_wins_over_a_state_that_no_restart_changed(warnings_seen):
     assert 'gamma' not in warnings_seen.text
 
 
+def test_a_way_back_takes_the_average_and_says_nothing(warnings_seen):
+    ema = RestartableExpMomentumEMA(one_weight(0.0), 0.1, 3)
+    ema.update_parameters(one_weight(2.0))
+    then = ema.state_dict()
+    then = {key: then[key].clone() for key in ('steps', 'module.weight')}
+    ema.restart(momentum=0.3)
+    ema.update_parameters(one_weight(5.0))
+    ema.rewind(then)
+    assert (weight_of(ema), int(ema.steps), ema.momentum, ema.restarts) == (2.0, 1, 0.3, 1)
+    assert warnings_seen.text == ''
+
+
 def test_state_wins_where_a_restart_set_it(warnings_seen):
     model = one_weight()
     before = RestartableExpMomentumEMA(model, momentum=0.1, gamma=20)
