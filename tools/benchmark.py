@@ -129,7 +129,7 @@ CONTENDERS = {
     'ema-pytorch': ema_pytorch,
     'torch-ema': torch_ema,
     'YOLOv5 / D-FINE loop': plain_loop,
-    '_foreach_lerp_ alone': lists_made_once,
+    'torch._foreach_lerp_ alone': lists_made_once,
 }
 ON_GPU = {"mmema, device='cpu'": lambda model: mmema_class(model, device='cpu')}
 
@@ -225,19 +225,24 @@ def on_both(work):
     return time.perf_counter() - start
 
 
-def measured(works, rounds, before=lambda work: None, clock=on_cpu):
-    """Return, for each work, its seconds in every round; the order is new in each."""
-    seconds = {name: [] for name in works}
-    order = list(works)
+def measured(works, rounds, states):
+    """Return {state: {work: its seconds in every round}}; the order is new in each."""
+    seconds = {state: {name: [] for name in works} for state in states}
+    order = [(state, name) for state in states for name in works]
     gc.collect()
     for _ in range(rounds):
         random.shuffle(order)
-        for name in order:
+        for state, name in order:
+            before, clock = states[state]
             before(works[name])
-            seconds[name].append(clock(works[name]))
-    if COPY in seconds and clock is on_device:
-        seconds[COPY] = [1.5 * value for value in seconds[COPY]]
+            taken = clock(works[name])
+            passes = 3 / 2 if name == COPY and clock is on_device else 1
+            seconds[state][name].append(passes * taken)
     return seconds
+
+
+def nothing(work):
+    pass
 
 
 def ratio(seconds, name, base):
@@ -274,13 +279,11 @@ def measure_models(names, rounds, device):
         }
         if device != 'cpu':
             makes = {**makes, **ON_GPU}
-            states = {
-                s: (lambda work: work(), f) for s, f in (('device', on_device), ('host', on_host))
-            }
+            states = {'device': (nothing, on_device), 'host': (nothing, on_host)}
         works = {**limits(model), **checked(model, makes)}
-        for state, (before, clock) in states.items():
-            count = max(5, rounds // {'YOLOv5-l': 4, LARGE: 20}.get(name, 1))
-            found[name, state] = measured(works, count, before, clock)
+        count = max(5, rounds // {'YOLOv5-l': 4, LARGE: 10}.get(name, 1))
+        for state, seconds in measured(works, count, states).items():
+            found[name, state] = seconds
         weights = sum(tensor.numel() for tensor in floats(model))
         print(
             f'{name}: {weights / 1e6:.1f} M weights, {len(model.state_dict())} tensors', flush=True
@@ -313,7 +316,8 @@ def measure_iteration(rounds, device, pixels=128, batch=4):
     makes = {name: CONTENDERS[name] for name in (OURS[0], 'mmyolo', 'mmdet')}
     works = {'no average': step}
     works.update({name: with_update(u) for name, u in checked(model, makes).items()})
-    return measured(works, rounds, clock=on_cpu if device == 'cpu' else on_both)
+    clock = on_cpu if device == 'cpu' else on_both
+    return measured(works, rounds, {'': (nothing, clock)})['']
 
 
 def measure_growth(rounds, device):
@@ -328,7 +332,7 @@ def measure_growth(rounds, device):
         works = limits(model)
         works.update(checked(model, {k: CONTENDERS[k] for k in (OURS[0], 'mmyolo', 'mmdet')}))
         clock = on_cpu if device == 'cpu' else on_device
-        found[tensors, weights] = measured(works, rounds, clock=clock)
+        found[tensors, weights] = measured(works, rounds, {'': (nothing, clock)})['']
     return found
 
 
@@ -415,7 +419,7 @@ def draw(found, growth, path):
     names = [
         n for n in dict.fromkeys(n for s in warm.values() for n in s) if n not in (LIMIT, COPY)
     ]
-    colours = {name: f'C{i}' for i, name in enumerate(names)}
+    colours = {name: plt.cm.tab20(i) for i, name in enumerate(names)}
     colours[LIMIT] = 'black'
     for i, name in enumerate(names):
         at = [(k, ratio(s, name, LIMIT)) for k, s in enumerate(warm.values()) if name in s]
