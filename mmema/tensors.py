@@ -12,6 +12,8 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from . import native
+
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 _SMALL = 2**12  # elements; norms and biases of all usual layers
 _RUN = 2**15 - 1  # elements up to which torch.cat is one loop; beyond, an operator for each tensor
@@ -110,11 +112,12 @@ class Snapshot:
     """
 
     def __init__(self, average: nn.Module, source: nn.Module):
-        dicts = _dicts_of(source)
-        self.filled = [d for d in dicts + _dicts_of(average) if d]
+        of_source = _dicts_of(source)
+        self.dicts = of_source + _dicts_of(average)
+        self.filled = [d for d in self.dicts if d]
         self.objects = get_referents(*self.filled)
         # Where the source may get a tensor more. One more in the average has nothing to follow.
-        self.empty = [d for d in dicts if not d]
+        self.empty = [d for d in of_source if not d]
 
     def holds(self) -> bool:
         # What a dict refers to are its values: one call for all dicts, where a loop over them takes
@@ -225,7 +228,12 @@ class Pairing:
         self.like, self.unlike = _sort_by_likeness(single)
         self.copied_runs, single = _sort_out_runs(self.copied)
         self.copied_like, self.copied_unlike = _sort_by_likeness(single)
-        self.checks = self._checks(parameters)
+        pairs = self.blended + self.copied
+        if native.Watch is None:
+            self.watches = [self.trees, *self._checks(parameters)]
+        else:
+            sides = [pair.average for pair in pairs], [pair.source for pair in pairs]
+            self.watches = [native.Watch(self.trees.dicts, *sides)]
 
     def _checks(self, parameters: List[Tensor]) -> List[Check]:
         """All that can change while a tensor stays itself and would lead an operator astray."""
@@ -247,8 +255,7 @@ class Pairing:
         return (
             average is self.average
             and source is self.source
-            and self.trees.holds()
-            and all(check.holds() for check in self.checks)
+            and all(watch.holds() for watch in self.watches)
         )
 
     def copy(self) -> None:

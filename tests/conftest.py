@@ -11,6 +11,8 @@ import torch
 from hypothesis import settings
 from mmengine.logging import MMLogger
 
+from mmema import native
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 # The same examples in every run: what fails, fails again.
@@ -28,6 +30,15 @@ def warnings_seen(caplog):
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture(params=['python', 'native'])
+def both_watches(request, monkeypatch):
+    """Let the test run with and without the compiled part."""
+    if request.param == 'python':
+        monkeypatch.setattr(native, 'Watch', None)
+    elif native.Watch is None:
+        pytest.skip('needs `python -m mmema.build_native`')
 
 
 @pytest.fixture

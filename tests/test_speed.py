@@ -13,6 +13,8 @@ from toys import Toy, seeded, shake
 from mmema import ExpMomentumEMA, RestartableExpMomentumEMA
 from mmema.tensors import copy_all
 
+pytestmark = pytest.mark.usefixtures('both_watches')
+
 BUFFERS = pytest.mark.parametrize('update_buffers', [False, True])
 YOLOV5_S = 'yolov5/yolov5_s-v61_syncbn_fast_8xb16-300e_coco.py'
 

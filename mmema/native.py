@@ -1,0 +1,52 @@
+"""The look that precedes every update, compiled where a user asked for it.
+
+``python -m mmema.build_native`` compiles ``native.cpp`` into the user's cache folder. Without it
+the same is done in Python, with the same results; an update of a small model takes longer then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+import warnings
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import torch
+
+NAME = 'mmema_native'
+SOURCE = Path(__file__).with_suffix('.cpp')
+
+
+def library() -> Path:
+    """Return where the library for this source, Python, torch and processor is, or would be."""
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'mmema'
+    source = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
+    tag = f'{sys.implementation.cache_tag}-{platform.system()}-{platform.machine()}'
+    return cache / f'native-{source}-{tag}-torch-{torch.__version__}' / f'{NAME}.so'
+
+
+def watch_class():
+    """Return the compiled class, or None where there is none."""
+    if os.environ.get('MMEMA_NATIVE') == '0':
+        return None
+    try:
+        file = library()
+        if not file.is_file():
+            return None
+        spec = spec_from_file_location(NAME, file)
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except (ImportError, OSError, RuntimeError) as error:  # no home folder, or a broken file
+        warnings.warn(
+            f'mmema goes on in Python: its compiled part cannot be loaded ({error}). Compile it '
+            'anew with `python -m mmema.build_native`.',
+            stacklevel=2,
+        )
+        return None
+    return module.Watch
+
+
+Watch = watch_class()
