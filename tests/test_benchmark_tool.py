@@ -86,8 +86,7 @@ def test_the_parts_of_an_update_make_one():
     table = benchmark.parts_table(found)
     assert table.splitlines()[0] == '| ms of an update | YOLOv5-n |'
     assert [line.split(' | ')[0] for line in table.splitlines()[2:]] == [
-        '| identities',
-        '| addresses, sizes, kinds',
+        '| look',
         '| blend',
         '| copy',
         '| a whole update',

@@ -129,6 +129,8 @@ def bash_block(page, content, folder, request):
             call(program, '-n', *arguments, folder=ROOT)
         elif [program, *arguments] == ['pip', 'install', '.']:
             install(folder)
+        elif [program, *arguments] == ['python', '-m', 'mmema.build_native']:
+            assert 'compiled: ' in call(sys.executable, *arguments, folder=folder)
         elif program == 'python' and arguments[0] in LONG:
             parse_only(arguments)
         elif [program, *arguments[:1]] == ['python', 'tools/plot_ema.py']:
@@ -170,6 +172,7 @@ def install(folder):
     code = 'import mmema; print(mmema.__file__)'
     out = call(sys.executable, '-c', code, folder=folder, PYTHONPATH=str(target))
     assert out.splitlines()[-1] == str(target / 'mmema' / '__init__.py')
+    assert (target / 'mmema' / 'native.cpp').is_file()
 
 
 PARSE_ONLY = """

@@ -31,6 +31,7 @@ import torch
 from torch import nn
 
 import mmema
+from mmema import native
 
 MOMENTUM = 0.0002
 YOLO = {
@@ -54,6 +55,16 @@ def with_updates(average):
 
 def mmema_class(model, **kwargs):
     return with_updates(mmema.ExpMomentumEMA(model, MOMENTUM, 1e-3, **kwargs))
+
+
+def not_compiled(model):
+    compiled, native.Watch = native.Watch, None
+    try:
+        average = mmema.ExpMomentumEMA(model, MOMENTUM, 1e-3)
+        average.update_parameters(model)
+    finally:
+        native.Watch = compiled
+    return with_updates(average)
 
 
 def openmmlab(path):
@@ -121,6 +132,7 @@ def plain_loop(model):
 CONTENDERS = {
     OURS[0]: mmema_class,
     OURS[1]: lambda model: mmema_class(model, update_buffers=True),
+    'mmema, not compiled': not_compiled,
     'mmyolo': openmmlab('mmyolo.models.ExpMomentumEMA'),
     'mmdet': openmmlab('mmdet.models.layers.ExpMomentumEMA'),
     'mmengine': openmmlab('mmengine.model.ExponentialMovingAverage'),
@@ -346,8 +358,7 @@ def measure_parts(names, rounds):
             average.update_parameters(model)
         pairing = average._pairing
         parts = {
-            'identities': pairing.trees.holds,
-            'addresses, sizes, kinds': lambda p=pairing: [check.holds() for check in p.checks],
+            'look': lambda p=pairing: [watch.holds() for watch in p.watches],
             'blend': lambda p=pairing: p.blend(MOMENTUM),
             'copy': pairing.copy,
             'a whole update': lambda a=average, m=model: a.update_parameters(m),
@@ -481,7 +492,8 @@ def main():
     where = f'{platform.machine()}, {torch.get_num_threads()} threads'
     if args.device != 'cpu':
         where = f'{torch.cuda.get_device_name()}, driver {driver()}, CUDA {torch.version.cuda}'
-    text = [f'{where}; Python {platform.python_version()}, torch {torch.__version__}']
+    part = 'mmema compiled' if native.Watch else 'mmema not compiled'
+    text = [f'{where}; Python {platform.python_version()}, torch {torch.__version__}, {part}']
     found = measure_models(args.models, args.rounds, args.device)
     text.append(models_table(found))
     growth = {}
