@@ -2,6 +2,7 @@
 // is as it was, blend, copy. The arithmetic is torch's own kernel, so every number is the same as
 // without this file.
 
+#include <ATen/DimVector.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/lerp_cpu_dispatch.h>
@@ -17,14 +18,14 @@ namespace py = pybind11;
 namespace {
 
 struct Kind {
-  std::vector<int64_t> sizes;
+  at::DimVector sizes;
   bool is_contiguous;
   at::ScalarType dtype;
   at::Device device;
   bool requires_grad;
 
   explicit Kind(const at::Tensor& tensor)
-      : sizes(tensor.sizes().vec()),
+      : sizes(tensor.sizes()),
         is_contiguous(tensor.is_contiguous()),
         dtype(tensor.scalar_type()),
         device(tensor.device()),
