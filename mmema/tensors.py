@@ -224,17 +224,16 @@ class Pairing:
             (self.blended if is_blended(pair, is_buffer) else self.copied).append(pair)
             if not is_buffer:
                 parameters.append(pair.source)
-        self.native_blended, rest = _sort_out_native(self.blended)
-        self.blended_runs, single = _sort_out_runs(rest)
+        self.blended_runs, single = _sort_out_runs(self.blended)
         self.like, self.unlike = _sort_by_likeness(single)
-        self.native_copied, rest = _sort_out_native(self.copied)
-        self.copied_runs, single = _sort_out_runs(rest)
+        self.copied_runs, single = _sort_out_runs(self.copied)
         self.copied_like, self.copied_unlike = _sort_by_likeness(single)
-        if native.compiled is None:
+        pairs = self.blended + self.copied
+        if native.Watch is None:
             self.watches = [self.trees, *self._checks(parameters)]
         else:
-            sides = _sides(self.blended + self.copied)
-            self.watches = [native.compiled.Watch(self.trees.dicts, *sides)]
+            sides = [pair.average for pair in pairs], [pair.source for pair in pairs]
+            self.watches = [native.Watch(self.trees.dicts, *sides)]
 
     def _checks(self, parameters: List[Tensor]) -> List[Check]:
         """All that can change while a tensor stays itself and would lead an operator astray."""
@@ -261,8 +260,6 @@ class Pairing:
 
     def copy(self) -> None:
         """Copy the copied pairs."""
-        if self.native_copied:
-            self.native_copied.copy()
         for run in self.copied_runs:
             torch.cat(run.sources, out=run.average)
         for averages, sources in self.copied_like:
@@ -276,8 +273,6 @@ class Pairing:
 
     def blend(self, momentum: float) -> None:
         """``avg <- (1 - momentum) avg + momentum src`` for every blended pair."""
-        if self.native_blended:
-            self.native_blended.lerp(momentum)
         for run in self.blended_runs:
             run.average.lerp_(torch.cat(run.sources, out=run.gathered), momentum)
         for averages, sources in self.like:
@@ -285,32 +280,6 @@ class Pairing:
         for pair in self.unlike:
             average = pair.average
             average.lerp_(pair.source.to(average.device, average.dtype), momentum)
-
-
-def _sides(pairs: List[Pair]) -> Tuple[List[Tensor], List[Tensor]]:
-    return [pair.average for pair in pairs], [pair.source for pair in pairs]
-
-
-def _sort_out_native(pairs: List[Pair]):
-    """Return what the compiled part has of the pairs, or None, and the others."""
-    if native.compiled is None:
-        return None, pairs
-    taken = [pair for pair in pairs if _is_plain(pair)]
-    others = [pair for pair in pairs if not _is_plain(pair)]
-    return native.compiled.Pairs(*_sides(taken)) if taken else None, others
-
-
-def _is_plain(pair: Pair) -> bool:
-    """Tell whether both are what they seem: a row of numbers in main memory."""
-    return pair.average.dtype == pair.source.dtype and all(
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.device.type == 'cpu'
-        and tensor.layout == torch.strided
-        and tensor.is_contiguous()
-        and not tensor.is_complex()  # may be conjugated when it is read
-        and not tensor.is_quantized
-        for tensor in (pair.average, pair.source)
-    )
 
 
 class Run(NamedTuple):
