@@ -368,6 +368,10 @@ class Restartable(MomentumAveragedModel):
 
     A subclass names its hyperparameters in ``_LIVE``, checks them in ``check_hyperparameters`` and
     lists them in its own ``restart``. They are live: assigning one changes the next update.
+
+    A live value that a restart or an assignment had set comes back with a state that is loaded. One
+    that came from the constructor does not: the value that the config has now wins over the one it
+    had then. A warning names both.
     """
 
     _LIVE = ()
@@ -407,15 +411,6 @@ class Restartable(MomentumAveragedModel):
             destination[prefix + name] = torch.tensor(getattr(self, name), dtype=torch.float64)
         destination[prefix + 'changed'] = torch.tensor([n in self._changed for n in self._LIVE])
         destination[prefix + 'restarts'] = torch.tensor(self.restarts)
-
-    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """Load a state; see :meth:`MomentumAveragedModel.load_state_dict`.
-
-        A live value that a restart or an assignment had set comes back with the state. One that
-        came from the constructor does not: the value that the config has now wins over the one it
-        had then. A warning names both.
-        """
-        return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(
         self, state_dict, prefix, metadata, strict, missing, unexpected, *args

@@ -1,20 +1,14 @@
 """Averages on another device than the source, and what an update asks of a GPU."""
 
-from copy import deepcopy
-
 import pytest
 import torch
 from reference import ReferenceEMA, assert_close, blended_names, tensors_of
 from test_speed import BUFFERS, detector_like, yolov5_s
-from toys import Toy, seeded, shake
+from toys import GPU, Toy, seeded, shake_on_cpu
 
 from mmema import ExpMomentumEMA, RestartableExpMomentumEMA
 
-gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device'),
-]
-on_gpu = pytest.mark.parametrize('source', [pytest.param('cuda', marks=gpu)])
+on_gpu = pytest.mark.parametrize('source', [pytest.param('cuda', marks=GPU)])
 
 
 def follows_the_reference(model, ema, blended, rtol=2e-6):
@@ -26,14 +20,6 @@ def follows_the_reference(model, ema, blended, rtol=2e-6):
         actual = {name: t.cpu() for name, t in tensors_of(ema.module).items()}
         expected = {name: t.cpu() for name, t in reference.average.items()}
         assert_close(actual, expected, rtol=rtol)
-
-
-@torch.no_grad()
-def shake_on_cpu(model, generator):
-    twin = deepcopy(model).cpu()
-    shake(twin, generator)
-    for mine, new in zip(tensors_of(model).values(), tensors_of(twin).values()):
-        mine.copy_(new)
 
 
 # --- without a GPU ------------------------------------------------------------------------------

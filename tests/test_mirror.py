@@ -10,7 +10,7 @@ import pytest
 import torch
 from reference import ReferenceEMA, assert_close, blended_names, tensors_of
 from torch import nn
-from toys import Toy, seeded, shake
+from toys import GPU, Toy, seeded, shake_on_cpu
 
 from mmema import ExpMomentumEMA, RestartableExpMomentumEMA, averaged_weights
 from mmema import averaged as averaged_module
@@ -19,10 +19,9 @@ from mmema.mirror import Mirror
 pytestmark = pytest.mark.usefixtures('both_watches')
 
 BUFFERS = pytest.mark.parametrize('update_buffers', [False, True])
-GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device'),
-]
+
+
+on_gpu = pytest.mark.parametrize('source', [pytest.param('cuda', marks=GPU)])
 
 
 @pytest.fixture(params=['cpu', pytest.param('cuda', marks=GPU)])
@@ -39,14 +38,6 @@ def make(far, model=None, **kwargs):
     model = (Toy() if model is None else model).to(far)
     ema = RestartableExpMomentumEMA(model, 0.1, 3, device='cpu', **kwargs)
     return model, ema
-
-
-@torch.no_grad()
-def move(model, generator):
-    twin = deepcopy(model).cpu()
-    shake(twin, generator)
-    for mine, new in zip(tensors_of(model).values(), tensors_of(twin).values()):
-        mine.copy_(new)
 
 
 def on_cpu(tensors):
@@ -70,7 +61,7 @@ def test_it_follows_the_reference(far, reads, interval, update_buffers):
     reference = ReferenceEMA(on_cpu(tensors_of(model)), blended, 0.1, 3, interval)
     generator = seeded(0)
     for step in range(9):
-        move(model, generator)
+        shake_on_cpu(model, generator)
         if step == 5:
             ema.restart(steps=2)
             reference.restart(steps=2)
@@ -92,7 +83,7 @@ def test_it_is_bit_for_bit_the_average_of_a_near_source(far, update_buffers):
     near = ExpMomentumEMA(twin, 0.1, 3, update_buffers=update_buffers)
     generator = seeded(1)
     for _ in range(4):
-        move(model, generator)
+        shake_on_cpu(model, generator)
         twin.load_state_dict(model.state_dict())
         late.update_parameters(model)
         near.update_parameters(twin)
@@ -104,7 +95,7 @@ def test_what_training_does_after_an_update_is_not_in_it(far):
     model, ema = make(far)
     ema.update_parameters(model)
     then = {name: t.detach().cpu().clone() for name, t in tensors_of(model).items()}
-    move(model, seeded(2))
+    shake_on_cpu(model, seeded(2))
     for name, tensor in tensors_of(ema.module).items():
         assert torch.equal(tensor, then[name]), name
 
@@ -137,7 +128,7 @@ def test_an_update_leaves_the_average_for_later(far):
     ema.update_parameters(model)
     ema.module  # noqa: B018
     before = deepcopy(memory_of(ema))
-    move(model, seeded(3))
+    shake_on_cpu(model, seeded(3))
     ema.update_parameters(model)
     for name, tensor in memory_of(ema).items():
         assert torch.equal(tensor, before[name]), name
@@ -367,10 +358,9 @@ def test_a_source_with_other_layers_is_an_error_and_the_average_stays(far):
 # --- with a GPU ---------------------------------------------------------------------------------
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
-def test_an_update_does_not_wait_for_the_gpu():
-    model, ema = make('cuda')
+@on_gpu
+def test_an_update_does_not_wait_for_the_gpu(source):
+    model, ema = make(source)
     for _ in range(2):
         ema.update_parameters(model)
     ema.module  # noqa: B018
@@ -387,9 +377,8 @@ def test_an_update_does_not_wait_for_the_gpu():
     assert torch.equal(ema.module.conv.weight, torch.full((3, 2, 1, 1), 7.0))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
-def test_the_memory_in_between_is_pinned():
-    model, ema = make('cuda')
+@on_gpu
+def test_the_memory_in_between_is_pinned(source):
+    model, ema = make(source)
     ema.update_parameters(model)
     assert all(parcel.target.is_pinned() for parcel in ema._mirror.parcels)

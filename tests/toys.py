@@ -1,7 +1,16 @@
 """Small models with every kind of tensor that an average has to treat rightly."""
 
+from copy import deepcopy
+
+import pytest
 import torch
+from reference import tensors_of
 from torch import nn
+
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device'),
+]
 
 
 class Toy(nn.Module):
@@ -31,6 +40,15 @@ def shake(model, generator):
             buffer.add_(torch.rand(buffer.shape, generator=generator))
         else:
             buffer.add_(1)
+
+
+@torch.no_grad()
+def shake_on_cpu(model, generator):
+    """The same change, by the same random numbers, wherever the model is."""
+    twin = deepcopy(model).cpu()
+    shake(twin, generator)
+    for mine, new in zip(tensors_of(model).values(), tensors_of(twin).values()):
+        mine.copy_(new)
 
 
 def seeded(seed):
