@@ -1,4 +1,4 @@
-"""Compile what precedes every update; see ``native.py``.
+"""Compile the inner part of an update; see ``native.py``.
 
     python -m mmema.build_native
 
@@ -17,6 +17,9 @@ from torch.utils.cpp_extension import load
 
 from .native import NAME, SOURCE, library
 
+# OpenMP is what torch's own threads are on Linux; its library is loaded with torch's.
+FLAGS = ['-O2', '-fopenmp'] if sys.platform == 'linux' else ['-O2']
+
 
 def build() -> Path:
     """Compile the library unless it is there; return its file, which is whole or not there."""
@@ -27,7 +30,7 @@ def build() -> Path:
     # The ninja that pip installs stands beside Python, which need not be on the path.
     os.environ['PATH'] = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        load(NAME, [str(SOURCE)], build_directory=folder, extra_cflags=['-O2'])
+        load(NAME, [str(SOURCE)], build_directory=folder, extra_cflags=FLAGS)
         os.replace(Path(folder) / f'{NAME}.so', file)
     return file
 

@@ -1,61 +1,80 @@
-// Sees whether two module trees hold the objects, and their tensors the memory, that they held when
-// the watch was made. It looks and never writes: no number of an average depends on this file.
+// What an update does to hundreds of tensors in main memory, without going through Python for each:
+// see whether all is as it was, blend, copy. The arithmetic is torch's own kernel, so that every
+// number is the same as without this file.
 
+#include <ATen/Parallel.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/lerp_cpu_dispatch.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
+#include <cstring>
+#include <memory>
 #include <vector>
 
 namespace py = pybind11;
 
 namespace {
 
+// What can change while a tensor stays itself and would lead an update astray.
 struct Kind {
   int64_t numel;
   at::ScalarType dtype;
   at::Device device;
+  bool is_contiguous;
   bool requires_grad;
 
   explicit Kind(const at::Tensor& tensor)
       : numel(tensor.numel()),
         dtype(tensor.scalar_type()),
         device(tensor.device()),
+        is_contiguous(tensor.is_contiguous()),
         requires_grad(tensor.requires_grad()) {}
 
   bool operator==(const Kind& other) const {
     return numel == other.numel && dtype == other.dtype && device == other.device &&
-           requires_grad == other.requires_grad;
+           is_contiguous == other.is_contiguous && requires_grad == other.requires_grad;
   }
 };
 
-const void* address(const at::Tensor& tensor) {
+char* address(const at::Tensor& tensor) {
   const auto* impl = tensor.unsafeGetTensorImpl();
-  const auto* start = static_cast<const char*>(impl->storage().data());
+  auto* start = static_cast<char*>(const_cast<void*>(impl->storage().data()));
   return start + impl->storage_offset() * impl->itemsize();
 }
 
-// Whoever makes a watch keeps all of its objects alive; Python's collector could not see them here.
+// Tensors are kept as the Python objects they are, and whoever makes one of the classes below keeps
+// the objects alive. A reference from C++ would be one that torch.utils.swap_tensors refuses, and
+// taking and dropping the only one goes through Python's lock, for which the threads would queue.
+std::vector<PyObject*> pointers(const py::list& tensors) {
+  std::vector<PyObject*> all;
+  for (const auto& tensor : tensors) all.push_back(tensor.ptr());
+  return all;
+}
+
+const at::Tensor& tensor_of(PyObject* object) { return THPVariable_Unpack(object); }
+
+// Whether two module trees hold the objects, and their tensors the memory, that they held when the
+// watch was made.
 class Watch {
  public:
-  Watch(const py::list& dicts, const py::list& averages, const py::list& sources) {
-    for (const auto& dict : dicts) {
-      dicts_.push_back(dict.ptr());
-      sizes_.push_back(PyDict_Size(dict.ptr()));
+  Watch(const py::list& dicts, const py::list& averages, const py::list& sources)
+      : dicts_(pointers(dicts)), averages_(pointers(averages)), sources_(pointers(sources)) {
+    for (PyObject* dict : dicts_) {
+      sizes_.push_back(PyDict_Size(dict));
       PyObject *key, *value;
       Py_ssize_t position = 0;
-      while (PyDict_Next(dict.ptr(), &position, &key, &value)) objects_.push_back(value);
+      while (PyDict_Next(dict, &position, &key, &value)) objects_.push_back(value);
     }
-    for (const auto& average : averages) {
-      averages_.push_back(average.ptr());
-      addresses_.push_back(address(THPVariable_Unpack(average.ptr())));
-    }
-    for (const auto& source : sources) {
-      sources_.push_back(source.ptr());
-      kinds_.emplace_back(THPVariable_Unpack(source.ptr()));
+    for (size_t i = 0; i < averages_.size(); ++i) {
+      addresses_.push_back(address(tensor_of(averages_[i])));
+      average_kinds_.emplace_back(tensor_of(averages_[i]));
+      source_kinds_.emplace_back(tensor_of(sources_[i]));
     }
   }
 
-  bool holds() const { return same_objects() && same_addresses() && same_kinds(); }
+  bool holds() const { return same_objects() && same_tensors(); }
 
  private:
   bool same_objects() const {
@@ -71,25 +90,154 @@ class Watch {
     return true;
   }
 
-  bool same_addresses() const {
+  bool same_tensors() const {
     for (size_t i = 0; i < averages_.size(); ++i) {
-      if (address(THPVariable_Unpack(averages_[i])) != addresses_[i]) return false;
+      const at::Tensor& average = tensor_of(averages_[i]);
+      const at::Tensor& source = tensor_of(sources_[i]);
+      if (address(average) != addresses_[i] || !(Kind(average) == average_kinds_[i]) ||
+          !(Kind(source) == source_kinds_[i]) || average.sizes() != source.sizes()) {
+        return false;
+      }
     }
     return true;
   }
 
-  bool same_kinds() const {
-    for (size_t i = 0; i < sources_.size(); ++i) {
-      if (!(Kind(THPVariable_Unpack(sources_[i])) == kinds_[i])) return false;
-    }
-    return true;
-  }
-
-  std::vector<PyObject*> dicts_, objects_, averages_, sources_;
+  std::vector<PyObject*> dicts_, averages_, sources_, objects_;
   std::vector<Py_ssize_t> sizes_;
-  std::vector<const void*> addresses_;
-  std::vector<Kind> kinds_;
+  std::vector<const char*> addresses_;
+  std::vector<Kind> average_kinds_, source_kinds_;
 };
+
+#ifdef _OPENMP  // without it torch's parallel_for, compiled here, would be one thread
+
+// Numbers of an average that lie in a row, and those that they follow.
+struct Row {
+  char* average;
+  const char* source;
+  int64_t numel;
+};
+
+// Calls torch's kernel: a long row as it is, short ones gathered, for a call takes as long as a
+// thousand numbers.
+class Blend {
+ public:
+  Blend(at::ScalarType dtype, double momentum)
+      : dtype_(dtype),
+        size_(at::elementSize(dtype)),
+        momentum_(momentum),
+        averages_(new char[kRoom * size_]),
+        sources_(new char[kRoom * size_]) {}
+
+  void take(const Row& row) {
+    if (row.numel > kShort) return lerp(row.average, row.source, row.numel);
+    if (filled_ + row.numel > kRoom) finish();
+    std::memcpy(averages_.get() + filled_ * size_, row.average, row.numel * size_);
+    std::memcpy(sources_.get() + filled_ * size_, row.source, row.numel * size_);
+    filled_ += row.numel;
+    gathered_.push_back(row);
+  }
+
+  void finish() {
+    if (filled_ > 0) lerp(averages_.get(), sources_.get(), filled_);
+    const char* start = averages_.get();
+    for (const Row& row : gathered_) {
+      std::memcpy(row.average, start, row.numel * size_);
+      start += row.numel * size_;
+    }
+    gathered_.clear();
+    filled_ = 0;
+  }
+
+ private:
+  static constexpr int64_t kShort = 1 << 11;
+  static constexpr int64_t kRoom = 1 << 12;  // what the nearest cache holds twice
+
+  void lerp(char* average, const char* source, int64_t numel) const {
+    at::Tensor blended = at::from_blob(average, {numel}, dtype_);
+    at::cpu::lerp_(blended, at::from_blob(const_cast<char*>(source), {numel}, dtype_), momentum_);
+  }
+
+  const at::ScalarType dtype_;
+  const int64_t size_;
+  const double momentum_;
+  std::unique_ptr<char[]> averages_, sources_;
+  std::vector<Row> gathered_;
+  int64_t filled_ = 0;
+};
+
+// Pairs of contiguous tensors in main memory, all of one dtype; valid while a watch over them holds.
+class Rows {
+ public:
+  Rows(const py::list& averages, const py::list& sources)
+      : averages_(pointers(averages)),
+        sources_(pointers(sources)),
+        dtype_(tensor_of(averages_.at(0)).scalar_type()) {
+    for (PyObject* average : averages_) ends_.push_back(total() + tensor_of(average).numel());
+  }
+
+  void lerp(double momentum) const {
+    each_share([this, momentum](const std::vector<Row>& rows) {
+      Blend blend(dtype_, momentum);
+      for (const Row& row : rows) blend.take(row);
+      blend.finish();
+    });
+  }
+
+  void copy() const {
+    const int64_t size = at::elementSize(dtype_);
+    each_share([size](const std::vector<Row>& rows) {
+      for (const Row& row : rows) std::memcpy(row.average, row.source, row.numel * size);
+    });
+  }
+
+ private:
+  int64_t total() const { return ends_.empty() ? 0 : ends_.back(); }
+
+  // Every thread gets an equal share of the numbers: one fork for all tensors, none left waiting.
+  template <typename Function>
+  void each_share(const Function& function) const {
+    const std::vector<Row> rows = rows_now();
+    {
+      py::gil_scoped_release release;
+      const int64_t threads = at::get_num_threads();
+      const int64_t share = std::max<int64_t>(1 << 15, (total() + threads - 1) / threads);
+      at::parallel_for(0, total(), share, [&](int64_t begin, int64_t end) {
+        function(share_of(rows, begin, end));
+      });
+    }
+    for (PyObject* average : averages_) tensor_of(average).unsafeGetTensorImpl()->bump_version();
+  }
+
+  std::vector<Row> rows_now() const {
+    std::vector<Row> rows;
+    rows.reserve(averages_.size());
+    for (size_t i = 0; i < averages_.size(); ++i) {
+      const at::Tensor& average = tensor_of(averages_[i]);
+      rows.push_back({address(average), address(tensor_of(sources_[i])), average.numel()});
+    }
+    return rows;
+  }
+
+  std::vector<Row> share_of(const std::vector<Row>& rows, int64_t begin, int64_t end) const {
+    const int64_t size = at::elementSize(dtype_);
+    std::vector<Row> share;
+    size_t i = std::upper_bound(ends_.begin(), ends_.end(), begin) - ends_.begin();
+    for (; begin < end; ++i) {
+      const int64_t skipped = begin - (ends_[i] - rows[i].numel);
+      const int64_t stop = std::min(end, ends_[i]);
+      share.push_back(
+          {rows[i].average + skipped * size, rows[i].source + skipped * size, stop - begin});
+      begin = stop;
+    }
+    return share;
+  }
+
+  const std::vector<PyObject*> averages_, sources_;
+  const at::ScalarType dtype_;
+  std::vector<int64_t> ends_;  // how many numbers there are up to the end of each
+};
+
+#endif
 
 }  // namespace
 
@@ -97,4 +245,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   py::class_<Watch>(module, "Watch")
       .def(py::init<const py::list&, const py::list&, const py::list&>())
       .def("holds", &Watch::holds);
+#ifdef _OPENMP
+  py::class_<Rows>(module, "Rows")
+      .def(py::init<const py::list&, const py::list&>())
+      .def("lerp", &Rows::lerp)
+      .def("copy", &Rows::copy);
+#endif
 }

@@ -1,7 +1,7 @@
-"""The look that precedes every update, compiled where a user asked for it.
+"""The inner part of an update in main memory, compiled where a user asked for it.
 
 ``python -m mmema.build_native`` compiles ``native.cpp`` into the user's cache folder. Without it
-the same is done in Python, with the same results; an update of a small model takes longer then.
+the same is done in Python, with the same results; an update takes longer then.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def library() -> Path:
     return cache / f'native-{source}-{tag}-torch-{torch.__version__}' / f'{NAME}.so'
 
 
-def watch_class():
-    """Return the compiled class, or None where there is none."""
+def compiled_part():
+    """Return the compiled module, or None where there is none."""
     if os.environ.get('MMEMA_NATIVE') == '0':
         return None
     try:
@@ -46,7 +46,7 @@ def watch_class():
             stacklevel=2,
         )
         return None
-    return module.Watch
+    return module
 
 
-Watch = watch_class()
+compiled = compiled_part()

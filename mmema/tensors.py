@@ -224,16 +224,17 @@ class Pairing:
             (self.blended if is_blended(pair, is_buffer) else self.copied).append(pair)
             if not is_buffer:
                 parameters.append(pair.source)
-        self.blended_runs, single = _sort_out_runs(self.blended)
+        self.blended_rows, rest = _sort_out_rows(self.blended)
+        self.blended_runs, single = _sort_out_runs(rest)
         self.like, self.unlike = _sort_by_likeness(single)
-        self.copied_runs, single = _sort_out_runs(self.copied)
+        self.copied_rows, rest = _sort_out_rows(self.copied)
+        self.copied_runs, single = _sort_out_runs(rest)
         self.copied_like, self.copied_unlike = _sort_by_likeness(single)
-        pairs = self.blended + self.copied
-        if native.Watch is None:
+        if native.compiled is None:
             self.watches = [self.trees, *self._checks(parameters)]
         else:
-            sides = [pair.average for pair in pairs], [pair.source for pair in pairs]
-            self.watches = [native.Watch(self.trees.dicts, *sides)]
+            sides = _sides(self.blended + self.copied)
+            self.watches = [native.compiled.Watch(self.trees.dicts, *sides)]
 
     def _checks(self, parameters: List[Tensor]) -> List[Check]:
         """All that can change while a tensor stays itself and would lead an operator astray."""
@@ -260,6 +261,8 @@ class Pairing:
 
     def copy(self) -> None:
         """Copy the copied pairs."""
+        for rows in self.copied_rows:
+            rows.copy()
         for run in self.copied_runs:
             torch.cat(run.sources, out=run.average)
         for averages, sources in self.copied_like:
@@ -273,6 +276,8 @@ class Pairing:
 
     def blend(self, momentum: float) -> None:
         """``avg <- (1 - momentum) avg + momentum src`` for every blended pair."""
+        for rows in self.blended_rows:
+            rows.lerp(momentum)
         for run in self.blended_runs:
             run.average.lerp_(torch.cat(run.sources, out=run.gathered), momentum)
         for averages, sources in self.like:
@@ -280,6 +285,34 @@ class Pairing:
         for pair in self.unlike:
             average = pair.average
             average.lerp_(pair.source.to(average.device, average.dtype), momentum)
+
+
+def _sides(pairs: List[Pair]) -> Tuple[List[Tensor], List[Tensor]]:
+    return [pair.average for pair in pairs], [pair.source for pair in pairs]
+
+
+def _sort_out_rows(pairs: List[Pair]):
+    """Return what the compiled part does, one of its objects for each dtype, and the other pairs."""
+    if not hasattr(native.compiled, 'Rows'):
+        return [], pairs
+    rows: Dict[torch.dtype, List[Pair]] = {}
+    others = []
+    for pair in pairs:
+        (rows.setdefault(pair.average.dtype, []) if _is_row(pair) else others).append(pair)
+    return [native.compiled.Rows(*_sides(group)) for group in rows.values()], others
+
+
+def _is_row(pair: Pair) -> bool:
+    """Tell whether both are what they seem: plain numbers in a row in main memory."""
+    return pair.average.dtype == pair.source.dtype and all(
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.device.type == 'cpu'
+        and tensor.layout == torch.strided
+        and tensor.is_contiguous()
+        and not (tensor.is_complex() or tensor.is_neg() or tensor.is_quantized)
+        and not tensor.is_inference()
+        for tensor in (pair.average, pair.source)
+    )
 
 
 class Run(NamedTuple):

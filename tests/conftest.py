@@ -33,11 +33,11 @@ def warnings_seen(caplog):
 
 
 @pytest.fixture(params=['python', 'native'])
-def both_watches(request, monkeypatch):
+def both_ways(request, monkeypatch):
     """Let the test run with and without the compiled part."""
     if request.param == 'python':
-        monkeypatch.setattr(native, 'Watch', None)
-    elif native.Watch is None:
+        monkeypatch.setattr(native, 'compiled', None)
+    elif native.compiled is None:
         pytest.skip('needs `python -m mmema.build_native`')
 
 

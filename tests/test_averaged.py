@@ -22,7 +22,7 @@ from toys import Toy, seeded, shake
 
 from mmema import ExpMomentumEMA, RestartableExpMomentumEMA
 
-pytestmark = pytest.mark.usefixtures('both_watches')
+pytestmark = pytest.mark.usefixtures('both_ways')
 
 BOTH = pytest.mark.parametrize('cls', [ExpMomentumEMA, RestartableExpMomentumEMA])
 

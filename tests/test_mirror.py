@@ -16,7 +16,7 @@ from mmema import ExpMomentumEMA, RestartableExpMomentumEMA, averaged_weights
 from mmema import averaged as averaged_module
 from mmema.mirror import Mirror
 
-pytestmark = pytest.mark.usefixtures('both_watches')
+pytestmark = pytest.mark.usefixtures('both_ways')
 
 BUFFERS = pytest.mark.parametrize('update_buffers', [False, True])
 

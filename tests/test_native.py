@@ -5,11 +5,15 @@ import sys
 
 import pytest
 import torch
-from toys import Toy
+from torch import nn
+from toys import Toy, seeded
 
 from mmema import ExpMomentumEMA, native
+from mmema.tensors import Pairing
 
-compiled = pytest.mark.skipif(native.Watch is None, reason='needs `python -m mmema.build_native`')
+needs_compiled = pytest.mark.skipif(
+    native.compiled is None, reason='needs `python -m mmema.build_native`'
+)
 
 
 @pytest.fixture
@@ -29,15 +33,15 @@ def test_the_library_is_of_one_source_one_python_and_one_torch(cache, monkeypatc
 
 
 def test_where_nothing_was_compiled_there_is_none(cache, recwarn):
-    assert native.watch_class() is None
+    assert native.compiled_part() is None
     assert not recwarn.list
 
 
-@compiled
+@needs_compiled
 def test_it_can_be_left_out(monkeypatch):
-    assert native.watch_class() is not None
+    assert native.compiled_part() is not None
     monkeypatch.setenv('MMEMA_NATIVE', '0')
-    assert native.watch_class() is None
+    assert native.compiled_part() is None
 
 
 def test_a_file_cut_short_is_told_and_done_without(cache):
@@ -45,19 +49,19 @@ def test_a_file_cut_short_is_told_and_done_without(cache):
     file.parent.mkdir(parents=True)
     file.write_bytes(b'\x7fELF')
     with pytest.warns(UserWarning, match='goes on in Python: .* Compile it anew with `python -m'):
-        assert native.watch_class() is None
+        assert native.compiled_part() is None
 
 
-@compiled
+@needs_compiled
 def test_an_update_uses_it():
     model = Toy()
     ema = ExpMomentumEMA(model)
     ema.update_parameters(model)
-    assert [type(watch) for watch in ema._pairing.watches] == [native.Watch]
+    assert [type(watch) for watch in ema._pairing.watches] == [native.compiled.Watch]
 
 
 @pytest.mark.slow
-@compiled
+@needs_compiled
 def test_it_is_compiled_whole_or_not_at_all(cache):
     command = [sys.executable, '-m', 'mmema.build_native']
     for _ in range(2):  # the second time there is nothing to do
@@ -65,10 +69,10 @@ def test_it_is_compiled_whole_or_not_at_all(cache):
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[-1] == f'compiled: {native.library()}'
     assert [file.name for file in native.library().parent.iterdir()] == ['mmema_native.so']
-    assert native.watch_class() is not None
+    assert native.compiled_part() is not None
 
 
-@compiled
+@needs_compiled
 def test_a_swapped_tensor_is_seen():
     # torch.utils.swap_tensors leaves every Python object in its place.
     if not hasattr(torch.utils, 'swap_tensors'):
@@ -81,3 +85,99 @@ def test_a_swapped_tensor_is_seen():
     torch.utils.swap_tensors(model.norm.bias, other)
     ema.update_parameters(model)
     assert torch.equal(ema.module.norm.bias, torch.full((3,), 2.25))
+
+
+def pairing_of(average, source):
+    return Pairing(average, source, lambda pair, is_buffer: not is_buffer)
+
+
+@pytest.fixture
+def threads():
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
+
+
+@needs_compiled
+@pytest.mark.parametrize('number', [1, 2, 3])
+@pytest.mark.parametrize('momentum', [0.0002, 0.3, 0.9])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_shares_that_end_within_a_tensor_are_bit_for_bit_lerp(dtype, momentum, number, threads):
+    threads(number)
+    generator = seeded(3)
+    sizes = (1, 70_001, 3, 0, 99_999, 31, 50_000, 7, 40_013)
+    source, average = (
+        nn.ParameterList(
+            [nn.Parameter(torch.randn(n, generator=generator).to(dtype)) for n in sizes]
+        )
+        for _ in range(2)
+    )
+    average.requires_grad_(False)
+    expected = [a.clone().lerp_(s.detach(), momentum) for a, s in zip(average, source)]
+    versions = [a._version for a in average]
+    pairing = pairing_of(average, source)
+    assert not pairing.like
+    pairing.blend(momentum)
+    for tensor, right, version in zip(average, expected, versions):
+        assert torch.equal(tensor, right)
+        assert tensor._version > version
+    assert not any(tensor.requires_grad for tensor in average)
+
+
+@needs_compiled
+@pytest.mark.parametrize('number', [1, 2, 3])
+def test_shares_that_end_within_a_tensor_are_copied(number, threads):
+    threads(number)
+    source, average = nn.Module(), nn.Module()
+    for i, n in enumerate((5, 90_001, 0, 1, 77_777)):
+        for module, value in ((source, torch.arange(n) + i), (average, torch.zeros(n).long())):
+            module.register_buffer(f'numbers{i}', value)
+    pairing = pairing_of(average, source)
+    assert not pairing.copied_like
+    pairing.copy()
+    for mine, theirs in zip(average.buffers(), source.buffers()):
+        assert torch.equal(mine, theirs)
+
+
+class Odd(nn.Parameter):
+    """Not a plain parameter: it may keep its numbers anywhere."""
+
+
+@needs_compiled
+@pytest.mark.parametrize(
+    'source',
+    [
+        nn.Parameter(torch.ones(2, 3).t()),
+        nn.Parameter(torch.ones(3, 2, dtype=torch.float64)),
+        nn.Parameter(torch.ones(3, 2, dtype=torch.complex64)),
+        Odd(torch.ones(3, 2)),
+    ],
+    ids=['transposed', 'double', 'complex', 'a subclass'],
+)
+def test_what_is_not_a_plain_row_of_numbers_is_left_to_torch(source):
+    dtype = torch.complex64 if source.is_complex() else torch.float32
+    sides = [
+        nn.ParameterList([nn.Parameter(torch.zeros(3, 2, dtype=dtype))]),
+        nn.ParameterList([source]),
+    ]
+    sides[0].requires_grad_(False)
+    pairing = pairing_of(*sides)
+    assert not pairing.blended_rows
+    with torch.no_grad():
+        pairing.blend(0.25)
+    assert torch.equal(sides[0][0], torch.full((3, 2), 0.25, dtype=dtype))
+
+
+@needs_compiled
+@pytest.mark.parametrize('side', ['average', 'source'])
+@pytest.mark.parametrize(
+    'change',
+    [lambda data: data[:1], lambda data: data.t(), lambda data: data.view(4, 3)],
+    ids=['shorter', 'transposed', 'another shape'],
+)
+def test_the_same_memory_seen_otherwise_is_noticed(change, side):
+    source, average = (nn.ParameterList([nn.Parameter(torch.ones(3, 4))]) for _ in range(2))
+    pairing = pairing_of(average, source)
+    assert pairing.holds(average, source)
+    changed = average if side == 'average' else source
+    changed[0].data = change(changed[0].data)
+    assert not pairing.holds(average, source)

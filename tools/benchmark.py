@@ -58,12 +58,12 @@ def mmema_class(model, **kwargs):
 
 
 def not_compiled(model):
-    compiled, native.Watch = native.Watch, None
+    compiled, native.compiled = native.compiled, None
     try:
         average = mmema.ExpMomentumEMA(model, MOMENTUM, 1e-3)
         average.update_parameters(model)
     finally:
-        native.Watch = compiled
+        native.compiled = compiled
     return with_updates(average)
 
 
@@ -492,7 +492,7 @@ def main():
     where = f'{platform.machine()}, {torch.get_num_threads()} threads'
     if args.device != 'cpu':
         where = f'{torch.cuda.get_device_name()}, driver {driver()}, CUDA {torch.version.cuda}'
-    part = 'mmema compiled' if native.Watch else 'mmema not compiled'
+    part = 'mmema compiled' if native.compiled else 'mmema not compiled'
     text = [f'{where}; Python {platform.python_version()}, torch {torch.__version__}, {part}']
     found = measure_models(args.models, args.rounds, args.device)
     text.append(models_table(found))
