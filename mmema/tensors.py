@@ -61,6 +61,11 @@ def _own_copy(name: str, tensor: Tensor, is_buffer: bool, device: Optional[torch
             f'the model must have all its tensors to be averaged, but {name!r} is lazy and has no '
             'shape yet. Run one forward pass first.'
         )
+    if tensor.layout != torch.strided:
+        raise ValueError(
+            f'the model must have dense tensors to be averaged, but {name!r} is {tensor.layout}. '
+            'Make it dense, or an attribute that is no buffer.'
+        )
     device = tensor.device if device is None else device
     dtype = torch.float32 if tensor.dtype in _SIXTEEN_BITS else tensor.dtype
     same = (dtype, device) == (tensor.dtype, tensor.device)
@@ -113,8 +118,7 @@ class Snapshot:
 
     def __init__(self, average: nn.Module, source: nn.Module):
         of_source = _dicts_of(source)
-        self.dicts = of_source + _dicts_of(average)
-        self.filled = [d for d in self.dicts if d]
+        self.filled = [d for d in of_source + _dicts_of(average) if d]
         self.objects = get_referents(*self.filled)
         # Where the source may get a tensor more. One more in the average has nothing to follow.
         self.empty = [d for d in of_source if not d]
@@ -234,7 +238,7 @@ class Pairing:
             self.watches = [self.trees, *self._checks(parameters)]
         else:
             sides = _sides(self.blended + self.copied)
-            self.watches = [native.compiled.Watch(self.trees.dicts, *sides)]
+            self.watches = [native.compiled.Watch(self.trees.filled + self.trees.empty, *sides)]
 
     def _checks(self, parameters: List[Tensor]) -> List[Check]:
         """All that can change while a tensor stays itself and would lead an operator astray."""

@@ -349,6 +349,10 @@ def test_a_model_that_cannot_be_copied_names_the_tensor():
         ExpMomentumEMA(model)
     with pytest.raises(ValueError, match="'weight' is lazy"):
         ExpMomentumEMA(nn.LazyLinear(2))
+    model.register_buffer('graph', torch.eye(2).to_sparse())
+    del model.norm.memory
+    with pytest.raises(ValueError, match="'graph' is torch.sparse_coo. Make it dense"):
+        ExpMomentumEMA(model)
 
 
 def test_wrappers_are_taken_off(process_group):

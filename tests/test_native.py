@@ -11,6 +11,9 @@ from toys import Toy, seeded
 from mmema import ExpMomentumEMA, native
 from mmema.tensors import Pairing
 
+needs_rows = pytest.mark.skipif(
+    not hasattr(native.compiled, 'Rows'), reason='needs `python -m mmema.build_native` on Linux'
+)
 needs_compiled = pytest.mark.skipif(
     native.compiled is None, reason='needs `python -m mmema.build_native`'
 )
@@ -57,7 +60,11 @@ def test_an_update_uses_it():
     model = Toy()
     ema = ExpMomentumEMA(model)
     ema.update_parameters(model)
-    assert [type(watch) for watch in ema._pairing.watches] == [native.compiled.Watch]
+    pairing = ema._pairing
+    assert [type(watch) for watch in pairing.watches] == [native.compiled.Watch]
+    if sys.platform == 'linux':  # elsewhere torch's threads are others
+        assert [type(rows) for rows in pairing.blended_rows] == [native.compiled.Rows]
+        assert [type(rows) for rows in pairing.copied_rows] == [native.compiled.Rows] * 2
 
 
 @pytest.mark.slow
@@ -97,14 +104,15 @@ def threads():
     torch.set_num_threads(1)
 
 
-@needs_compiled
+@needs_rows
 @pytest.mark.parametrize('number', [1, 2, 3])
 @pytest.mark.parametrize('momentum', [0.0002, 0.3, 0.9])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_shares_that_end_within_a_tensor_are_bit_for_bit_lerp(dtype, momentum, number, threads):
     threads(number)
     generator = seeded(3)
-    sizes = (1, 70_001, 3, 0, 99_999, 31, 50_000, 7, 40_013)
+    # Short ones fill more than one gathering; 512 is the longest of them.
+    sizes = (1, 70_001, 3, 0, 99_999, 31, *[500] * 40, 512, 513, 50_000, 7, 40_013)
     source, average = (
         nn.ParameterList(
             [nn.Parameter(torch.randn(n, generator=generator).to(dtype)) for n in sizes]
@@ -115,7 +123,7 @@ def test_shares_that_end_within_a_tensor_are_bit_for_bit_lerp(dtype, momentum, n
     expected = [a.clone().lerp_(s.detach(), momentum) for a, s in zip(average, source)]
     versions = [a._version for a in average]
     pairing = pairing_of(average, source)
-    assert not pairing.like
+    assert not pairing.blended_runs and not pairing.like
     pairing.blend(momentum)
     for tensor, right, version in zip(average, expected, versions):
         assert torch.equal(tensor, right)
@@ -123,7 +131,7 @@ def test_shares_that_end_within_a_tensor_are_bit_for_bit_lerp(dtype, momentum, n
     assert not any(tensor.requires_grad for tensor in average)
 
 
-@needs_compiled
+@needs_rows
 @pytest.mark.parametrize('number', [1, 2, 3])
 def test_shares_that_end_within_a_tensor_are_copied(number, threads):
     threads(number)
@@ -132,7 +140,7 @@ def test_shares_that_end_within_a_tensor_are_copied(number, threads):
         for module, value in ((source, torch.arange(n) + i), (average, torch.zeros(n).long())):
             module.register_buffer(f'numbers{i}', value)
     pairing = pairing_of(average, source)
-    assert not pairing.copied_like
+    assert not pairing.copied_runs and not pairing.copied_like
     pairing.copy()
     for mine, theirs in zip(average.buffers(), source.buffers()):
         assert torch.equal(mine, theirs)
@@ -142,7 +150,7 @@ class Odd(nn.Parameter):
     """Not a plain parameter: it may keep its numbers anywhere."""
 
 
-@needs_compiled
+@needs_rows
 @pytest.mark.parametrize(
     'source',
     [
@@ -167,7 +175,7 @@ def test_what_is_not_a_plain_row_of_numbers_is_left_to_torch(source):
     assert torch.equal(sides[0][0], torch.full((3, 2), 0.25, dtype=dtype))
 
 
-@needs_compiled
+@needs_rows
 @pytest.mark.parametrize('side', ['average', 'source'])
 @pytest.mark.parametrize(
     'change',
