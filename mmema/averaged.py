@@ -16,9 +16,10 @@ from . import schedules
 from .arguments import check_momentum, check_positive, count, flag, listed
 from .finite import Guard, is_number
 from .mirror import Mirror, is_far
+from .pairing import Pairing
 from .registry import MODELS, register_everywhere
 from .swap import refuse_while_lent
-from .tensors import Pair, Pairing, averaged_copy, named_tensors, pairs_of, plain, unwrapped
+from .tensors import Pair, averaged_copy, named_tensors, pairs_of, plain, unwrapped
 
 Device = Union[torch.device, str, None]
 

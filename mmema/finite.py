@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .tensors import Pairing, named_tensors
+from .pairing import Pairing
+from .tensors import named_tensors
 
 
 def is_number(tensor: Tensor) -> bool:

@@ -8,7 +8,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from .tensors import Pair, copy_all, named_tensors, pairs_of, plain, unwrapped
+from .pairing import copy_all
+from .tensors import Pair, named_tensors, pairs_of, plain, unwrapped
 
 # Which averages are in a model now. Not an attribute: a deep copy of an average is in none.
 _lent: WeakSet = WeakSet()

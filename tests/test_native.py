@@ -9,7 +9,7 @@ from torch import nn
 from toys import Toy, seeded
 
 from mmema import ExpMomentumEMA, native
-from mmema.tensors import Pairing
+from mmema.pairing import Pairing
 
 needs_rows = pytest.mark.skipif(
     not hasattr(native.compiled, 'Rows'), reason='needs `python -m mmema.build_native` on Linux'
@@ -63,8 +63,8 @@ def test_an_update_uses_it():
     pairing = ema._pairing
     assert [type(watch) for watch in pairing.watches] == [native.compiled.Watch]
     if sys.platform == 'linux':  # elsewhere torch's threads are others
-        assert [type(rows) for rows in pairing.blended_rows] == [native.compiled.Rows]
-        assert [type(rows) for rows in pairing.copied_rows] == [native.compiled.Rows] * 2
+        assert [type(rows) for rows in pairing.blending.rows] == [native.compiled.Rows]
+        assert [type(rows) for rows in pairing.copying.rows] == [native.compiled.Rows] * 2
 
 
 @pytest.mark.slow
@@ -123,7 +123,7 @@ def test_shares_that_end_within_a_tensor_are_bit_for_bit_lerp(dtype, momentum, n
     expected = [a.clone().lerp_(s.detach(), momentum) for a, s in zip(average, source)]
     versions = [a._version for a in average]
     pairing = pairing_of(average, source)
-    assert not pairing.blended_runs and not pairing.like
+    assert not pairing.blending.runs and not pairing.blending.like
     pairing.blend(momentum)
     for tensor, right, version in zip(average, expected, versions):
         assert torch.equal(tensor, right)
@@ -140,7 +140,7 @@ def test_shares_that_end_within_a_tensor_are_copied(number, threads):
         for module, value in ((source, torch.arange(n) + i), (average, torch.zeros(n).long())):
             module.register_buffer(f'numbers{i}', value)
     pairing = pairing_of(average, source)
-    assert not pairing.copied_runs and not pairing.copied_like
+    assert not pairing.copying.runs and not pairing.copying.like
     pairing.copy()
     for mine, theirs in zip(average.buffers(), source.buffers()):
         assert torch.equal(mine, theirs)
@@ -169,7 +169,7 @@ def test_what_is_not_a_plain_row_of_numbers_is_left_to_torch(source):
     ]
     sides[0].requires_grad_(False)
     pairing = pairing_of(*sides)
-    assert not pairing.blended_rows
+    assert not pairing.blending.rows
     with torch.no_grad():
         pairing.blend(0.25)
     assert torch.equal(sides[0][0], torch.full((3, 2), 0.25, dtype=dtype))

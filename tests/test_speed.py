@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import Toy, seeded, shake
 
 from mmema import ExpMomentumEMA, RestartableExpMomentumEMA, native
-from mmema.tensors import copy_all
+from mmema.pairing import copy_all
 
 pytestmark = pytest.mark.usefixtures('both_ways')
 
@@ -94,7 +94,7 @@ def test_no_gathering_is_too_long_for_one_loop(update_buffers, monkeypatch):
     model = nn.ModuleList([nn.BatchNorm2d(1500) for _ in range(30)])
     ema = ExpMomentumEMA(model, update_buffers=update_buffers)
     ema.update_parameters(model)
-    runs = ema._pairing.blended_runs + ema._pairing.copied_runs
+    runs = ema._pairing.blending.runs + ema._pairing.copying.runs
     assert sum(len(run.sources) for run in runs) == 4 * 30
     assert max(run.average.numel() for run in runs) == 21 * 1500
     assert len(runs) == 6
