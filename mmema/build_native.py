@@ -15,10 +15,7 @@ from pathlib import Path
 
 from torch.utils.cpp_extension import load
 
-from .native import NAME, SOURCE, library
-
-# OpenMP is what torch's own threads are on Linux; its library is loaded with torch's.
-FLAGS = ['-O2', '-fopenmp'] if sys.platform == 'linux' else ['-O2']
+from .native import FLAGS, NAME, SOURCE, library
 
 
 def build() -> Path:

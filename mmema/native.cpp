@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 #include <vector>
 
 namespace py = pybind11;
@@ -18,6 +19,7 @@ namespace {
 
 // What can change while a tensor stays itself and would lead an update astray.
 struct Kind {
+  c10::DispatchKeySet keys;  // a subclass, negative or conjugate where it is read, and the like
   int64_t numel;
   at::ScalarType dtype;
   at::Device device;
@@ -25,14 +27,15 @@ struct Kind {
   bool requires_grad;
 
   explicit Kind(const at::Tensor& tensor)
-      : numel(tensor.numel()),
+      : keys(tensor.key_set()),
+        numel(tensor.numel()),
         dtype(tensor.scalar_type()),
         device(tensor.device()),
         is_contiguous(tensor.is_contiguous()),
         requires_grad(tensor.requires_grad()) {}
 
   bool operator==(const Kind& other) const {
-    return numel == other.numel && dtype == other.dtype && device == other.device &&
+    return keys == other.keys && numel == other.numel && dtype == other.dtype && device == other.device &&
            is_contiguous == other.is_contiguous && requires_grad == other.requires_grad;
   }
 };
@@ -43,16 +46,14 @@ char* address(const at::Tensor& tensor) {
   return start + impl->storage_offset() * impl->itemsize();
 }
 
-// Tensors are kept as the Python objects they are, and whoever makes one of the classes below keeps
-// the objects alive. A reference from C++ would be one that torch.utils.swap_tensors refuses, and
-// taking and dropping the only one goes through Python's lock, for which the threads would queue.
-std::vector<PyObject*> pointers(const py::list& tensors) {
+// Python objects are kept as bare pointers, and whoever makes one of the classes below keeps them
+// alive. A reference from C++ would be one that torch.utils.swap_tensors refuses, and taking and
+// dropping the only one goes through Python's lock, for which the threads would queue.
+std::vector<PyObject*> pointers(const py::list& objects) {
   std::vector<PyObject*> all;
-  for (const auto& tensor : tensors) all.push_back(tensor.ptr());
+  for (const auto& object : objects) all.push_back(object.ptr());
   return all;
 }
-
-const at::Tensor& tensor_of(PyObject* object) { return THPVariable_Unpack(object); }
 
 // Training drives all these objects out of the nearer caches. A look that asks for those ahead takes
 // half as long as one that waits for each. Inlined by force: a compiler would take a function that
@@ -64,36 +65,45 @@ INLINED void ask_for(const void* start) {
   __builtin_prefetch(static_cast<const char*>(start) + 64);
 }
 
-INLINED void ask_for_dicts(const std::vector<PyObject*>& dicts, size_t i) {
-  if (i + 32 < dicts.size()) ask_for(dicts[i + 32]);
-  if (i + 16 < dicts.size()) ask_for(reinterpret_cast<PyDictObject*>(dicts[i + 16])->ma_keys);
-}
+// Tensors, and the kinds they had when they were listed.
+class Tensors {
+ public:
+  explicit Tensors(const py::list& tensors) : objects_(pointers(tensors)) {
+    for (size_t i = 0; i < size(); ++i) kinds_.emplace_back((*this)[i]);
+  }
 
-INLINED void ask_for_tensors(const std::vector<PyObject*>& tensors, size_t i) {
-  const auto impl = [&](size_t j) { return tensor_of(tensors[j]).unsafeGetTensorImpl(); };
-  if (i + 32 < tensors.size()) ask_for(tensors[i + 32]);
-  if (i + 16 < tensors.size()) ask_for(impl(i + 16));
-  if (i + 16 < tensors.size()) ask_for(reinterpret_cast<const char*>(impl(i + 16)) + 128);
-  if (i + 8 < tensors.size()) ask_for(impl(i + 8)->unsafe_storage().unsafeGetStorageImpl());
-}
+  size_t size() const { return objects_.size(); }
+  const at::Tensor& operator[](size_t i) const { return THPVariable_Unpack(objects_[i]); }
+  const Kind& kind(size_t i) const { return kinds_[i]; }
+  bool is_same(size_t i) const { return Kind((*this)[i]) == kinds_[i]; }
+
+  INLINED void ask_after(size_t i) const {
+    if (i + 32 < size()) ask_for(objects_[i + 32]);
+    if (i + 16 < size()) ask_for(impl(i + 16));
+    if (i + 16 < size()) ask_for(reinterpret_cast<const char*>(impl(i + 16)) + 128);
+    if (i + 8 < size()) ask_for(impl(i + 8)->unsafe_storage().unsafeGetStorageImpl());
+  }
+
+ private:
+  const at::TensorImpl* impl(size_t i) const { return (*this)[i].unsafeGetTensorImpl(); }
+
+  std::vector<PyObject*> objects_;
+  std::vector<Kind> kinds_;
+};
 
 // Whether two module trees hold the objects, and their tensors the memory, that they held when the
 // watch was made.
 class Watch {
  public:
   Watch(const py::list& dicts, const py::list& averages, const py::list& sources)
-      : dicts_(pointers(dicts)), averages_(pointers(averages)), sources_(pointers(sources)) {
+      : dicts_(pointers(dicts)), averages_(averages), sources_(sources) {
     for (PyObject* dict : dicts_) {
       sizes_.push_back(PyDict_Size(dict));
       PyObject *key, *value;
       Py_ssize_t position = 0;
       while (PyDict_Next(dict, &position, &key, &value)) objects_.push_back(value);
     }
-    for (size_t i = 0; i < averages_.size(); ++i) {
-      addresses_.push_back(address(tensor_of(averages_[i])));
-      average_kinds_.emplace_back(tensor_of(averages_[i]));
-      source_kinds_.emplace_back(tensor_of(sources_[i]));
-    }
+    for (size_t i = 0; i < averages_.size(); ++i) addresses_.push_back(address(averages_[i]));
   }
 
   bool holds() const { return same_objects() && same_tensors(); }
@@ -102,7 +112,8 @@ class Watch {
   bool same_objects() const {
     auto expected = objects_.begin();
     for (size_t i = 0; i < dicts_.size(); ++i) {
-      ask_for_dicts(dicts_, i);
+      if (i + 32 < dicts_.size()) ask_for(dicts_[i + 32]);
+      if (i + 16 < dicts_.size()) ask_for(entries(dicts_[i + 16]));
       if (PyDict_Size(dicts_[i]) != sizes_[i]) return false;
       PyObject *key, *value;
       Py_ssize_t position = 0;
@@ -115,22 +126,24 @@ class Watch {
 
   bool same_tensors() const {
     for (size_t i = 0; i < averages_.size(); ++i) {
-      ask_for_tensors(averages_, i);
-      ask_for_tensors(sources_, i);
-      const at::Tensor& average = tensor_of(averages_[i]);
-      const at::Tensor& source = tensor_of(sources_[i]);
-      if (address(average) != addresses_[i] || !(Kind(average) == average_kinds_[i]) ||
-          !(Kind(source) == source_kinds_[i]) || average.sizes() != source.sizes()) {
+      averages_.ask_after(i);
+      sources_.ask_after(i);
+      if (!averages_.is_same(i) || !sources_.is_same(i) || address(averages_[i]) != addresses_[i] ||
+          averages_[i].sizes() != sources_[i].sizes()) {
         return false;
       }
     }
     return true;
   }
 
-  std::vector<PyObject*> dicts_, averages_, sources_, objects_;
+  static const void* entries(PyObject* dict) {
+    return reinterpret_cast<PyDictObject*>(dict)->ma_keys;
+  }
+
+  std::vector<PyObject*> dicts_, objects_;
   std::vector<Py_ssize_t> sizes_;
+  Tensors averages_, sources_;
   std::vector<const char*> addresses_;
-  std::vector<Kind> average_kinds_, source_kinds_;
 };
 
 #ifdef _OPENMP  // without it torch's parallel_for, compiled here, would be one thread
@@ -174,7 +187,7 @@ class Blend {
 
  private:
   static constexpr int64_t kShort = 512;     // numbers
-  static constexpr int64_t kRoom = 1 << 15;  // bytes
+  static constexpr int64_t kRoom = 1 << 13;  // bytes
 
   void lerp(char* average, char* source, int64_t numel) const {
     at::Tensor blended = at::from_blob(average, {numel}, dtype_);
@@ -194,10 +207,8 @@ class Blend {
 class Rows {
  public:
   Rows(const py::list& averages, const py::list& sources)
-      : averages_(pointers(averages)),
-        sources_(pointers(sources)),
-        dtype_(tensor_of(averages_.at(0)).scalar_type()) {
-    for (PyObject* average : averages_) ends_.push_back(total() + tensor_of(average).numel());
+      : averages_(averages), sources_(sources), dtype_(averages_.kind(0).dtype) {
+    for (size_t i = 0; i < averages_.size(); ++i) ends_.push_back(total() + averages_.kind(i).numel);
   }
 
   void lerp(double momentum) const {
@@ -222,24 +233,28 @@ class Rows {
   template <typename Function>
   void each_share(const Function& function) const {
     const std::vector<Row> rows = rows_now();
-    {
-      py::gil_scoped_release release;
-      const int64_t threads = at::get_num_threads();
-      const int64_t share = std::max<int64_t>(1 << 15, (total() + threads - 1) / threads);
-      at::parallel_for(0, total(), share, [&](int64_t begin, int64_t end) {
-        function(share_of(rows, begin, end));
-      });
-    }
-    for (PyObject* average : averages_) tensor_of(average).unsafeGetTensorImpl()->bump_version();
+    py::gil_scoped_release release;
+    const int64_t threads = at::get_num_threads();
+    const int64_t share = std::max<int64_t>(1 << 15, (total() + threads - 1) / threads);
+    at::parallel_for(0, total(), share, [&](int64_t begin, int64_t end) {
+      function(share_of(rows, begin, end));
+    });
   }
 
+  // The averages are about to change, and autograd is told.
   std::vector<Row> rows_now() const {
     std::vector<Row> rows;
     rows.reserve(averages_.size());
     for (size_t i = 0; i < averages_.size(); ++i) {
-      const at::Tensor& average = tensor_of(averages_[i]);
-      rows.push_back({address(average), address(tensor_of(sources_[i])), average.numel()});
+      if (!averages_.is_same(i) || !sources_.is_same(i)) {
+        throw std::runtime_error(
+            "a tensor was changed between the look at it and the update. Update the average while "
+            "no other thread changes the model or the average.");
+      }
+      auto* average = static_cast<char*>(averages_[i].data_ptr());  // its own, if copied on write
+      rows.push_back({average, address(sources_[i]), averages_.kind(i).numel});
     }
+    for (size_t i = 0; i < averages_.size(); ++i) averages_[i].unsafeGetTensorImpl()->bump_version();
     return rows;
   }
 
@@ -257,7 +272,7 @@ class Rows {
     return share;
   }
 
-  const std::vector<PyObject*> averages_, sources_;
+  const Tensors averages_, sources_;
   const at::ScalarType dtype_;
   std::vector<int64_t> ends_;  // how many numbers there are up to the end of each
 };

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import sys
+import sysconfig
 import warnings
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -18,14 +18,16 @@ import torch
 
 NAME = 'mmema_native'
 SOURCE = Path(__file__).with_suffix('.cpp')
+# OpenMP is what torch's own threads are on Linux; its library is loaded with torch's.
+FLAGS = ['-O2', '-fopenmp'] if sys.platform == 'linux' else ['-O2']
 
 
 def library() -> Path:
     """Return where the library for this source, Python, torch and processor is, or would be."""
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'mmema'
-    source = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
-    tag = f'{sys.implementation.cache_tag}-{platform.system()}-{platform.machine()}'
-    return cache / f'native-{source}-{tag}-torch-{torch.__version__}' / f'{NAME}.so'
+    source = hashlib.sha256(SOURCE.read_bytes() + repr(FLAGS).encode()).hexdigest()[:12]
+    python = sysconfig.get_config_var('EXT_SUFFIX').split('.')[1]  # with system and processor
+    return cache / f'native-{source}-{python}-torch-{torch.__version__}' / f'{NAME}.so'
 
 
 def compiled_part():

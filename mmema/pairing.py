@@ -80,13 +80,15 @@ class Pairing:
             (self.blended if is_blended(pair, is_buffer) else self.copied).append(pair)
             if not is_buffer:
                 parameters.append(pair.source)
-        self.blending = _sorted(self.blended)
-        self.copying = _sorted(self.copied)
-        if native.compiled is None:
+        dicts = self.trees.filled + self.trees.empty
+        # Those of a TorchScript module are none.
+        compiled = native.compiled if all(isinstance(d, dict) for d in dicts) else None
+        self.blending = _sorted(self.blended, compiled)
+        self.copying = _sorted(self.copied, compiled)
+        if compiled is None:
             self.watches = [self.trees, *self._checks(parameters)]
         else:
-            sides = _sides(self.blended + self.copied)
-            self.watches = [native.compiled.Watch(self.trees.filled + self.trees.empty, *sides)]
+            self.watches = [compiled.Watch(dicts, *_sides(self.blended + self.copied))]
 
     def _checks(self, parameters: List[Tensor]) -> List[Check]:
         """All that can change while a tensor stays itself and would lead an operator astray."""
@@ -154,8 +156,8 @@ class Sorted(NamedTuple):
             pair.average.copy_(pair.source)
 
 
-def _sorted(pairs: List[Pair]) -> Sorted:
-    rows, pairs = _sort_out_rows(pairs)
+def _sorted(pairs: List[Pair], compiled) -> Sorted:
+    rows, pairs = _sort_out_rows(pairs, compiled)
     runs, pairs = _sort_out_runs(pairs)
     return Sorted(rows, runs, *_sort_by_likeness(pairs))
 
@@ -164,15 +166,15 @@ def _sides(pairs: List[Pair]) -> Tuple[List[Tensor], List[Tensor]]:
     return [pair.average for pair in pairs], [pair.source for pair in pairs]
 
 
-def _sort_out_rows(pairs: List[Pair]) -> Tuple[list, List[Pair]]:
+def _sort_out_rows(pairs: List[Pair], compiled) -> Tuple[list, List[Pair]]:
     """Return what the compiled part takes, by dtype, and the other pairs."""
-    if not hasattr(native.compiled, 'Rows'):
+    if not hasattr(compiled, 'Rows'):
         return [], pairs
     rows: Dict[torch.dtype, List[Pair]] = {}
     others = []
     for pair in pairs:
         (rows.setdefault(pair.average.dtype, []) if _is_row(pair) else others).append(pair)
-    return [native.compiled.Rows(*_sides(group)) for group in rows.values()], others
+    return [compiled.Rows(*_sides(group)) for group in rows.values()], others
 
 
 def _is_row(pair: Pair) -> bool:
@@ -183,7 +185,7 @@ def _is_row(pair: Pair) -> bool:
         and tensor.layout == torch.strided
         and tensor.is_contiguous()
         and not (tensor.is_complex() or tensor.is_neg() or tensor.is_quantized)
-        and not tensor.is_inference()
+        and not (tensor.is_inference() or tensor._is_zerotensor())
         for tensor in (pair.average, pair.source)
     )
 

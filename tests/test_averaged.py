@@ -146,6 +146,21 @@ def test_tied_parameters_are_blended_once():
     assert ema.module.a.weight.item() == pytest.approx(0.1)
 
 
+def test_tied_parameters_stay_tied_when_a_state_is_assigned():
+    # Assigned, they are two objects that share their memory.
+    model = nn.Module()
+    model.a = one_weight(0.0)
+    model.b = model.a
+    ema = ExpMomentumEMA(model, momentum=0.25, gamma=0.01)
+    if 'assign' not in signature(model.load_state_dict).parameters:
+        pytest.skip('torch 2.0 cannot assign')
+    ema.update_parameters(model)
+    ema.load_state_dict(ema.state_dict(), assign=True)
+    nn.init.constant_(model.a.weight, 1.0)
+    ema.update_parameters(model)
+    assert ema.module.a.weight.item() == ema.module.b.weight.item() == 0.25
+
+
 def test_parameters_that_share_storage_each_follow_their_own():
     storage = torch.zeros(4)
     model = nn.Module()
@@ -241,6 +256,16 @@ def test_sources_are_found_afresh(change, update_buffers):
         ema.update_parameters(model)
         reference.update(tensors_of(model))
         assert_close(tensors_of(ema.module), reference.average, rtol=1e-5)
+
+
+def test_a_torchscript_source_is_followed():
+    model = one_weight(0.0)
+    ema = ExpMomentumEMA(model, momentum=0.25, gamma=0.01)
+    scripted = torch.jit.script(model)
+    ema.update_parameters(scripted)
+    nn.init.constant_(model.weight, 4.0)
+    ema.update_parameters(scripted)
+    assert weight_of(ema) == 1.0
 
 
 def test_an_average_that_was_changed_is_found_afresh_too():

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import sysconfig
+from copy import deepcopy
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ def test_the_library_is_of_one_source_one_python_and_one_torch(cache, monkeypatc
     file = native.library()
     assert file.parent.parent == cache / 'mmema'
     assert file.parent.name.endswith(f'torch-{torch.__version__}')
-    assert sys.implementation.cache_tag in file.parent.name
+    assert sysconfig.get_config_var('SOABI') in file.parent.name
     monkeypatch.setattr(native, 'SOURCE', cache / 'other.cpp')
     native.SOURCE.write_text('// another source')
     assert native.library() != file
@@ -100,8 +102,9 @@ def pairing_of(average, source):
 
 @pytest.fixture
 def threads():
+    before = torch.get_num_threads()
     yield torch.set_num_threads
-    torch.set_num_threads(1)
+    torch.set_num_threads(before)
 
 
 @needs_rows
@@ -146,6 +149,19 @@ def test_shares_that_end_within_a_tensor_are_copied(number, threads):
         assert torch.equal(mine, theirs)
 
 
+@needs_rows
+@pytest.mark.parametrize('side', [0, 1], ids=['average', 'source'])
+def test_a_tensor_that_another_thread_shrinks_after_the_look_is_not_read(side):
+    sides = [nn.ParameterList([nn.Parameter(torch.full((n,), n * 1.0)) for n in (2, 9)])]
+    sides = [deepcopy(sides[0]).requires_grad_(False), sides[0]]
+    pairing = pairing_of(*sides)
+    assert pairing.holds(*sides)
+    sides[side][1].data = torch.zeros(5)
+    with pytest.raises(RuntimeError, match='while no other thread changes the model'):
+        pairing.blend(0.25)
+    assert sides[0][0].tolist() == [2, 2]
+
+
 class Odd(nn.Parameter):
     """Not a plain parameter: it may keep its numbers anywhere."""
 
@@ -157,9 +173,10 @@ class Odd(nn.Parameter):
         nn.Parameter(torch.ones(2, 3).t()),
         nn.Parameter(torch.ones(3, 2, dtype=torch.float64)),
         nn.Parameter(torch.ones(3, 2, dtype=torch.complex64)),
+        nn.Parameter(torch._neg_view(torch.full((3, 2), -1.0))),
         Odd(torch.ones(3, 2)),
     ],
-    ids=['transposed', 'double', 'complex', 'a subclass'],
+    ids=['transposed', 'double', 'complex', 'negative', 'a subclass'],
 )
 def test_what_is_not_a_plain_row_of_numbers_is_left_to_torch(source):
     dtype = torch.complex64 if source.is_complex() else torch.float32
@@ -179,11 +196,20 @@ def test_what_is_not_a_plain_row_of_numbers_is_left_to_torch(source):
 @pytest.mark.parametrize('side', ['average', 'source'])
 @pytest.mark.parametrize(
     'change',
-    [lambda data: data[:1], lambda data: data.t(), lambda data: data.view(4, 3)],
-    ids=['shorter', 'transposed', 'another shape'],
+    [
+        lambda data: data[:1],
+        lambda data: data.t(),
+        lambda data: data.view(2, 8),
+        torch._neg_view,
+        lambda data: data.view(torch.int32),
+    ],
+    ids=['shorter', 'transposed', 'another shape', 'negative', 'integers'],
 )
 def test_the_same_memory_seen_otherwise_is_noticed(change, side):
-    source, average = (nn.ParameterList([nn.Parameter(torch.ones(3, 4))]) for _ in range(2))
+    # No gradients, so that integers can be parameters.
+    source, average = (
+        nn.ParameterList([nn.Parameter(torch.ones(4, 4), requires_grad=False)]) for _ in range(2)
+    )
     pairing = pairing_of(average, source)
     assert pairing.holds(average, source)
     changed = average if side == 'average' else source
