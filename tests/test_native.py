@@ -32,6 +32,10 @@ def test_the_library_is_of_one_source_one_python_and_one_torch(cache, monkeypatc
     assert file.parent.parent == cache / 'mmema'
     assert file.parent.name.endswith(f'torch-{torch.__version__}')
     assert sysconfig.get_config_var('SOABI') in file.parent.name
+    with monkeypatch.context() as context:
+        context.setattr(native, 'FLAGS', ['-O1'])
+        assert native.library() != file
+    assert native.library() == file
     monkeypatch.setattr(native, 'SOURCE', cache / 'other.cpp')
     native.SOURCE.write_text('// another source')
     assert native.library() != file
@@ -160,6 +164,17 @@ def test_a_tensor_that_another_thread_shrinks_after_the_look_is_not_read(side):
     with pytest.raises(RuntimeError, match='while no other thread changes the model'):
         pairing.blend(0.25)
     assert sides[0][0].tolist() == [2, 2]
+
+
+@needs_rows
+def test_what_shares_memory_until_it_is_written_does_not_change():
+    if not hasattr(torch, '_lazy_clone'):
+        pytest.skip('torch 2.0 always copies')
+    other = torch.zeros(2)
+    sides = [nn.ParameterList([nn.Parameter(torch.ones(2), requires_grad=False)]) for _ in 'ab']
+    sides[0][0].data = torch._lazy_clone(other)
+    pairing_of(*sides).blend(0.25)
+    assert (other.tolist(), sides[0][0].tolist()) == ([0, 0], [0.25, 0.25])
 
 
 class Odd(nn.Parameter):
