@@ -251,8 +251,7 @@ class Rows {
             "a tensor was changed between the look at it and the update. Update the average while "
             "no other thread changes the model or the average.");
       }
-      auto* average = static_cast<char*>(averages_[i].data_ptr());  // its own, if copied on write
-      rows.push_back({average, address(sources_[i]), averages_.kind(i).numel});
+      rows.push_back({address(averages_[i]), address(sources_[i]), averages_.kind(i).numel});
     }
     for (size_t i = 0; i < averages_.size(); ++i) averages_[i].unsafeGetTensorImpl()->bump_version();
     return rows;

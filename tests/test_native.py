@@ -181,6 +181,18 @@ class Odd(nn.Parameter):
     """Not a plain parameter: it may keep its numbers anywhere."""
 
 
+@needs_compiled
+def test_vectors_that_are_gathered_by_torch_are_watched():
+    model = nn.ParameterList([Odd(torch.zeros(3)) for _ in range(2)])
+    ema = ExpMomentumEMA(model, 0.25, 1e-3)
+    for _ in range(2):
+        ema.update_parameters(model)
+    assert len(ema._pairing.blending.runs) == 1
+    ema.module[1].data = torch.full((3,), 4.0)
+    ema.update_parameters(model)
+    assert [vector.tolist() for vector in ema.module] == [[0, 0, 0], [3, 3, 3]]
+
+
 @needs_rows
 @pytest.mark.parametrize(
     'source',
