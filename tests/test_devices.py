@@ -3,7 +3,7 @@
 import pytest
 import torch
 from reference import ReferenceEMA, assert_close, blended_names, tensors_of
-from test_speed import BUFFERS, detector_like, yolov5_s
+from test_speed import BUFFERS, calls_of_an_update, detector_like, yolov5_s
 from toys import GPU, Toy, seeded, shake_on_cpu
 
 from mmema import ExpMomentumEMA, RestartableExpMomentumEMA
@@ -63,6 +63,32 @@ def test_the_default_device_is_for_new_tensors_alone():
 def test_an_unknown_device_is_refused():
     with pytest.raises(ValueError, match="device must name a torch device, got 'cupid'"):
         ExpMomentumEMA(Toy(), device='cupid')
+
+
+@pytest.mark.parametrize('skip_non_finite', [False, True])
+@BUFFERS
+def test_an_update_reads_no_number_from_a_device(update_buffers, skip_non_finite):
+    # Tensors on 'meta' have no numbers: whatever would wait for a device to read one raises there.
+    model = detector_like().to('meta')
+    ema = RestartableExpMomentumEMA(
+        model, update_buffers=update_buffers, skip_non_finite=skip_non_finite
+    )
+    for _ in range(3):
+        ema.update_parameters(model)
+    ema.restart(steps=5)
+    ema.update_parameters(model)
+    assert (int(ema.steps), ema.module[0][0].weight.device.type) == (6, 'meta')
+
+
+@pytest.mark.skipif(not hasattr(torch, '_foreach_copy_'), reason='torch 2.0 copies one by one')
+@BUFFERS
+@pytest.mark.parametrize('build', [detector_like, yolov5_s])
+def test_a_device_is_given_one_operator_for_each_dtype(build, update_buffers):
+    # Fused, each launches a kernel for some 60 tensors.
+    names = calls_of_an_update(build().to('meta'), update_buffers)
+    read, *work, count = [name.split('.')[1] for name in names]
+    assert (read, count) == ('_local_scalar_dense', 'add_')  # of the counter, on the CPU
+    assert work == ['_foreach_lerp_'] + ['_foreach_copy_'] * (1 if update_buffers else 2)
 
 
 # --- with one -----------------------------------------------------------------------------------
