@@ -8,6 +8,10 @@ from toys import GPU, Toy, seeded, shake_on_cpu
 
 from mmema import ExpMomentumEMA, RestartableExpMomentumEMA
 
+fused_everywhere = pytest.mark.skipif(
+    not hasattr(torch, '_foreach_copy_'),
+    reason='torch 2.0 copies one by one, and fuses not on meta',
+)
 on_gpu = pytest.mark.parametrize('source', [pytest.param('cuda', marks=GPU)])
 
 
@@ -65,6 +69,7 @@ def test_an_unknown_device_is_refused():
         ExpMomentumEMA(Toy(), device='cupid')
 
 
+@fused_everywhere
 @pytest.mark.parametrize('skip_non_finite', [False, True])
 @BUFFERS
 def test_an_update_reads_no_number_from_a_device(update_buffers, skip_non_finite):
@@ -80,7 +85,7 @@ def test_an_update_reads_no_number_from_a_device(update_buffers, skip_non_finite
     assert (int(ema.steps), ema.module[0][0].weight.device.type) == (6, 'meta')
 
 
-@pytest.mark.skipif(not hasattr(torch, '_foreach_copy_'), reason='torch 2.0 copies one by one')
+@fused_everywhere
 @BUFFERS
 @pytest.mark.parametrize('build', [detector_like, yolov5_s])
 def test_a_device_is_given_one_operator_for_each_dtype(build, update_buffers):
@@ -124,7 +129,7 @@ def test_an_update_never_waits_for_the_gpu(source, update_buffers):
 
 
 @on_gpu
-@pytest.mark.skipif(not hasattr(torch, '_foreach_copy_'), reason='torch 2.0 copies one by one')
+@fused_everywhere
 @BUFFERS
 def test_an_update_launches_at_most_ten_kernels(source, update_buffers):
     model = yolov5_s().to(source)

@@ -24,6 +24,7 @@ needs_compiled = pytest.mark.skipif(
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.delenv('MMEMA_NATIVE', raising=False)
     return tmp_path
 
 
