@@ -185,7 +185,7 @@ def _is_row(pair: Pair) -> bool:
         and tensor.layout == torch.strided
         and tensor.is_contiguous()
         and not (tensor.is_complex() or tensor.is_neg() or tensor.is_quantized)
-        and not (tensor.is_inference() or tensor._is_zerotensor())
+        and not tensor._is_zerotensor()
         for tensor in (pair.average, pair.source)
     )
 

@@ -10,7 +10,7 @@ from mmema import ExpMomentumEMA, RestartableExpMomentumEMA
 
 fused_everywhere = pytest.mark.skipif(
     not hasattr(torch, '_foreach_copy_'),
-    reason='torch 2.0 copies one by one, and fuses not on meta',
+    reason='torch 2.0 copies one by one, has no fused meta',
 )
 on_gpu = pytest.mark.parametrize('source', [pytest.param('cuda', marks=GPU)])
 

@@ -221,6 +221,41 @@ def test_what_is_not_a_plain_row_of_numbers_is_left_to_torch(source):
 
 
 @needs_rows
+def test_what_holds_no_numbers_of_its_own_is_left_to_torch():
+    average = nn.ParameterList([nn.Parameter(torch.ones(4), requires_grad=False)])
+    source = deepcopy(average)
+    source[0].data = torch._efficientzerotensor((4,))
+    pairing = pairing_of(average, source)
+    assert not pairing.blending.rows
+    pairing.blend(0.25)
+    assert average[0].tolist() == [0.75] * 4
+
+
+@needs_rows
+def test_what_was_made_for_inference_is_blended_there_alone():
+    with torch.inference_mode():
+        average, source = (
+            nn.ParameterList([nn.Parameter(torch.full((2,), n), requires_grad=False)])
+            for n in (0.0, 1.0)
+        )
+        pairing = pairing_of(average, source)
+        pairing.blend(0.25)
+    with pytest.raises(RuntimeError, match='outside InferenceMode'):
+        pairing.blend(0.25)
+    assert average[0].tolist() == [0.25] * 2
+
+
+@needs_rows
+def test_a_quantized_buffer_is_copied_with_its_scale():
+    average, source = nn.Module(), nn.Module()
+    for module, scale in ((average, 0.5), (source, 0.25)):
+        numbers = torch.quantize_per_tensor(torch.tensor([1.0, 2.0]), scale, 0, torch.qint8)
+        module.register_buffer('numbers', numbers)
+    pairing_of(average, source).copy()
+    assert average.numbers.dequantize().tolist() == [1, 2]
+
+
+@needs_rows
 @pytest.mark.parametrize('side', ['average', 'source'])
 @pytest.mark.parametrize(
     'change',
