@@ -120,7 +120,8 @@ def pairs_of(average: nn.Module, source: nn.Module) -> Iterator[Tuple[Pair, bool
     sources = {plain(name): tensor for name, tensor, _ in named_tensors(source)}
     names = {plain(name) for name, _, _ in named_tensors(average)}
     _refuse_other_names(names, set(sources))
-    followed: Dict[tuple, Pair] = {}
+    followed: Dict[int, Pair] = {}
+    yielded = set()
     for name, tensor, is_buffer in named_tensors(average):
         pair = Pair(plain(name), tensor, sources[plain(name)])
         if pair.average.shape != pair.source.shape:
@@ -129,20 +130,17 @@ def pairs_of(average: nn.Module, source: nn.Module) -> Iterator[Tuple[Pair, bool
                 f'{tuple(pair.average.shape)} in the average and {tuple(pair.source.shape)} in the '
                 'source. Make a new averaged model after changing the layers.'
             )
-        known = followed.setdefault(_place(tensor), pair)
+        known = followed.setdefault(id(tensor), pair)
         if known.source is not pair.source:
             raise ValueError(
                 f'{known.name!r} and {pair.name!r} were one tied tensor when the average was made '
                 'and are two in the source now. Make a new averaged model after untying them.'
             )
-        if known is pair:
+        # After load_state_dict(assign=True) tied tensors are two objects in one place.
+        place = tensor.data_ptr(), id(pair.source)
+        if place not in yielded:
+            yielded.add(place)
             yield pair, is_buffer
-
-
-def _place(tensor: Tensor) -> tuple:
-    """Return what tied tensors have in common, after ``load_state_dict(assign=True)``, too."""
-    where = tensor.data_ptr() or id(tensor)  # nothing empty has an address
-    return where, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def plain(name: str) -> str:

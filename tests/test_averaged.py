@@ -21,6 +21,7 @@ from torch import nn
 from toys import Toy, seeded, shake
 
 from mmema import ExpMomentumEMA, RestartableExpMomentumEMA
+from mmema.tensors import pairs_of
 
 pytestmark = pytest.mark.usefixtures('both_ways')
 
@@ -149,8 +150,8 @@ def test_tied_parameters_are_blended_once():
 def test_tied_parameters_stay_tied_when_a_state_is_assigned():
     # Assigned, they are two objects that share their memory.
     model = nn.Module()
-    model.a = one_weight(0.0)
-    model.b = model.a
+    model.a, model.b = one_weight(0.0), one_weight(0.0)
+    model.b.weight = model.a.weight
     ema = ExpMomentumEMA(model, momentum=0.25, gamma=0.01)
     if 'assign' not in signature(model.load_state_dict).parameters:
         pytest.skip('torch 2.0 cannot assign')
@@ -159,6 +160,16 @@ def test_tied_parameters_stay_tied_when_a_state_is_assigned():
     nn.init.constant_(model.a.weight, 1.0)
     ema.update_parameters(model)
     assert ema.module.a.weight.item() == ema.module.b.weight.item() == 0.25
+
+
+def test_buffers_of_an_average_that_share_memory_may_follow_two():
+    # A deep copy by other libraries keeps them so; mmema's own average does not.
+    model = nn.Module()
+    model.register_buffer('a', torch.zeros(2))
+    model.register_buffer('b', model.a[:])
+    average = deepcopy(model)
+    assert average.a.data_ptr() == average.b.data_ptr()
+    assert [pair.name for pair, _ in pairs_of(average, model)] == ['a', 'b']
 
 
 def test_parameters_that_share_storage_each_follow_their_own():
