@@ -35,8 +35,9 @@ struct Kind {
         requires_grad(tensor.requires_grad()) {}
 
   bool operator==(const Kind& other) const {
-    return keys == other.keys && numel == other.numel && dtype == other.dtype && device == other.device &&
-           is_contiguous == other.is_contiguous && requires_grad == other.requires_grad;
+    return keys == other.keys && numel == other.numel && dtype == other.dtype &&
+           device == other.device && is_contiguous == other.is_contiguous &&
+           requires_grad == other.requires_grad;
   }
 };
 
@@ -55,9 +56,9 @@ std::vector<PyObject*> pointers(const py::list& objects) {
   return all;
 }
 
-// Training drives all these objects out of the nearer caches. A look that asks for those ahead takes
-// half as long as one that waits for each. Inlined by force: a compiler would take a function that
-// only asks for one that does nothing, and leave its calls out.
+// Training drives all these objects out of the nearer caches. A look that asks for those ahead
+// takes half as long as one that waits for each. Inlined by force: a compiler would take a function
+// that only asks for one that does nothing, and leave its calls out.
 #define INLINED inline __attribute__((always_inline))
 
 INLINED void ask_for(const void* start) {
@@ -113,7 +114,7 @@ class Watch {
     auto expected = objects_.begin();
     for (size_t i = 0; i < dicts_.size(); ++i) {
       if (i + 32 < dicts_.size()) ask_for(dicts_[i + 32]);
-      if (i + 16 < dicts_.size()) ask_for(entries(dicts_[i + 16]));
+      if (i + 16 < dicts_.size()) ask_for(entries_of(dicts_[i + 16]));
       if (PyDict_Size(dicts_[i]) != sizes_[i]) return false;
       PyObject *key, *value;
       Py_ssize_t position = 0;
@@ -136,7 +137,7 @@ class Watch {
     return true;
   }
 
-  static const void* entries(PyObject* dict) {
+  static const void* entries_of(PyObject* dict) {
     return reinterpret_cast<PyDictObject*>(dict)->ma_keys;
   }
 
@@ -155,14 +156,12 @@ struct Row {
   int64_t numel;
 };
 
-// Calls torch's kernel: for a long row as it is, for short ones gathered, since a call takes as long
-// as blending a thousand numbers.
+// Calls torch's kernel: for a long row as it is, for short ones gathered, since a call takes as
+// long as blending a thousand numbers.
 class Blend {
  public:
   Blend(at::ScalarType dtype, double momentum)
-      : dtype_(dtype),
-        size_(at::elementSize(dtype)),
-        momentum_(momentum) {}
+      : dtype_(dtype), size_(at::elementSize(dtype)), momentum_(momentum) {}
 
   void take(const Row& row) {
     if (row.numel > kShort) return lerp(row.average, row.source, row.numel);
@@ -203,12 +202,15 @@ class Blend {
   int64_t filled_ = 0;  // bytes
 };
 
-// Pairs of contiguous tensors in main memory, all of one dtype; valid while a watch over them holds.
+// Pairs of contiguous tensors in main memory, all of one dtype; valid while a watch over them
+// holds.
 class Rows {
  public:
   Rows(const py::list& averages, const py::list& sources)
       : averages_(averages), sources_(sources), dtype_(averages_.kind(0).dtype) {
-    for (size_t i = 0; i < averages_.size(); ++i) ends_.push_back(total() + averages_.kind(i).numel);
+    for (size_t i = 0; i < averages_.size(); ++i) {
+      ends_.push_back(total() + averages_.kind(i).numel);
+    }
   }
 
   void lerp(double momentum) const {
@@ -253,7 +255,9 @@ class Rows {
       }
       rows.push_back({address(averages_[i]), address(sources_[i]), averages_.kind(i).numel});
     }
-    for (size_t i = 0; i < averages_.size(); ++i) averages_[i].unsafeGetTensorImpl()->bump_version();
+    for (size_t i = 0; i < averages_.size(); ++i) {
+      averages_[i].unsafeGetTensorImpl()->bump_version();
+    }
     return rows;
   }
 
