@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import native
-from .tensors import Pair, is_small_vector, pairs_of
+from .tensors import Pair, copy_all, is_small_vector, pairs_of, sides
 
 _RUN = 2**15 - 1  # elements up to which torch.cat is one loop; beyond, an operator for each tensor
 
@@ -88,7 +88,7 @@ class Pairing:
         if compiled is None:
             self.watches = [self.trees, *self._checks(parameters)]
         else:
-            self.watches = [compiled.Watch(dicts, *_sides(self.blended + self.copied))]
+            self.watches = [compiled.Watch(dicts, *sides(self.blended + self.copied))]
 
     def _checks(self, parameters: List[Tensor]) -> List[Check]:
         """All that can change while a tensor stays itself and would lead an operator astray."""
@@ -162,10 +162,6 @@ def _sorted(pairs: List[Pair], compiled) -> Sorted:
     return Sorted(rows, runs, *_sort_by_likeness(pairs))
 
 
-def _sides(pairs: List[Pair]) -> Tuple[List[Tensor], List[Tensor]]:
-    return [pair.average for pair in pairs], [pair.source for pair in pairs]
-
-
 def _sort_out_rows(pairs: List[Pair], compiled) -> Tuple[list, List[Pair]]:
     """Return what the compiled part takes, by dtype, and the other pairs."""
     if not hasattr(compiled, 'Rows'):
@@ -174,7 +170,7 @@ def _sort_out_rows(pairs: List[Pair], compiled) -> Tuple[list, List[Pair]]:
     others = []
     for pair in pairs:
         (rows.setdefault(pair.average.dtype, []) if _is_row(pair) else others).append(pair)
-    return [compiled.Rows(*_sides(group)) for group in rows.values()], others
+    return [compiled.Rows(*sides(group)) for group in rows.values()], others
 
 
 def _is_row(pair: Pair) -> bool:
@@ -251,14 +247,3 @@ def _sort_by_likeness(pairs: List[Pair]):
         averages.append(average)
         sources.append(source)
     return list(groups.values()), unlike
-
-
-def copy_all(targets: List[Tensor], sources: List[Tensor]) -> None:
-    """Copy tensor by tensor, fused where torch can."""
-    # torch 2.0 cannot. Later ones up to 2.10 may write wrong numbers on a GPU into targets of more
-    # than one dtype (pytorch 173531).
-    if hasattr(torch, '_foreach_copy_') and len({target.dtype for target in targets}) == 1:
-        torch._foreach_copy_(targets, sources)
-        return
-    for target, source in zip(targets, sources):
-        target.copy_(source)

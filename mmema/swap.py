@@ -8,8 +8,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from .pairing import copy_all
-from .tensors import Pair, named_tensors, pairs_of, plain, unwrapped
+from .tensors import Pair, copy_all, named_tensors, pairs_of, plain, sides, unwrapped
 
 # Which averages are in a model now. Not an attribute: a deep copy of an average is in none.
 _lent: WeakSet = WeakSet()
@@ -121,7 +120,7 @@ def follow(average: nn.Module, source: nn.Module, only=None) -> None:
     """Copy every tensor of the source into the average, or those with the names ``only``."""
     pairs = [pair for pair, _ in pairs_of(average, unwrapped(source))]
     pairs = [pair for pair in pairs if only is None or pair.name in only]
-    copy_all([pair.average for pair in pairs], [pair.source for pair in pairs])
+    copy_all(*sides(pairs))
 
 
 def non_persistent(model: nn.Module) -> set:
