@@ -1,4 +1,4 @@
-"""What the tests share: the folder of helpers, one thread, and the log as text."""
+"""What the tests share: the folder of helpers, both ways through an update, and the log as text."""
 
 import gc
 import sys

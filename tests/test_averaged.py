@@ -9,6 +9,7 @@ from inspect import signature
 
 import pytest
 import torch
+from marks import since_torch_2_1
 from mmengine.model import (
     BaseAveragedModel,
     BaseModel,
@@ -147,14 +148,13 @@ def test_tied_parameters_are_blended_once():
     assert ema.module.a.weight.item() == pytest.approx(0.1)
 
 
+@since_torch_2_1('cannot assign a state')
 def test_tied_parameters_stay_tied_when_a_state_is_assigned():
     # Assigned, they are two objects that share their memory.
     model = nn.Module()
     model.a, model.b = one_weight(0.0), one_weight(0.0)
     model.b.weight = model.a.weight
     ema = ExpMomentumEMA(model, momentum=0.25, gamma=0.01)
-    if 'assign' not in signature(model.load_state_dict).parameters:
-        pytest.skip('torch 2.0 cannot assign')
     ema.update_parameters(model)
     ema.load_state_dict(ema.state_dict(), assign=True)
     nn.init.constant_(model.a.weight, 1.0)
@@ -664,9 +664,7 @@ def test_a_conversion_of_batch_norm_to_sync_batch_norm():
     assert_close(*averaged_by(change), rtol=1e-5)
 
 
-@pytest.mark.skipif(
-    not hasattr(torch, '_foreach_copy_'), reason='torch 2.0 does not compile on Python 3.11'
-)
+@since_torch_2_1('does not compile on Python 3.11')
 @pytest.mark.parametrize('whole', [False, True])
 def test_a_compiled_model(whole):
     model, generator = Toy(), seeded(6)

@@ -2,17 +2,14 @@
 
 import pytest
 import torch
+from marks import BUFFERS, ON_GPU, since_torch_2_1
 from reference import ReferenceEMA, assert_close, blended_names, tensors_of
-from test_speed import BUFFERS, calls_of_an_update, detector_like, yolov5_s
-from toys import GPU, Toy, seeded, shake_on_cpu
+from test_speed import calls_of_an_update, detector_like, yolov5_s
+from toys import Toy, seeded, shake_on_cpu
 
 from mmema import ExpMomentumEMA, RestartableExpMomentumEMA
 
-fused_everywhere = pytest.mark.skipif(
-    not hasattr(torch, '_foreach_copy_'),
-    reason='torch 2.0 copies one by one, has no fused meta',
-)
-on_gpu = pytest.mark.parametrize('source', [pytest.param('cuda', marks=GPU)])
+fused_everywhere = since_torch_2_1('copies one by one, and fuses nothing on meta')
 
 
 def follows_the_reference(model, ema, blended, rtol=2e-6):
@@ -99,7 +96,7 @@ def test_a_device_is_given_one_operator_for_each_dtype(build, update_buffers):
 # --- with one -----------------------------------------------------------------------------------
 
 
-@on_gpu
+@ON_GPU
 @BUFFERS
 @pytest.mark.parametrize('device', [None, 'cpu', 'cuda', 'cuda:0'])
 def test_a_source_on_the_gpu_is_averaged_anywhere(source, device, update_buffers):
@@ -113,7 +110,7 @@ def test_a_source_on_the_gpu_is_averaged_anywhere(source, device, update_buffers
         assert not ema._pairing.copying.unlike
 
 
-@on_gpu
+@ON_GPU
 @BUFFERS
 def test_an_update_never_waits_for_the_gpu(source, update_buffers):
     model = detector_like().to(source)
@@ -128,7 +125,7 @@ def test_an_update_never_waits_for_the_gpu(source, update_buffers):
         torch.cuda.set_sync_debug_mode('default')
 
 
-@on_gpu
+@ON_GPU
 @fused_everywhere
 @BUFFERS
 def test_an_update_launches_at_most_ten_kernels(source, update_buffers):
@@ -148,8 +145,8 @@ def test_an_update_launches_at_most_ten_kernels(source, update_buffers):
     assert 0 < len(kernels) <= 10, kernels
 
 
-@on_gpu
-@pytest.mark.skipif(torch.__version__ < '2.1', reason='torch 2.0 cannot assign a state')
+@ON_GPU
+@since_torch_2_1('cannot assign a state')
 def test_an_assigned_counter_stays_on_the_cpu(source):
     ema = ExpMomentumEMA(Toy())
     state = {key: tensor.to(source) for key, tensor in ema.state_dict().items()}
@@ -157,7 +154,7 @@ def test_an_assigned_counter_stays_on_the_cpu(source):
     assert ema.steps.device.type == 'cpu'
 
 
-@on_gpu
+@ON_GPU
 def test_moving_source_and_average_is_seen(source):
     model = Toy()
     ema = ExpMomentumEMA(model, 0.25, 1e-3)

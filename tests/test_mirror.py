@@ -8,20 +8,16 @@ from copy import deepcopy
 
 import pytest
 import torch
+from marks import BUFFERS, GPU, ON_GPU
 from reference import ReferenceEMA, assert_close, blended_names, tensors_of
 from torch import nn
-from toys import GPU, Toy, seeded, shake_on_cpu
+from toys import Toy, seeded, shake_on_cpu
 
 from mmema import ExpMomentumEMA, RestartableExpMomentumEMA, averaged_weights
 from mmema import averaged as averaged_module
 from mmema.mirror import Mirror
 
 pytestmark = pytest.mark.usefixtures('both_ways')
-
-BUFFERS = pytest.mark.parametrize('update_buffers', [False, True])
-
-
-on_gpu = pytest.mark.parametrize('source', [pytest.param('cuda', marks=GPU)])
 
 
 @pytest.fixture(params=['cpu', pytest.param('cuda', marks=GPU)])
@@ -358,7 +354,7 @@ def test_a_source_with_other_layers_is_an_error_and_the_average_stays(far):
 # --- with a GPU ---------------------------------------------------------------------------------
 
 
-@on_gpu
+@ON_GPU
 def test_an_update_does_not_wait_for_the_gpu(source):
     model, ema = make(source)
     for _ in range(2):
@@ -377,7 +373,7 @@ def test_an_update_does_not_wait_for_the_gpu(source):
     assert torch.equal(ema.module.conv.weight, torch.full((3, 2, 1, 1), 7.0))
 
 
-@on_gpu
+@ON_GPU
 def test_the_memory_in_between_is_pinned(source):
     model, ema = make(source)
     ema.update_parameters(model)

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import sysconfig
-from copy import deepcopy
 
 import pytest
 import torch
@@ -101,6 +100,10 @@ def test_a_swapped_tensor_is_seen():
     assert torch.equal(ema.module.norm.bias, torch.full((3,), 2.25))
 
 
+def frozen(*tensors):
+    return nn.ParameterList([nn.Parameter(tensor, requires_grad=False) for tensor in tensors])
+
+
 def pairing_of(average, source):
     return Pairing(average, source, lambda pair, is_buffer: not is_buffer)
 
@@ -157,8 +160,7 @@ def test_shares_that_end_within_a_tensor_are_copied(number, threads):
 @needs_rows
 @pytest.mark.parametrize('side', [0, 1], ids=['average', 'source'])
 def test_a_tensor_that_another_thread_shrinks_after_the_look_is_not_read(side):
-    sides = [nn.ParameterList([nn.Parameter(torch.full((n,), n * 1.0)) for n in (2, 9)])]
-    sides = [deepcopy(sides[0]).requires_grad_(False), sides[0]]
+    sides = [frozen(torch.full((2,), 2.0), torch.full((9,), 9.0)) for _ in range(2)]
     pairing = pairing_of(*sides)
     assert pairing.holds(*sides)
     sides[side][1].data = torch.zeros(5)
@@ -170,9 +172,9 @@ def test_a_tensor_that_another_thread_shrinks_after_the_look_is_not_read(side):
 @needs_rows
 def test_what_shares_memory_until_it_is_written_does_not_change():
     if not hasattr(torch, '_lazy_clone'):
-        pytest.skip('torch 2.0 always copies')
+        pytest.skip('this torch always copies')
     other = torch.zeros(2)
-    sides = [nn.ParameterList([nn.Parameter(torch.ones(2), requires_grad=False)]) for _ in 'ab']
+    sides = [frozen(torch.ones(2)) for _ in range(2)]
     sides[0][0].data = torch._lazy_clone(other)
     pairing_of(*sides).blend(0.25)
     assert (other.tolist(), sides[0][0].tolist()) == ([0, 0], [0.25, 0.25])
@@ -208,11 +210,7 @@ def test_vectors_that_are_gathered_by_torch_are_watched():
 )
 def test_what_is_not_a_plain_row_of_numbers_is_left_to_torch(source):
     dtype = torch.complex64 if source.is_complex() else torch.float32
-    sides = [
-        nn.ParameterList([nn.Parameter(torch.zeros(3, 2, dtype=dtype))]),
-        nn.ParameterList([source]),
-    ]
-    sides[0].requires_grad_(False)
+    sides = [frozen(torch.zeros(3, 2, dtype=dtype)), nn.ParameterList([source])]
     pairing = pairing_of(*sides)
     assert not pairing.blending.rows
     with torch.no_grad():
@@ -222,8 +220,7 @@ def test_what_is_not_a_plain_row_of_numbers_is_left_to_torch(source):
 
 @needs_rows
 def test_what_holds_no_numbers_of_its_own_is_left_to_torch():
-    average = nn.ParameterList([nn.Parameter(torch.ones(4), requires_grad=False)])
-    source = deepcopy(average)
+    average, source = (frozen(torch.ones(4)) for _ in range(2))
     source[0].data = torch._efficientzerotensor((4,))
     pairing = pairing_of(average, source)
     assert not pairing.blending.rows
@@ -234,10 +231,7 @@ def test_what_holds_no_numbers_of_its_own_is_left_to_torch():
 @needs_rows
 def test_what_was_made_for_inference_is_blended_there_alone():
     with torch.inference_mode():
-        average, source = (
-            nn.ParameterList([nn.Parameter(torch.full((2,), n), requires_grad=False)])
-            for n in (0.0, 1.0)
-        )
+        average, source = frozen(torch.zeros(2)), frozen(torch.ones(2))
         pairing = pairing_of(average, source)
         pairing.blend(0.25)
     with pytest.raises(RuntimeError, match='outside InferenceMode'):
@@ -269,10 +263,7 @@ def test_a_quantized_buffer_is_copied_with_its_scale():
     ids=['shorter', 'transposed', 'another shape', 'negative', 'integers'],
 )
 def test_the_same_memory_seen_otherwise_is_noticed(change, side):
-    # No gradients, so that integers can be parameters.
-    source, average = (
-        nn.ParameterList([nn.Parameter(torch.ones(4, 4), requires_grad=False)]) for _ in range(2)
-    )
+    source, average = (frozen(torch.ones(4, 4)) for _ in range(2))  # frozen, or never integers
     pairing = pairing_of(average, source)
     assert pairing.holds(average, source)
     changed = average if side == 'average' else source

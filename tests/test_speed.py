@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from marks import BUFFERS, since_torch_2_1
 from mmengine.hooks import EMAHook
 from reference import tensors_of
 from torch import nn
@@ -11,11 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import Toy, seeded, shake
 
 from mmema import ExpMomentumEMA, RestartableExpMomentumEMA, native
-from mmema.pairing import copy_all
+from mmema.tensors import copy_all
 
 pytestmark = pytest.mark.usefixtures('both_ways')
 
-BUFFERS = pytest.mark.parametrize('update_buffers', [False, True])
 YOLOV5_S = 'yolov5/yolov5_s-v61_syncbn_fast_8xb16-300e_coco.py'
 
 
@@ -70,7 +70,7 @@ def calls_of_an_update(model, update_buffers):
 FEW = 12
 
 
-@pytest.mark.skipif(not hasattr(torch, '_foreach_copy_'), reason='torch 2.0 copies one by one')
+@since_torch_2_1('copies one by one')
 @BUFFERS
 @pytest.mark.parametrize('build', [detector_like, yolov5_s])
 def test_an_update_is_a_few_operators_however_many_tensors(build, update_buffers):
@@ -90,7 +90,7 @@ def test_the_number_of_operators_that_blend_does_not_grow(update_buffers):
 @BUFFERS
 def test_no_gathering_is_too_long_for_one_loop(update_buffers, monkeypatch):
     # From 2**15 elements on, torch.cat calls an operator for each tensor.
-    monkeypatch.setattr(native, 'compiled', None)  # which gathers nothing
+    monkeypatch.setattr(native, 'compiled', None)  # which gathers without torch.cat
     model = nn.ModuleList([nn.BatchNorm2d(1500) for _ in range(30)])
     ema = ExpMomentumEMA(model, update_buffers=update_buffers)
     ema.update_parameters(model)
@@ -141,7 +141,7 @@ def test_an_update_is_bit_for_bit_lerp_tensor_by_tensor(momentum, update_buffers
         assert torch.equal(tensor, expected[name]), name
 
 
-@pytest.mark.skipif(not hasattr(torch, '_foreach_copy_'), reason='torch 2.0 copies one by one')
+@since_torch_2_1('copies one by one')
 def test_targets_of_two_dtypes_are_copied_one_by_one():
     # pytorch 173531: on a GPU the fused copy took the dtype of the first for that of all.
     sources = [torch.full((2,), 3.0), torch.full((2,), 4.0)]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from marks import since_torch_2_1
 from mmengine.model import ExponentialMovingAverage, MMDistributedDataParallel
 from reference import tensors_of
 from torch import nn
@@ -162,9 +163,7 @@ def test_a_wrapped_model(process_group):
     assert_equal(values(model), own)
 
 
-@pytest.mark.skipif(
-    not hasattr(torch, '_foreach_copy_'), reason='torch 2.0 does not compile on Python 3.11'
-)
+@since_torch_2_1('does not compile on Python 3.11')
 def test_a_compiled_model():
     model, ema = trained()
     compiled = torch.compile(model, backend='eager')

@@ -2,15 +2,9 @@
 
 from copy import deepcopy
 
-import pytest
 import torch
 from reference import tensors_of
 from torch import nn
-
-GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device'),
-]
 
 
 class Toy(nn.Module):
