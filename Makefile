@@ -33,6 +33,6 @@ clean:  ## remove .venv, data and caches; keep work_dirs and the compiled mmcv
 	rm -rf $(VENV) data build *.egg-info .pytest_cache .ruff_cache .hypothesis .dist_test
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): tools/bootstrap.py requirements/stack.txt pyproject.toml mmema/native.cpp mmema/native.py
+$(READY): tools/bootstrap.py requirements/stack.txt pyproject.toml mmema/update/native.cpp mmema/update/native.py
 	$(PYTHON) tools/bootstrap.py $(VENV)
 	@touch $@

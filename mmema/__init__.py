@@ -1,15 +1,13 @@
 """Restartable exponential moving averages of weights for MMEngine, MMYOLO and MMDetection."""
 
 from .averaged import ExpMomentumEMA, RestartableExpMomentumEMA
-from .checkpoint import trust_mmengine_checkpoints
+from .checkpoints.checkpoint import trust_mmengine_checkpoints
 from .hooks.ema import EMAHook
 from .hooks.monitor import EMAMonitorHook
 from .hooks.recalibrate import EMARecalibrateHook
 from .hooks.restart import EMARestartHook
-from .hooks.val_loop import EMAValLoop
-from .lr import YOLOXWarmCosLR
-from .swap import averaged_weights
-from .variants import (
+from .loops import EMAValLoop
+from .restartable import (
     RestartableAnnealingEMA,
     RestartableConstantEMA,
     RestartableDebiasedEMA,
@@ -17,6 +15,7 @@ from .variants import (
     RestartablePowerRampEMA,
     RestartableThresholdEMA,
 )
+from .swap import averaged_weights
 
 __version__ = '0.1.0'
 __all__ = [
@@ -33,7 +32,6 @@ __all__ = [
     'RestartablePowerFunctionEMA',
     'RestartablePowerRampEMA',
     'RestartableThresholdEMA',
-    'YOLOXWarmCosLR',
     '__version__',
     'averaged_weights',
 ]

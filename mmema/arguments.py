@@ -50,7 +50,21 @@ def flag(name: str, value) -> bool:
     return value
 
 
-def listed(names: list) -> str:
-    """Return the first names of a list in one line."""
-    more = f' and {len(names) - 3} more' if len(names) > 3 else ''
-    return ', '.join(map(repr, names[:3])) + more
+def check_number(name: str, value) -> None:
+    """Raise TypeError if a value is no real number."""
+    real(name, value)
+
+
+def check_integer(name: str, value, least: int = 1) -> None:
+    """Raise TypeError or ValueError if a value is no integer of at least ``least``."""
+    count(name, value, least)
+
+
+def check_bool(name: str, value) -> None:
+    """Raise TypeError if a value is neither True nor False."""
+    flag(name, value)
+
+
+def check_choice(name: str, value, choices: tuple) -> None:
+    """Raise ValueError if a value is none of the choices."""
+    one_of(name, value, choices)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from fnmatch import fnmatchcase
 from typing import Optional, Sequence, Union
 
 import torch
-from mmengine.logging import print_log
 from mmengine.model import BaseAveragedModel
 from torch import Tensor, nn
 
 from . import schedules
-from .arguments import check_momentum, check_positive, count, flag, listed
-from .finite import Guard, is_number
-from .mirror import Mirror, is_far
-from .pairing import Pairing
+from .arguments import check_momentum, check_positive, count, flag
+from .messages import listed, warn
 from .registry import MODELS, register_everywhere
-from .swap import refuse_while_lent
-from .tensors import Pair, averaged_copy, named_tensors, pairs_of, plain, unwrapped
+from .swap import refuse_while_swapped
+from .update.direct import Pairing
+from .update.finite import Guard, is_number
+from .update.pairs import Pair, averaged_copy, canonical_name, named_tensors, pairs_of, unwrapped
+from .update.staging import Mirror, is_far
 
 Device = Union[torch.device, str, None]
 
@@ -116,7 +115,7 @@ class MomentumAveragedModel(BaseAveragedModel):
             ValueError: If its tensors have other names or shapes than the average's.
             RuntimeError: If the model holds the averaged weights now.
         """
-        refuse_while_lent(self, 'update them')
+        refuse_while_swapped(self, 'update them')
         self._catch_up()
         mirror = self._mirror_of(model)
         momentum = self._momentum_due()
@@ -138,7 +137,7 @@ class MomentumAveragedModel(BaseAveragedModel):
         if self.skip_non_finite and not self._guard_of(pairing).sees_only_finite():
             self._guard.update(momentum)
             if self._guard.on_cpu:
-                self.tell_skipped()
+                self.log_skipped()
             return
         if momentum == 1:
             pairing.copy_blended()
@@ -168,12 +167,12 @@ class MomentumAveragedModel(BaseAveragedModel):
             counts[name] = counts.get(name, 0) + number
         return counts
 
-    def tell_skipped(self) -> None:
+    def log_skipped(self) -> None:
         """Log the names of tensors that were left out, each once."""
         new = [name for name in self.skipped if name not in self._told_skipped]
         if new:
             self._told_skipped.update(new)
-            log(
+            warn(
                 f'not finite in the model, so left out of the average: {listed(new)}. The average '
                 'goes on from the next update in which they are finite.'
             )
@@ -239,7 +238,7 @@ class MomentumAveragedModel(BaseAveragedModel):
         excluded = {
             id(tensor)  # under whichever of its names
             for name, tensor, _ in named_tensors(source)
-            if any(fnmatchcase(plain(name), pattern) for pattern in self.exclude)
+            if any(fnmatchcase(canonical_name(name), pattern) for pattern in self.exclude)
         }
 
         def is_blended(pair: Pair, is_buffer: bool) -> bool:
@@ -422,7 +421,7 @@ class Restartable(MomentumAveragedModel):
         live = {name: state_dict.get(prefix + name) for name in self._live_keys}
         unexpected[:] = [key for key in unexpected if key not in {prefix + name for name in live}]
         if any(value is None for value in live.values()):
-            log(
+            warn(
                 f'{type(self).__name__} took over an average after {int(self.steps)} updates from '
                 f'a state of another class; {" and ".join(self._LIVE)} are those of the config.'
             )
@@ -448,7 +447,7 @@ class Restartable(MomentumAveragedModel):
                 setattr(self, name, saved)
             if saved != configured:
                 used, other = ('state', 'config') if was_changed else ('config', 'state')
-                log(
+                warn(
                     f'{name}: {getattr(self, name):g} from the {used} is used, the {other} has '
                     f'{configured if was_changed else saved:g}.'
                 )
@@ -503,7 +502,7 @@ def patterns(exclude: Sequence[str], model: nn.Module) -> tuple:
     """Return the patterns of ``exclude``; raise an error if one matches no tensor of the model."""
     if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in exclude):
         raise TypeError(f'exclude must be a list of strings, got {exclude!r}')
-    names = [plain(name) for name, _, _ in named_tensors(model)]
+    names = [canonical_name(name) for name, _, _ in named_tensors(model)]
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
@@ -534,11 +533,7 @@ def as_device(device: Device) -> Optional[torch.device]:
 def warn_of_large(momentum: float) -> None:
     """Warn of what is probably a decay."""
     if momentum > 0.5:
-        log(
+        warn(
             f'momentum is {momentum:g}, the weight of the new value. Did you mean 1 - {momentum:g} '
             f'= {1 - momentum:.6g}?'
         )
-
-
-def log(message: str) -> None:
-    print_log(message, logger='current', level=logging.WARNING)

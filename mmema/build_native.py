@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch.utils.cpp_extension import load
 
-from .native import FLAGS, NAME, SOURCE, library
+from .update.native import FLAGS, NAME, SOURCE, library
 
 
 def build() -> Path:

@@ -252,4 +252,4 @@ def momentum_of_half_life(half_life: float) -> float:
 
     Source: ``ema_halflife_kimg`` of EDM (Karras et al. 2022).
     """
-    return -math.expm1(math.log(0.5) / half_life)
+    return -math.expm1(math.warn(0.5) / half_life)

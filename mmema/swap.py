@@ -8,10 +8,10 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from .tensors import Pair, copy_all, named_tensors, pairs_of, plain, sides, unwrapped
+from .update.pairs import Pair, canonical_name, copy_all, named_tensors, pairs_of, sides, unwrapped
 
 # Which averages are in a model now. Not an attribute: a deep copy of an average is in none.
-_lent: WeakSet = WeakSet()
+_swapped: WeakSet = WeakSet()
 
 
 @contextmanager
@@ -55,9 +55,9 @@ def averaged_weights(model: nn.Module, ema: nn.Module):
         swap.undo()
 
 
-def refuse_while_lent(ema: nn.Module, action: str) -> None:
+def refuse_while_swapped(ema: nn.Module, action: str) -> None:
     """Raise RuntimeError while the average stands in for a model's own weights."""
-    if ema in _lent:
+    if ema in _swapped:
         raise RuntimeError(
             f'the model holds the averaged weights now (averaged_weights, or a validation), so it '
             f'cannot {action}. Do it outside.'
@@ -68,7 +68,7 @@ class Swap:
     """One exchange: done by the constructor, taken back by :meth:`undo`."""
 
     def __init__(self, model: nn.Module, ema: nn.Module):
-        refuse_while_lent(ema, 'be given them a second time')
+        refuse_while_swapped(ema, 'be given them a second time')
         self.model = unwrapped(model)
         self.ema = ema
         pairs = [pair for pair, _ in pairs_of(ema.module, self.model)]
@@ -78,7 +78,7 @@ class Swap:
         self.buffers = _places([module._buffers for module in modules])
         self.trained = [(pair.source, pair.source.data) for pair in pairs]
         stand_ins = [_stand_in(pair) for pair in pairs]  # all copies before the first change
-        _lent.add(ema)
+        _swapped.add(ema)
         for (tensor, _), stand_in in zip(self.trained, stand_ins):
             tensor.data = stand_in
 
@@ -97,7 +97,7 @@ class Swap:
         Returns:
             False if the model has other layers by now; it keeps the averaged weights, as its own.
         """
-        _lent.discard(self.ema)
+        _swapped.discard(self.ema)
         if _shapes(self.model) != self.shapes:
             for tensor, _ in self.trained:
                 tensor.data = tensor.data.clone()
@@ -116,7 +116,7 @@ class Swap:
 
 
 @torch.no_grad()
-def follow(average: nn.Module, source: nn.Module, only=None) -> None:
+def copy_weights(average: nn.Module, source: nn.Module, only=None) -> None:
     """Copy every tensor of the source into the average, or those with the names ``only``."""
     pairs = [pair for pair, _ in pairs_of(average, unwrapped(source))]
     pairs = [pair for pair in pairs if only is None or pair.name in only]
@@ -126,7 +126,7 @@ def follow(average: nn.Module, source: nn.Module, only=None) -> None:
 def non_persistent(model: nn.Module) -> set:
     """Return the names of the tensors that no state of the model holds."""
     names = {name for name, _, _ in named_tensors(model)} - set(model.state_dict())
-    return {plain(name) for name in names}
+    return {canonical_name(name) for name in names}
 
 
 def _shapes(model: nn.Module) -> dict:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 from mmengine.logging import MMLogger
 
-from mmema import native
+from mmema.update import native
 
 sys.path.insert(0, str(Path(__file__).parent))
 

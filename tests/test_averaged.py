@@ -22,7 +22,7 @@ from torch import nn
 from toys import Toy, seeded, shake
 
 from mmema import ExpMomentumEMA, RestartableExpMomentumEMA
-from mmema.tensors import pairs_of
+from mmema.update.pairs import pairs_of
 
 pytestmark = pytest.mark.usefixtures('both_ways')
 

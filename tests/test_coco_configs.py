@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.registry import HOOKS, MODELS, init_default_scope
 
 from mmema import EMARestartHook, RestartableExpMomentumEMA
-from mmema.hooks.moments import switch_epochs
+from mmema.restarts.moments import switch_epochs
 
 pytest.importorskip('mmyolo')
 FOLDER = Path(__file__).parents[1] / 'configs' / 'coco'

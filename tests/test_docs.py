@@ -26,7 +26,7 @@ from tool_runs import ROOT
 
 import mmema
 
-sys.path[:0] = [str(ROOT / 'tools'), str(ROOT / 'tests' / 'hooks')]
+sys.path[:0] = [str(ROOT / 'tools')]
 
 import runs  # noqa: E402
 import toy_runs  # noqa: E402

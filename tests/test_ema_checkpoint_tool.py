@@ -214,7 +214,7 @@ def test_python_of_the_page_runs(run, tool, tmp_path):
 
 
 def test_the_page_names_every_format():
-    from mmema.checkpoint import WRITABLE
+    from mmema.checkpoints.checkpoint import WRITABLE
 
     text = DOCS.read_text()
     assert all(f'`{name}`' in text for name in WRITABLE)

@@ -9,12 +9,12 @@ import pytest
 from mmengine.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / 'tools'), str(ROOT / 'tests' / 'hooks')]
+sys.path[:0] = [str(ROOT / 'tools')]
 
 import plot_ema  # noqa: E402
 from toy_runs import ema, make_runner  # noqa: E402
 
-from mmema.plan import shares  # noqa: E402
+from mmema.restarts.profile import shares  # noqa: E402
 
 EMA = ema(gamma=3)
 MONITOR = dict(type='mmema.EMAMonitorHook')

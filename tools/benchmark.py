@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 import mmema
-from mmema import native
+from mmema.update import native
 
 MOMENTUM = 0.0002
 YOLO = {

@@ -79,7 +79,9 @@ def main():
     with steps.step('mmema, editable', 'seconds', str(ROOT), pyproject) as todo:
         if todo:
             pip_install(python, todo, '--no-deps', '--no-build-isolation', '-e', ROOT)
-    native = ''.join((ROOT / 'mmema' / file).read_text() for file in ('native.cpp', 'native.py'))
+    native = ''.join(
+        (ROOT / 'mmema' / 'update' / file).read_text() for file in ('native.cpp', 'native.py')
+    )
     with steps.step("mmema's compiled part", 'under a minute', TORCH, native) as todo:
         if todo and subprocess.call([str(python), '-m', 'mmema.build_native']):
             say('    not compiled: mmema does the same in Python, more slowly')

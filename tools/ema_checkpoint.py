@@ -14,7 +14,7 @@ import _cli as cli
 def main():
     args = parse_args()
     try:
-        from mmema import checkpoint
+        from mmema.checkpoints import checkpoint
     except ImportError as error:
         cli.die(f'{error}: install mmema (pip install -e . in its checkout)')
     try:

@@ -176,7 +176,7 @@ def length_of_epoch(config):
 def of_config(run):
     import numpy as np
 
-    from mmema.plan import momenta
+    from mmema.restarts.profile import momenta
 
     hook = ema_hook(run)
     ema = averaged_model(hook)
@@ -196,7 +196,7 @@ def of_config(run):
 
 
 def ema_hook(run):
-    from mmema.hooks.common import ema_hook_of
+    from mmema.run import ema_hook_of
 
     try:
         return ema_hook_of(run)
@@ -224,8 +224,8 @@ def averaged_model(hook):
 
 def planned_restarts(run, ema):
     """Return the arguments of each restart by the iteration before which it takes place."""
-    from mmema.hooks.moments import at_of
     from mmema.hooks.restart import EMARestartHook
+    from mmema.restarts.moments import at_of
 
     restarts = {}
     for hook in run.hooks:
@@ -451,7 +451,7 @@ def inverse(x):
 def draw_shares(axis, curves, run, scale):
     import numpy as np
 
-    from mmema.plan import share_of_blocks, shares
+    from mmema.restarts.profile import share_of_blocks, shares
 
     share = 100 * share_of_blocks(shares(curves.all_momenta), run.block)
     left = np.arange(len(share)) * run.block / scale
@@ -468,7 +468,7 @@ def draw_metrics(axis, curves, run):
 
 
 def mark(axis, curves, run, scale):
-    from mmema.hooks.moments import switch_epochs
+    from mmema.restarts.moments import switch_epochs
 
     for number, at in enumerate(curves.restarts):
         label = '' if number else ('restart' if len(curves.restarts) == 1 else 'restarts')

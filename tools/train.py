@@ -102,7 +102,7 @@ def check_resumable(config, checkpoint):
 
 
 def latest_checkpoint(config):
-    from mmema.resume import checkpoint_to_resume
+    from mmema.checkpoints.resume import checkpoint_to_resume
 
     try:
         found = checkpoint_to_resume(config.work_dir)

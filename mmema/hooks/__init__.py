@@ -1,1 +1,1 @@
-"""When something happens in a run: the hooks, and the loop that evaluates both weights."""
+"""The registered hooks, one class a file."""

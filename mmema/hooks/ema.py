@@ -12,14 +12,15 @@ from mmengine.registry import MODELS
 from mmengine.runner.base_loop import BaseLoop
 from mmengine.runner.checkpoint import load_state_dict, weights_to_cpu
 
-from ..arguments import flag, listed
-from ..averaged import MomentumAveragedModel, log
-from ..finite import names_of_non_finite
+from ..arguments import flag
+from ..averaged import MomentumAveragedModel
+from ..checkpoints.resume import check_ema_state
+from ..messages import listed, warn
 from ..registry import HOOKS
-from ..resume import check_ema_state
-from ..swap import Swap, follow, non_persistent
-from ..tensors import plain, unwrapped
-from .common import what_loads
+from ..run import what_loads
+from ..swap import Swap, copy_weights, non_persistent
+from ..update.finite import names_of_non_finite
+from ..update.pairs import canonical_name, unwrapped
 
 
 @HOOKS.register_module()
@@ -136,14 +137,14 @@ class EMAHook(StockEMAHook):
         """Take the first copy; ``init_weights`` has run and the weights are loaded by now."""
         super().before_train(runner)
         if self.ema_model is not None and not self._differs:
-            follow(self.ema_model.module, self._source(runner))
+            copy_weights(self.ema_model.module, self._source(runner))
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Watch the optimizers, which may have been replaced; see that nothing is mixed up."""
         if self._swap is not None:  # an evaluation that nobody guarded has failed
             self._put_back()
         if not self._differs:  # weights were loaded meanwhile
-            follow(self.ema_model.module, self._source(runner))
+            copy_weights(self.ema_model.module, self._source(runner))
         if not self.per_optimizer_step:
             return
         optimizers = optimizers_of(runner.optim_wrapper)
@@ -174,7 +175,7 @@ class EMAHook(StockEMAHook):
             self.ema_model.update_parameters(self._source(runner))  # copies, what is finite
             self.ema_model.steps.zero_()
         else:
-            follow(self.ema_model.module, self._source(runner))
+            copy_weights(self.ema_model.module, self._source(runner))
 
     def _has_stepped(self, runner) -> bool:
         if not self.per_optimizer_step:
@@ -216,7 +217,7 @@ class EMAHook(StockEMAHook):
         swap, self._swap = self._swap, None
         if swap is not None and not swap.undo():
             self._differs = False
-            log(
+            warn(
                 'the layers of the model were changed while it held the averaged weights (as '
                 'switch_to_deploy does): it keeps them, and cannot be trained on.'
             )
@@ -225,17 +226,17 @@ class EMAHook(StockEMAHook):
         """Say what is wrong with the average, before it is evaluated or saved."""
         if self._iterations and not self._ever_stepped and not self._told_of_no_step:
             self._told_of_no_step = True
-            log(
+            warn(
                 f'the average has not moved: no optimizer told of a step in {self._iterations} '
                 'iterations. per_optimizer_step=False updates it at each of them.'
             )
-        if hasattr(self.ema_model, 'tell_skipped'):
-            self.ema_model.tell_skipped()
+        if hasattr(self.ema_model, 'log_skipped'):
+            self.ema_model.log_skipped()
         names = names_of_non_finite(self.ema_model.module)
         new = [name for name in names if name not in self._not_finite]
         self._not_finite = set(names)
         if new:
-            log(
+            warn(
                 f'not finite in the average: {listed(new)} (after {int(self.ema_model.steps)} '
                 'updates). They stay so until a hard restart; skip_non_finite=True keeps such '
                 'values out.'
@@ -250,9 +251,9 @@ class EMAHook(StockEMAHook):
         self._tell()
         if not self._differs:
             try:
-                follow(self.ema_model.module, self._source(runner))
+                copy_weights(self.ema_model.module, self._source(runner))
             except ValueError as error:
-                log(f'the checkpoint is saved without an EMA state: {error}')
+                warn(f'the checkpoint is saved without an EMA state: {error}')
                 return
         if self._swap is not None:
             checkpoint['state_dict'] = weights_to_cpu(self._swap.trained_state())
@@ -270,11 +271,11 @@ class EMAHook(StockEMAHook):
             exchange(checkpoint)
             self.ema_model.load_state_dict(checkpoint['ema_state_dict'], strict=self.strict_load)
             average = self.ema_model.module
-            follow(average, self._source(runner), only=non_persistent(average))
+            copy_weights(average, self._source(runner), only=non_persistent(average))
             self._differs = True
             return
         if resumes:
-            log(f'{file} has no ema_state_dict: the average begins as a copy of its weights.')
+            warn(f'{file} has no ema_state_dict: the average begins as a copy of its weights.')
         average, weights = self.ema_model.module, weights_of(checkpoint)
         load_state_dict(average, weights, strict=self.strict_load, logger='current')
         self._differs = False
@@ -320,8 +321,8 @@ def weights_of(checkpoint: dict) -> OrderedDict:
 def exchange(checkpoint: dict) -> None:
     """Exchange the weights under ``state_dict`` and ``ema_state_dict``, in place."""
     model, average = checkpoint['state_dict'], checkpoint['ema_state_dict']
-    keys = {plain(key): key for key in model}
-    followed = {key: plain(key[7:]) for key in average if key.startswith('module.')}
+    keys = {canonical_name(key): key for key in model}
+    followed = {key: canonical_name(key[7:]) for key in average if key.startswith('module.')}
     missing = [name for name in followed.values() if name not in keys]
     if missing:
         raise ValueError(

@@ -8,10 +8,10 @@ import torch
 from mmengine.hooks import Hook, LoggerHook
 from torch import nn
 
-from ..finite import is_number
 from ..registry import HOOKS, register_everywhere
-from ..tensors import pairs_of, unwrapped
-from .common import ema_hook_of
+from ..run import ema_hook_of
+from ..update.finite import is_number
+from ..update.pairs import pairs_of, unwrapped
 
 
 @register_everywhere(HOOKS)

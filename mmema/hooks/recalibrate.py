@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..registry import HOOKS, register_everywhere
-from ..tensors import unwrapped
-from .common import ema_hook_of, kept_rng, last_of, validation_follows
+from ..run import ema_hook_of, kept_rng, last_of, validation_follows
+from ..update.pairs import unwrapped
 
 
 @register_everywhere(HOOKS)

@@ -12,13 +12,11 @@ from mmengine.runner.base_loop import BaseLoop
 
 from ..arguments import check_positive, count, flag, one_of
 from ..averaged import Restartable
+from ..checkpoints.resume import check_ema_state, checkpoint_to_resume, is_whole
 from ..registry import HOOKS, register_everywhere
-from ..resume import check_ema_state, checkpoint_to_resume, is_whole
-from ..tensors import unwrapped
-from . import rewind
-from .advice import advice, plan_of
-from .common import ema_hook_of, validation_follows, what_loads
-from .moments import (
+from ..restarts import rewind
+from ..restarts.advice import advice, plan_of
+from ..restarts.moments import (
     FOLLOWED,
     at_of,
     checked_milestones,
@@ -27,8 +25,10 @@ from .moments import (
     switch_epochs,
     unit_of,
 )
-from .plateau import plateau_of
-from .rewind import SOURCES
+from ..restarts.plateau import plateau_of
+from ..restarts.rewind import SOURCES
+from ..run import ema_hook_of, validation_follows, what_loads
+from ..update.pairs import unwrapped
 
 CURRENT_WEIGHTS = 'the current weights'
 NEVER = {'epoch': float('inf'), 'iter': float('inf')}

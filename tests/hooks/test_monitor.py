@@ -9,8 +9,8 @@ from torch import nn
 from toy_runs import ema, loader, make_runner, points
 
 import mmema.hooks.monitor as monitor
-from mmema.hooks.common import ema_hook_of
 from mmema.hooks.monitor import relative_distance
+from mmema.run import ema_hook_of
 
 MONITOR = dict(type='mmema.EMAMonitorHook')
 NAMES = ['momentum', 'horizon', 'steps', 'restarts', 'distance']

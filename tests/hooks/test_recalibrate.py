@@ -10,8 +10,8 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from toy_runs import Model, ema, loader, make_runner
 
-from mmema.hooks.common import ema_hook_of
 from mmema.hooks.recalibrate import validation_follows
+from mmema.run import ema_hook_of
 
 LAST = dict(type='mmema.EMARecalibrateHook')
 STATISTICS = ('norm.running_mean', 'norm.running_var')

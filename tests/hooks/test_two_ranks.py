@@ -12,7 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.model import MMDistributedDataParallel
 from toy_runs import Model, ema, loader, make_runner
 
-from mmema.hooks.common import ema_hook_of
+from mmema.run import ema_hook_of
 
 HOOKS = [dict(type='mmema.EMARecalibrateHook'), dict(type='mmema.EMAMonitorHook')]
 

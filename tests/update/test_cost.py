@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import Toy, seeded, shake
 
-from mmema import ExpMomentumEMA, RestartableExpMomentumEMA, native
-from mmema.tensors import copy_all
+from mmema import ExpMomentumEMA, RestartableExpMomentumEMA
+from mmema.update import native
+from mmema.update.pairs import copy_all
 
 pytestmark = pytest.mark.usefixtures('both_ways')
 

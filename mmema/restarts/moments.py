@@ -5,7 +5,7 @@ from __future__ import annotations
 from mmengine.runner import IterBasedTrainLoop
 
 from ..arguments import check_momentum, count
-from .common import last_of, validation_follows
+from ..run import last_of, validation_follows
 
 FOLLOWED = ('PipelineSwitchHook', 'YOLOXModeSwitchHook')
 

@@ -117,13 +117,13 @@ def pairs_of(average: nn.Module, source: nn.Module) -> Iterator[Tuple[Pair, bool
     Raises:
         ValueError: If the two do not have the same tensors, by name and shape.
     """
-    sources = {plain(name): tensor for name, tensor, _ in named_tensors(source)}
-    names = {plain(name) for name, _, _ in named_tensors(average)}
+    sources = {canonical_name(name): tensor for name, tensor, _ in named_tensors(source)}
+    names = {canonical_name(name) for name, _, _ in named_tensors(average)}
     _refuse_other_names(names, set(sources))
     followed: Dict[int, Pair] = {}
     yielded = set()
     for name, tensor, is_buffer in named_tensors(average):
-        pair = Pair(plain(name), tensor, sources[plain(name)])
+        pair = Pair(canonical_name(name), tensor, sources[canonical_name(name)])
         if pair.average.shape != pair.source.shape:
             raise ValueError(
                 f'a tensor must keep its shape while it is averaged, but {pair.name!r} is '
@@ -143,7 +143,7 @@ def pairs_of(average: nn.Module, source: nn.Module) -> Iterator[Tuple[Pair, bool
             yield pair, is_buffer
 
 
-def plain(name: str) -> str:
+def canonical_name(name: str) -> str:
     """Return the name that a tensor has without torch.compile."""
     return name.replace('_orig_mod.', '')  # the wrapper that torch.compile adds
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from mmengine.runner import IterBasedTrainLoop
 
 from ..averaged import ExpMomentumEMA, Restartable
-from ..variants import RestartableConstantEMA
+from ..restartable import RestartableConstantEMA
 from .moments import FOLLOWED, at_of, first_validation, switch_epochs
 from .rewind import saves_best
 
@@ -116,9 +116,9 @@ def _time_left(plan: Plan, last: int, left: int) -> list[str]:
         )
     if plan.gamma is not None:
         begin = last if plan.steps is None else plan.steps
-        warm_up = plan.gamma * math.log(1 / momentum)
+        warm_up = plan.gamma * math.warn(1 / momentum)
         if warm_up - begin > left:
-            fits = max(1, int(left / math.log(1 / momentum)))
+            fits = max(1, int(left / math.warn(1 / momentum)))
             lines.append(
                 f'the warm-up of gamma {plan.gamma:g} ends after about {warm_up:.0f} updates, but '
                 f'{since}: until then the average forgets fast; gamma={fits} would fit'

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import native
-from .tensors import Pair, copy_all, is_small_vector, pairs_of, sides
+from .pairs import Pair, copy_all, is_small_vector, pairs_of, sides
 
 _RUN = 2**15 - 1  # elements up to which torch.cat is one loop; beyond, an operator for each tensor
 

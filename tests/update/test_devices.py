@@ -4,7 +4,7 @@ import pytest
 import torch
 from marks import BUFFERS, ON_GPU, since_torch_2_1
 from reference import ReferenceEMA, assert_close, blended_names, tensors_of
-from test_speed import calls_of_an_update, detector_like, yolov5_s
+from test_cost import calls_of_an_update, detector_like, yolov5_s
 from toys import Toy, seeded, shake_on_cpu
 
 from mmema import ExpMomentumEMA, RestartableExpMomentumEMA

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .pairing import Pairing
-from .tensors import named_tensors
+from .direct import Pairing
+from .pairs import named_tensors
 
 
 def is_number(tensor: Tensor) -> bool:

@@ -3,7 +3,7 @@ import torch
 from mmengine.hooks import Hook
 from toy_runs import Mean, Model, ema, make_runner, points
 
-from mmema.hooks.common import ema_hook_of
+from mmema.run import ema_hook_of
 
 BOTH = dict(type='mmema.EMAValLoop')
 EMA_HOOKS = pytest.mark.parametrize('hook', ['EMAHook', 'mmema.EMAHook'])

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from mmengine.model import BaseAveragedModel
 
-from .arguments import listed
-from .averaged import log, state_keys
+from ..averaged import state_keys
+from ..messages import listed, warn
 
 # What the copies of best checkpoints are called that are kept for restarts.
 KEPT = 'best_before_restart_at_'
@@ -55,7 +55,7 @@ def checkpoint_to_resume(work_dir: str | Path) -> str | None:
     files = [file for file in files if not file.name.startswith(KEPT)]
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         if is_whole(file) and _has_optimizer(file):
-            log(f'{name} is {state}, so the run is resumed from {file}.')
+            warn(f'{name} is {state}, so the run is resumed from {file}.')
             return str(file)
     raise ValueError(
         f'no checkpoint in {work_dir} can be resumed from: {named.name} is {state}, and no other '

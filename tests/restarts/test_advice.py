@@ -3,7 +3,7 @@
 import pytest
 from runs import log_of, make_runner
 
-from mmema.hooks.advice import Plan, advice
+from mmema.restarts.advice import Plan, advice
 
 
 def test_a_schedule_that_fits_needs_no_advice():

@@ -7,7 +7,7 @@ from reference import exp_momentum
 from torch import nn
 
 from mmema import ExpMomentumEMA, RestartableExpMomentumEMA
-from mmema.plan import momenta, share_of_blocks, shares
+from mmema.restarts.profile import momenta, share_of_blocks, shares
 
 
 def make(cls=RestartableExpMomentumEMA, **kwargs):

@@ -9,8 +9,8 @@ from pathlib import Path
 from mmengine.hooks import CheckpointHook
 from mmengine.runner.checkpoint import _load_checkpoint
 
-from ..resume import KEPT
-from ..tensors import unwrapped
+from ..checkpoints.resume import KEPT
+from ..update.pairs import unwrapped
 
 SOURCES = ('model', 'ema', 'best')
 

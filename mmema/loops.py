@@ -7,9 +7,9 @@ from mmengine.hooks import EMAHook as StockEMAHook
 from mmengine.runner import ValLoop
 from mmengine.runner.base_loop import BaseLoop
 
-from ..registry import LOOPS, register_everywhere
-from .common import ema_hook_of, kept_rng
-from .recalibrate import EMARecalibrateHook
+from .hooks.recalibrate import EMARecalibrateHook
+from .registry import LOOPS, register_everywhere
+from .run import ema_hook_of, kept_rng
 
 
 @register_everywhere(LOOPS)

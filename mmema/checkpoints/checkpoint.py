@@ -360,14 +360,14 @@ def compact(state: State) -> State:
 def safetensors_bytes(state: State, meta: dict) -> bytes:
     safetensors = import_safetensors()
     # The format has neither shared memory nor strides: tied tensors are written once for each name.
-    plain = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
+    contiguous = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
     about = {
         'mmema': meta['mmema'],
         'dataset_meta': meta.get('dataset_meta'),
         'cfg': str(meta.get('cfg', '')),
     }
     text = json.dumps({k: v for k, v in about.items() if v}, default=str)
-    return safetensors.torch.save(plain, metadata={'format': 'pt', 'mmema': text})
+    return safetensors.torch.save(contiguous, metadata={'format': 'pt', 'mmema': text})
 
 
 # --- convert -----------------------------------------------------------------------------------

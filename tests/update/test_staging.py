@@ -15,7 +15,7 @@ from toys import Toy, seeded, shake_on_cpu
 
 from mmema import ExpMomentumEMA, RestartableExpMomentumEMA, averaged_weights
 from mmema import averaged as averaged_module
-from mmema.mirror import Mirror
+from mmema.update.staging import Mirror
 
 pytestmark = pytest.mark.usefixtures('both_ways')
 

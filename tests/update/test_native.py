@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from toys import Toy, seeded
 
-from mmema import ExpMomentumEMA, native
-from mmema.pairing import Pairing
+from mmema import ExpMomentumEMA
+from mmema.update import native
+from mmema.update.direct import Pairing
 
 needs_rows = pytest.mark.skipif(
     not hasattr(native.compiled, 'Rows'), reason='needs `python -m mmema.build_native` on Linux'

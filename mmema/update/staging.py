@@ -7,8 +7,8 @@ from typing import Callable, Dict, List, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .pairing import Check, Snapshot
-from .tensors import Pair, named_tensors, pairs_of
+from .direct import Check, Snapshot
+from .pairs import Pair, named_tensors, pairs_of
 
 _SMALL = 2**12  # elements up to which tensors travel together
 

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from toys import Toy, seeded, shake
 
-from mmema import ExpMomentumEMA, RestartableExpMomentumEMA, checkpoint
-from mmema.checkpoint import CheckpointError, convert, export, inspect, load
+from mmema import ExpMomentumEMA, RestartableExpMomentumEMA
+from mmema.checkpoints import checkpoint
+from mmema.checkpoints.checkpoint import CheckpointError, convert, export, inspect, load
 
 
 def same(state, other):

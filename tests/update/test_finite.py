@@ -9,7 +9,7 @@ from torch import nn
 from toys import Toy, seeded, shake
 
 from mmema import RestartableExpMomentumEMA
-from mmema.finite import flags, names_of_non_finite
+from mmema.update.finite import flags, names_of_non_finite
 
 BAD = pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
 

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from mmema.resume import KEPT, checkpoint_to_resume, is_whole
+from mmema.checkpoints.resume import KEPT, checkpoint_to_resume, is_whole
 
 
 def save(folder, name, age, optimizer=True):

@@ -6,7 +6,7 @@ from typing import Mapping, Optional
 
 import numpy as np
 
-from .averaged import MomentumAveragedModel
+from ..averaged import MomentumAveragedModel
 
 
 def momenta(

@@ -1,0 +1,1 @@
+"""EMA state on disk."""

@@ -1,0 +1,1 @@
+"""How an update reaches the tensors of an average."""
