@@ -1,0 +1,65 @@
+"""Counter of optimizer steps, since an average is updated once for each."""
+
+from __future__ import annotations
+
+from ..messages import warn
+
+
+class OptimizerSteps:
+    """Counter of the optimizer steps in an iteration.
+
+    Gradient accumulation and mixed precision skip steps, so the optimizers themselves are watched,
+    with torch's hooks. Where one has no such hooks, MMEngine's ``should_update()`` decides.
+    """
+
+    def __init__(self):
+        self._optimizers: list = []
+        self._handles: list = []
+        self._steps = 0
+        self._iterations_without: int | None = 0  # None after the first step, or the warning
+
+    def begin_iteration(self, optim_wrapper) -> None:
+        """Count from zero; watch the optimizers anew if they have been replaced."""
+        optimizers = watchable_optimizers(optim_wrapper)
+        if [*map(id, optimizers)] != [*map(id, self._optimizers)]:
+            for handle in self._handles:
+                handle.remove()
+            self._handles = [o.register_step_post_hook(self._count) for o in optimizers]
+            self._optimizers = optimizers
+        self._steps = 0
+
+    def _count(self, optimizer, args, kwargs) -> None:
+        # Fused optimizers under GradScaler are called in any case and skip the step themselves.
+        found_inf = getattr(optimizer, 'found_inf', None)
+        if found_inf is None or not bool(found_inf):
+            self._steps += 1
+
+    def end_iteration(self, optim_wrapper) -> bool:
+        """Return whether an optimizer has made a step in this iteration."""
+        if self._optimizers:
+            stepped = self._steps > 0
+        else:
+            should_update = getattr(optim_wrapper, 'should_update', None)
+            stepped = should_update is None or should_update()
+        if self._iterations_without is not None:
+            self._iterations_without = None if stepped else self._iterations_without + 1
+        return stepped
+
+    def report(self) -> None:
+        """Warn, once, if there has been no step at all."""
+        if self._iterations_without:
+            warn(
+                'the average has not moved: no optimizer told of a step in '
+                f'{self._iterations_without} iterations. per_optimizer_step=False updates it at '
+                'each of them.'
+            )
+            self._iterations_without = None
+
+
+def watchable_optimizers(optim_wrapper) -> list:
+    """Return the optimizers of an OptimWrapper or OptimWrapperDict, or none if one has no hooks."""
+    is_dict = hasattr(optim_wrapper, 'optim_wrappers')
+    wrappers = optim_wrapper.values() if is_dict else [optim_wrapper]
+    optimizers = [getattr(wrapper, 'optimizer', None) for wrapper in wrappers]
+    watchable = all(hasattr(optimizer, 'register_step_post_hook') for optimizer in optimizers)
+    return optimizers if watchable else []

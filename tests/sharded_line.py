@@ -1,0 +1,102 @@
+"""Train the toy of runs.py in every way that wraps a model: ``sharded_line.py FOLDER``.
+
+Started once on each of two ranks, as a start takes seconds. Each case is a function; rank 0 writes
+the text of its RunError to ``FOLDER/CASE.txt``, or its tensors after training to ``CASE.pth``.
+"""
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import runs
+import torch
+from mmengine.model import MMDistributedDataParallel
+from mmengine.runner import FlexibleRunner, Runner
+from runs import EMA, LineModel, state_of
+
+from mmema.messages import RunError
+
+OURS = dict(EMA, type='mmema.EMAHook')
+# MMEngine passes LOCAL_RANK as the device, which would be a GPU.
+DDP = dict(
+    type='DDPStrategy',
+    model_wrapper=dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False),
+)
+FSDP = dict(type='MMFullyShardedDataParallel', device_id=torch.device('cpu'))
+
+
+def train(runner_class, folder, epochs=4, **settings):
+    """Train in ``folder`` and return the tensors of the run."""
+    settings = dict(dict(ema=OURS, model=LineModel(), launcher='pytorch'), **settings)
+    runs.Runner = runner_class
+    runner = runs.make_runner(folder, epochs=epochs, **settings)
+    runner.train()
+    runner.model = getattr(runner.model, 'module', runner.model)
+    return state_of(runner)
+
+
+def ddp_runner(folder):
+    """MMEngine's Runner: the run that DDPStrategy has to repeat bit by bit."""
+    return train(Runner, folder, model=MMDistributedDataParallel(LineModel()))
+
+
+def ddp_strategy(folder):
+    """FlexibleRunner trains and saves."""
+    return train(FlexibleRunner, folder, strategy=dict(DDP))
+
+
+def ddp_strategy_resumed(folder):
+    """FlexibleRunner resumes its own checkpoint after two of four epochs."""
+    file = str(folder.parent / 'ddp_strategy/epoch_2.pth')
+    return train(FlexibleRunner, folder, strategy=dict(DDP), load_from=file, resume=True)
+
+
+def fsdp1_runner(folder):
+    """MMEngine's Runner with FSDP1."""
+    return train(Runner, folder, cfg=dict(model_wrapper_cfg=FSDP))
+
+
+def fsdp1_strategy(folder):
+    """FlexibleRunner with FSDP1."""
+    return train(FlexibleRunner, folder, strategy=dict(type='FSDPStrategy', model_wrapper=FSDP))
+
+
+def fsdp1_stock_hook(folder):
+    """MMEngine's EMAHook with one of our averages and FSDP1."""
+    return train(Runner, folder, ema=EMA, cfg=dict(model_wrapper_cfg=FSDP))
+
+
+def fsdp2(folder):
+    """A model that was sharded by FSDP2 before it was given to the Runner."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = LineModel()
+    fully_shard(model, mesh=torch.distributed.init_device_mesh('cpu', (2,)))
+    return train(Runner, folder, model=model, launcher='none')
+
+
+CASES = [ddp_runner, ddp_strategy, ddp_strategy_resumed, fsdp1_runner, fsdp1_strategy]
+CASES += [fsdp1_stock_hook]
+if hasattr(torch.distributed.fsdp, 'fully_shard'):
+    CASES.append(fsdp2)
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=60))
+    for case in CASES:
+        try:
+            state, text = case(folder / case.__name__), None
+        except RunError as error:
+            state, text = None, str(error)
+        if torch.distributed.get_rank() == 0:
+            if text is None:
+                torch.save(state, folder / f'{case.__name__}.pth')
+            else:
+                (folder / f'{case.__name__}.txt').write_text(text)
+        torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main(Path(sys.argv[1]))
