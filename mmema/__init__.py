@@ -1,7 +1,7 @@
 """Restartable exponential moving averages of weights for MMEngine, MMYOLO and MMDetection."""
 
 from .averaged import ExpMomentumEMA, RestartableExpMomentumEMA
-from .checkpoints.checkpoint import trust_mmengine_checkpoints
+from .checkpoints.torch_load import allow_mmengine_classes
 from .hooks.ema import EMAHook
 from .hooks.monitor import EMAMonitorHook
 from .hooks.recalibrate import EMARecalibrateHook
@@ -36,4 +36,4 @@ __all__ = [
     'averaged_weights',
 ]
 
-trust_mmengine_checkpoints()
+allow_mmengine_classes()

@@ -1,17 +1,16 @@
 """tools/ema_checkpoint.py as people call it, and every command of docs/checkpoints.md."""
 
-import argparse
 import pickle
 import re
 import shlex
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from runs import EMA, ema_of, make_runner
-from tool_runs import ROOT, call_tool, refusal
+from tool_runs import ROOT, call_here, call_tool
 from toys import Toy
+
+from mmema.averaged import schedule_name
 
 DOCS = ROOT / 'docs' / 'checkpoints.md'
 TOOL = 'ema_checkpoint.py'
@@ -29,22 +28,15 @@ def run(tmp_path_factory):
 @pytest.fixture
 def tool(tmp_path, monkeypatch, capsys):
     """Call the tool in this process, in ``tmp_path``; return exit status and output."""
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments):
-        import _cli
-        import ema_checkpoint
-
-        monkeypatch.setattr(_cli, 'PROGRAM', TOOL)
-        monkeypatch.setattr(sys, 'argv', [TOOL, *map(str, arguments)])
         status = 0
         try:
-            ema_checkpoint.main()
+            call_here(TOOL, *arguments, folder=tmp_path)
         except SystemExit as error:
             status = error.code
-        out, err = capsys.readouterr()
-        return status, out + err
+        return status, ''.join(capsys.readouterr())
 
     return call
 
@@ -52,14 +44,13 @@ def tool(tmp_path, monkeypatch, capsys):
 # --- as another process ------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_inspect_and_export_from_any_folder(run, tmp_path):
+def test_each_command_from_any_folder(run, tmp_path):
     runner, file = run
     done = call_tool(TOOL, 'inspect', file, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r'made by +MMEngine 0\.10', done.stdout)
     assert re.search(r"raw weights +ema_state_dict\['module\.\*'\]: ", done.stdout)
-    assert re.search(r'updates +8\n', done.stdout)
+    assert re.search(r'updates +8\n +schedule +exp\n', done.stdout)
     assert re.search(r'trained +epoch 2, iteration 8\n', done.stdout)
     done = call_tool(TOOL, 'export', file, '--weights', 'raw', '-o', 'x.pth', folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -68,23 +59,12 @@ def test_inspect_and_export_from_any_folder(run, tmp_path):
     state = torch.load(out, weights_only=True)['state_dict']
     for name, tensor in runner.model.state_dict().items():
         assert torch.equal(state[name], tensor), name
-
-
-@pytest.mark.slow
-def test_a_refusal_is_one_line(tmp_path):
-    (tmp_path / 'x.pth').write_bytes(b'')
-    line = refusal(TOOL, 'inspect', 'x.pth', folder=tmp_path)
-    assert line == f'{TOOL}: x.pth is empty (0 bytes); whoever wrote it did not finish'
-
-
-@pytest.mark.slow
-def test_a_refused_pickle_is_one_line(tmp_path):
-    with open(tmp_path / 'x.pth', 'wb') as file:
-        pickle.dump({'state_dict': 1}, file, 4)
-    done = call_tool(TOOL, 'inspect', 'x.pth', folder=tmp_path)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f'{TOOL}: x.pth: it is damaged, cut short or no checkpoint at all')
+    done = call_tool(TOOL, 'convert', out.name, '--steps', 8, '-o', 'y.pth', folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f'{out.name} as mmema: y.pth\n' in done.stdout
+    again = call_tool(TOOL, 'convert', out.name, '--steps', 8, '-o', 'y.pth', folder=tmp_path)
+    assert (again.returncode, again.stdout) == (2, '')
+    assert again.stderr == f'{TOOL}: y.pth exists; --force replaces it\n'
 
 
 # --- in this process ---------------------------------------------------------------------------
@@ -98,6 +78,15 @@ def test_convert_says_what_it_assumed(tool, tmp_path):
     assert int(torch.load('y.pth', weights_only=True)['ema_state_dict']['steps']) == 90
 
 
+def test_a_refused_pickle_is_one_line(tool, tmp_path):
+    with open(tmp_path / 'x.pth', 'wb') as file:
+        pickle.dump({'state_dict': 1}, file, 4)
+    status, text = tool('inspect', 'x.pth')
+    assert status == 2
+    (line,) = text.splitlines()
+    assert line.startswith(f'{TOOL}: x.pth: it is damaged, cut short or no checkpoint at all')
+
+
 def test_all_options_of_convert_arrive(tool, tmp_path):
     state = Toy().state_dict()
     content = {'model': state, 'ema': {'module': state, 'updates': 5}}
@@ -107,6 +96,7 @@ def test_all_options_of_convert_arrive(tool, tmp_path):
     status, text = tool('convert', 'x.pth', *options.split(), '-o', 'y.pth')
     assert status == 0, text
     ema = torch.load('y.pth', weights_only=True)['ema_state_dict']
+    assert (schedule_name(ema), bool(ema['changed.momentum'])) == ('exp', True)
     assert (ema['momentum'].item(), ema['gamma'].item(), int(ema['steps'])) == (0.1, 7.0, 5)
     assert 'module.stem.weight' in ema
     assert 'module.bn.weight' in ema
@@ -131,11 +121,12 @@ def test_exact_name_and_force(run, tool):
         ('export RUN --weights best -o x.pth', 'invalid choice'),
         ('export RUN -o x.onnx', 'the new file must end in .pth or .safetensors, got x.onnx'),
         ('export RUN -o no/x.pth', 'there is no folder no for the new file'),
-        ('convert RUN --to pytorch -o x.pth', 'to must be one of mmema, mmengine, dfine'),
-        ('convert RUN --to dfine --steps x -o x.pth', "invalid int value: 'x'"),
-        ('convert RUN --to dfine --rename a -o x.pth', "--rename takes OLD=NEW, got 'a'"),
-        ('convert RUN --to dfine --rename a=b -o x.pth', "no name begins with 'a'"),
+        ('convert RUN --to dfine -o x.pth', "argument --to: invalid choice: 'dfine'"),
+        ('convert RUN --to mmengine --steps x -o x.pth', "invalid int value: 'x'"),
+        ('convert RUN --to mmengine --rename a -o x.pth', "--rename takes OLD=NEW, got 'a'"),
+        ('convert RUN --to mmengine --rename a=b -o x.pth', "no name begins with 'a'"),
         ('convert RUN --to mmema --momentum 2 --gamma 1 -o x.pth', 'momentum must be in (0, 1)'),
+        ('convert RUN --to mmengine --momentum .2 --gamma 1 -o x.pth', 'only with --to mmema'),
     ],
 )
 def test_bad_calls_end_with_status_2_and_one_line(run, tool, tmp_path, arguments, expected):
@@ -146,7 +137,7 @@ def test_bad_calls_end_with_status_2_and_one_line(run, tool, tmp_path, arguments
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize('command', ['inspect', 'export', 'convert --to dfine'])
+@pytest.mark.parametrize('command', ['inspect', 'export', 'convert --to mmengine'])
 @pytest.mark.parametrize(
     ('content', 'expected'),
     [
@@ -182,16 +173,10 @@ def test_every_command_of_the_page_does_what_it_says(run, tool, tmp_path):
         'dfine.pth': {'model': state, 'ema': {'module': average, 'updates': 5}, 'last_epoch': 1},
         'yolox.pth': {'model': average, 'start_epoch': 20},
         'yolov5.pt': {'model': None, 'ema': Toy(), 'updates': 5},
-        'timm.pth.tar': {
-            'arch': 'toy',
-            'state_dict': state,
-            'state_dict_ema': average,
-            'args': argparse.Namespace(model_ema_decay=0.9998),
-        },
     }.items():
         torch.save(content, tmp_path / name)
     commands = commands_of_the_page()
-    assert len(commands) >= 8
+    assert len(commands) >= 7
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == 'tools/ema_checkpoint.py', command
@@ -211,11 +196,3 @@ def test_python_of_the_page_runs(run, tool, tmp_path):
     assert blocks
     for block in blocks:
         exec(block, {'model': run[0].model, 'average': ema_of(run[0])})
-
-
-def test_the_page_names_every_format():
-    from mmema.checkpoints.checkpoint import WRITABLE
-
-    text = DOCS.read_text()
-    assert all(f'`{name}`' in text for name in WRITABLE)
-    assert Path(ROOT / 'tools' / TOOL).is_file()

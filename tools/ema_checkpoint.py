@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Look into a checkpoint, export its EMA or raw weights, convert the EMA state of other codes.
+"""Look into a checkpoint, export its EMA or raw weights, take over the EMA state of other codes.
 
 tools/ema_checkpoint.py inspect work_dirs/digits/epoch_50.pth
 tools/ema_checkpoint.py export work_dirs/digits/epoch_50.pth --weights ema -o yolov5_n_digits.pth
@@ -7,6 +7,7 @@ tools/ema_checkpoint.py convert dfine/last.pth --to mmema -o dfine_mmema.pth
 """
 
 import argparse
+import re
 
 import _cli as cli
 
@@ -14,13 +15,13 @@ import _cli as cli
 def main():
     args = parse_args()
     try:
-        from mmema.checkpoints import checkpoint
+        from mmema.checkpoints.formats import CheckpointError
     except ImportError as error:
         cli.die(f'{error}: install mmema (pip install -e . in its checkout)')
     try:
-        {'inspect': inspect, 'export': export, 'convert': convert}[args.command](checkpoint, args)
-    except checkpoint.CheckpointError as error:
-        cli.die(error)
+        {'inspect': inspect, 'export': export, 'convert': convert}[args.command](args)
+    except CheckpointError as error:
+        cli.die(as_options(str(error)))
 
 
 def parse_args():
@@ -38,14 +39,14 @@ def parse_args():
     add_output(two, '.pth or .safetensors; the file is called name-<8 digits of its sha256>')
     two.add_argument('--exact-name', action='store_true', help='leave the hash out of the name')
 
-    three = commands.add_parser('convert', help='write the EMA state as another code keeps it')
+    three = commands.add_parser('convert', help='write a checkpoint that an MMEngine run resumes')
     add_file(three)
     three.add_argument(
         '--to',
-        required=True,
-        metavar='FORMAT',
-        help='mmema, mmengine, dfine (also RT-DETR, DEIM), yolov5, yolox, timm, torchvision or '
-        'averaged_model (torch)',
+        choices=['mmema', 'mmengine'],
+        default='mmema',
+        help='mmema, with the live values of a restartable average, or mmengine, without; '
+        'default: mmema',
     )
     add_output(three, '.pth or .pt')
     three.add_argument('--steps', type=int, metavar='N', help='updates, if the file does not say')
@@ -75,23 +76,34 @@ def add_output(parser, text):
     parser.add_argument('--force', action='store_true', help='replace an existing file')
 
 
-def inspect(checkpoint, args):
-    lines = checkpoint.inspect(args.file, args.trust).lines()
+def as_options(text):
+    """Return an error of the library with options of this tool in the place of arguments."""
+    text = re.sub(r'\b(trust|force)=True\b', r'--\1', text)
+    return re.sub(r"\b(weights|steps|to)='?(\w+)'?", r'--\1 \2', text)
+
+
+def inspect(args):
+    from mmema.checkpoints.report import inspect
+
+    lines = inspect(args.file, args.trust).lines()
     width = max(len(label) for label, _ in lines)
     print(f'{args.file}')
     for label, text in lines:
         print(f'  {label:<{width}}  {text}'.rstrip())
 
 
-def export(checkpoint, args):
-    out = checkpoint.export(
-        args.file, args.output, args.weights, args.force, args.trust, not args.exact_name
-    )
+def export(args):
+    from mmema.checkpoints.export import export
+
+    exact = args.exact_name
+    out = export(args.file, args.output, args.weights, args.force, args.trust, not exact)
     print(f'{"EMA" if args.weights == "ema" else "raw"} weights of {args.file}: {out}')
 
 
-def convert(checkpoint, args):
-    notes = checkpoint.convert(
+def convert(args):
+    from mmema.checkpoints.convert import convert
+
+    notes = convert(
         args.file,
         args.output,
         args.to,

@@ -1,1 +1,5 @@
-"""EMA state on disk."""
+"""EMA state on disk: reading, reports, export, conversion, and the file that a run resumes from.
+
+Importing ``mmema`` loads ``torch_load`` and ``resume`` only. The functions for people stand in
+modules of their own: ``report.inspect``, ``export.export``, ``convert.convert``, ``files.load``.
+"""

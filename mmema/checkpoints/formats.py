@@ -1,11 +1,11 @@
-"""Where each training code keeps the average, the raw weights and the counter in its files."""
+"""Formats of checkpoints: where each training code keeps average, raw weights and counter."""
 
 from __future__ import annotations
 
 import re
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Callable, Dict, List, NamedTuple, Optional
+from typing import Dict
 
 import torch
 from torch import Tensor, nn
@@ -14,36 +14,42 @@ State = Dict[str, Tensor]
 
 
 class CheckpointError(ValueError):
-    """A file that cannot be used, in one line that says why and what to do."""
+    """Refusal of a file, in one line that says why and what to do."""
 
 
 @dataclass
 class Weights:
-    """What a checkpoint says of an average, whoever made it.
+    """Weights and counter in a checkpoint, in one form for all formats.
 
     Attributes:
-        kind: Name of the format, a key of :data:`FORMATS`.
-        maker: Who wrote the file, for people.
+        kind: Name of the format.
+        maker: Training code that wrote the file, for people.
         average: The averaged tensors by name, or None.
         raw: The raw tensors by name, or None.
         average_at: Where in the file the averaged ones are.
         raw_at: Where in the file the raw ones are.
         steps: Updates of the average, or None if the file does not say.
-        live: What else of a mmema state there is: ``momentum``, ``gamma``, ``restarts`` ...
+        live: Tensors that only restartable averages have: ``schedule``, ``momentum``, ``restarts``.
         meta: The ``meta`` of an MMEngine checkpoint.
-        notes: What a reader should know, a line each.
+        notes: Remarks for people, a line each.
     """
 
     kind: str
     maker: str
-    average: Optional[State] = None
-    raw: Optional[State] = None
+    average: State | None = None
+    raw: State | None = None
     average_at: str = ''
     raw_at: str = ''
-    steps: Optional[int] = None
+    steps: int | None = None
     live: dict = field(default_factory=dict)
     meta: dict = field(default_factory=dict)
-    notes: List[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def set(self, which: str, state, place: str) -> None:
+        """Set the 'average' or the 'raw' weights to the tensors at a place; None leaves them."""
+        if state is not None:
+            setattr(self, which, tensors(state, place))
+            setattr(self, f'{which}_at', place)
 
 
 # --- MMEngine and mmema ------------------------------------------------------------------------
@@ -54,7 +60,7 @@ def is_mmengine(content: dict) -> bool:
 
 
 def read_mmengine(content: dict) -> Weights:
-    """A run's checkpoint: ``state_dict`` has the average, ``ema_state_dict`` the raw weights."""
+    """Read a run's checkpoint: the average in ``state_dict``, raw weights in ``ema_state_dict``."""
     state, meta = tensors(content['state_dict'], 'state_dict'), dict_at(content, 'meta')
     found = Weights('mmengine', mmengine_maker(meta), meta=meta)
     if 'ema_state_dict' not in content:
@@ -67,7 +73,7 @@ def read_mmengine(content: dict) -> Weights:
             f'ema_state_dict lacks {len(missing)} of {len(state)} tensors, such as {missing[0]!r}: '
             'for these the two are the same'
         )
-    found.average, found.average_at = state, 'state_dict'
+    found.set('average', state, 'state_dict')
     found.raw = with_metadata(state, {name: swapped.get(name, state[name]) for name in state})
     found.raw_at = "ema_state_dict['module.*']"
     found.steps = counter(ema, 'steps')
@@ -79,26 +85,25 @@ def read_mmengine(content: dict) -> Weights:
 
 
 def live_values(ema: dict) -> dict:
-    """Return what a mmema class adds to the state of an average, nothing for other classes."""
+    """Return the schedule, live values and restarts of a restartable average; else nothing."""
     if 'restarts' not in ema:
         return {}
-    return {k: v for k, v in ema.items() if k != 'steps' and not k.startswith('module.')}
+    live = {k: v for k, v in ema.items() if k != 'steps' and not str(k).startswith('module.')}
+    return tensors(live, 'the EMA state')
 
 
 def mmengine_without_ema(found: Weights, state: State, meta: dict) -> Weights:
-    own = dict_at(meta, 'mmema')
-    ema = own.get('weights') == 'ema' if 'weights' in own else 'EMAHook' in str(meta.get('cfg', ''))
-    if ema:
-        found.average, found.average_at = state, 'state_dict'
-        found.steps = counter(own, 'steps')
-        found.notes.append(
-            'made by `export --weights ema`'
-            if own
-            else 'no ema_state_dict, but the config has an EMAHook: these are its EMA weights'
-        )
+    exported = dict_at(meta, 'mmema')
+    if exported:
+        averaged, note = exported.get('weights') == 'ema', 'exported by mmema'
+    elif 'EMAHook' in str(meta.get('cfg', '')):
+        averaged = True
+        note = 'no ema_state_dict, but the config has an EMAHook: these are its EMA weights'
     else:
-        found.raw, found.raw_at = state, 'state_dict'
-        found.notes.append('made by `export --weights raw`' if own else 'a run without EMAHook')
+        averaged, note = False, 'a run without EMAHook'
+    found.set('average' if averaged else 'raw', state, 'state_dict')
+    found.steps = counter(exported, 'steps')
+    found.notes.append(note)
     return found
 
 
@@ -118,7 +123,7 @@ def is_ema_state(content: dict) -> bool:
 
 
 def read_ema_state(content: dict) -> Weights:
-    """The state of an averaged model alone, of MMEngine's, MMDetection's, MMYOLO's or mmema's."""
+    """Read the bare state of an averaged model of MMEngine, MMDetection, MMYOLO or mmema."""
     live = live_values(content)
     return Weights(
         'mmema' if live else 'mmengine',
@@ -130,33 +135,6 @@ def read_ema_state(content: dict) -> Weights:
     )
 
 
-def write_mmengine(weights: Weights) -> dict:
-    return mmengine_checkpoint(weights, {})
-
-
-def write_mmema(weights: Weights) -> dict:
-    return mmengine_checkpoint(weights, weights.live)
-
-
-def mmengine_checkpoint(weights: Weights, live: dict) -> dict:
-    """A checkpoint that a Runner resumes from at epoch 0, with a new optimizer."""
-    average = weights.average if weights.average is not None else weights.raw
-    raw = weights.raw if weights.raw is not None else weights.average
-    missing = sorted(set(average) ^ set(raw))
-    if missing:
-        raise CheckpointError(
-            f'averaged and raw weights must have the same names, but {len(missing)} differ, such '
-            f'as {missing[0]!r}; --rename may help'
-        )
-    ema = {'steps': torch.tensor(weights.steps), **{f'module.{k}': raw[k] for k in average}}
-    return {
-        'meta': {**weights.meta, 'epoch': 0, 'iter': 0},
-        'state_dict': average,
-        'ema_state_dict': OrderedDict({**ema, **live}),
-        'message_hub': {'log_scalars': {}, 'runtime_info': {}, 'resumed_keys': {}},
-    }
-
-
 # --- YOLOv5, YOLOX -----------------------------------------------------------------------------
 
 
@@ -165,28 +143,16 @@ def is_yolov5(content: dict) -> bool:
 
 
 def read_yolov5(content: dict) -> Weights:
-    """``model`` and ``ema``; after its ``strip_optimizer`` the EMA is in ``model``."""
+    """Read ``model`` and ``ema``; after YOLOv5's ``strip_optimizer`` the EMA is in ``model``."""
     found = Weights('yolov5', 'YOLOv5 or another code of Ultralytics')
     if content['ema'] is None:
-        found.average, found.average_at = tensors(content['model'], 'model'), 'model'
+        found.set('average', content['model'], 'model')
         found.notes.append('`ema` is empty: the optimizer was stripped, and `model` has the EMA')
     else:
-        found.average, found.average_at = tensors(content['ema'], 'ema'), 'ema'
-        if content['model'] is not None:
-            found.raw, found.raw_at = tensors(content['model'], 'model'), 'model'
+        found.set('average', content['ema'], 'ema')
+        found.set('raw', content['model'], 'model')
     found.steps = counter(content, 'updates')
     return found
-
-
-def write_yolov5(weights: Weights) -> dict:
-    return {
-        'epoch': -1,
-        'best_fitness': None,
-        'model': weights.raw,
-        'ema': weights.average,
-        'updates': weights.steps,
-        'optimizer': None,
-    }
 
 
 def is_yolox(content: dict) -> bool:
@@ -194,21 +160,14 @@ def is_yolox(content: dict) -> bool:
 
 
 def read_yolox(content: dict) -> Weights:
-    """``model`` has the average; the raw weights and the counter are not saved."""
-    return Weights(
-        'yolox',
-        'YOLOX',
-        average=tensors(content['model'], 'model'),
-        average_at='model',
-        notes=[
-            f'YOLOX takes {content["start_epoch"]} epochs times the iterations of one for the '
-            'number of updates when it resumes'
-        ],
+    """Read the average in ``model``; YOLOX saves neither the raw weights nor the counter."""
+    found = Weights('yolox', 'YOLOX')
+    found.set('average', content['model'], 'model')
+    found.notes.append(
+        f'YOLOX takes {content["start_epoch"]} epochs times the iterations of one for the number '
+        'of updates when it resumes'
     )
-
-
-def write_yolox(weights: Weights) -> dict:
-    return {'start_epoch': 0, 'model': weights.average, 'optimizer': None}
+    return found
 
 
 # --- RT-DETR, D-FINE, DEIM ---------------------------------------------------------------------
@@ -222,24 +181,15 @@ def is_dfine(content: dict) -> bool:
 
 
 def read_dfine(content: dict) -> Weights:
-    """``ema`` has ``module`` and ``updates``; ``model`` the raw weights."""
+    """Read ``module`` and ``updates`` in ``ema``, and the raw weights in ``model``."""
     found, ema = Weights('dfine', 'RT-DETR, D-FINE or DEIM'), content.get('ema')
     if ema is not None:
         if not isinstance(ema, dict) or 'module' not in ema:
             raise CheckpointError("ema must be a dict with 'module' in it")
-        found.average, found.average_at = tensors(ema['module'], 'ema.module'), "ema['module']"
+        found.set('average', ema['module'], "ema['module']")
         found.steps = counter(ema, 'updates')
-    if content.get('model') is not None:
-        found.raw, found.raw_at = tensors(content['model'], 'model'), 'model'
+    found.set('raw', content.get('model'), 'model')
     return found
-
-
-def write_dfine(weights: Weights) -> dict:
-    return {
-        'last_epoch': -1,
-        'model': weights.raw,
-        'ema': {'module': weights.average, 'updates': weights.steps},
-    }
 
 
 # --- timm, torch, torchvision ------------------------------------------------------------------
@@ -250,30 +200,18 @@ def is_timm(content: dict) -> bool:
 
 
 def read_timm(content: dict) -> Weights:
-    """``state_dict`` and ``state_dict_ema``; the counter is not saved."""
+    """Read ``state_dict`` and ``state_dict_ema``; timm does not save the counter."""
     found = Weights('timm', f'timm, {content.get("arch", "unknown model")}')
-    if 'state_dict_ema' in content:
-        found.average = tensors(content['state_dict_ema'], 'state_dict_ema')
-        found.average_at = 'state_dict_ema'
-        note_decay(found, content.get('args'))
-    found.raw, found.raw_at = tensors(content['state_dict'], 'state_dict'), 'state_dict'
+    found.set('average', content.get('state_dict_ema'), 'state_dict_ema')
+    found.set('raw', content['state_dict'], 'state_dict')
+    note_decay(found, content.get('args'))
     return found
 
 
 def note_decay(found: Weights, args) -> None:
     decay = getattr(args, 'model_ema_decay', None)
-    if decay is not None:
-        found.notes.append(f'--model-ema-decay was {decay:g}; see docs/migration.md')
-
-
-def write_timm(weights: Weights) -> dict:
-    return {
-        'epoch': 0,
-        'arch': 'unknown',
-        'version': 2,
-        'state_dict': weights.raw,
-        'state_dict_ema': weights.average,
-    }
+    if decay is not None and found.average is not None:
+        found.notes.append(f'model_ema_decay was {decay:g}; see docs/migration.md')
 
 
 def is_torchvision(content: dict) -> bool:
@@ -281,18 +219,13 @@ def is_torchvision(content: dict) -> bool:
 
 
 def read_torchvision(content: dict) -> Weights:
-    """``model`` and ``model_ema``, the state of torch's AveragedModel."""
+    """Read ``model`` and ``model_ema``, the state of torch's AveragedModel."""
     found = read_averaged_model(content['model_ema'])
     found.kind, found.maker = 'torchvision', 'torchvision reference'
     found.average_at = "model_ema['module.*']"
-    if content.get('model') is not None:
-        found.raw, found.raw_at = tensors(content['model'], 'model'), 'model'
+    found.set('raw', content.get('model'), 'model')
     note_decay(found, content.get('args'))
     return found
-
-
-def write_torchvision(weights: Weights) -> dict:
-    return {'model': weights.raw, 'model_ema': write_averaged_model(weights)}
 
 
 def is_averaged_model(content: dict) -> bool:
@@ -300,7 +233,7 @@ def is_averaged_model(content: dict) -> bool:
 
 
 def read_averaged_model(content: dict) -> Weights:
-    """``module.*`` and ``n_averaged``."""
+    """Read ``module.*`` and ``n_averaged``."""
     return Weights(
         'averaged_model',
         'torch.optim.swa_utils.AveragedModel',
@@ -308,11 +241,6 @@ def read_averaged_model(content: dict) -> Weights:
         average_at="'module.*'",
         steps=counter(content, 'n_averaged'),
     )
-
-
-def write_averaged_model(weights: Weights) -> dict:
-    named = {f'module.{name}': tensor for name, tensor in weights.average.items()}
-    return OrderedDict(n_averaged=torch.tensor(weights.steps), **named)
 
 
 # --- anything else -----------------------------------------------------------------------------
@@ -330,56 +258,38 @@ def bare_at(content: dict) -> str:
 
 
 def read_state_dict(content: dict) -> Weights:
-    """Names and tensors, and nothing that says which weights they are."""
-    place = bare_at(content)
-    return Weights(
-        'state_dict',
-        'unknown: a bare state_dict',
-        raw=tensors(content.get(place, content), place),
-        raw_at=place,
-        notes=['nothing in the file says whether these are averaged or raw weights'],
-    )
+    """Read a bare state_dict, which does not say which weights it has."""
+    found, place = Weights('state_dict', 'unknown: a bare state_dict'), bare_at(content)
+    found.set('raw', content.get(place, content), place)
+    found.notes.append('nothing in the file says whether these are averaged or raw weights')
+    return found
 
 
-class Format(NamedTuple):
-    """How to recognize, read and write the files of one training code."""
-
-    recognizes: Callable[[dict], bool]
-    read: Callable[[dict], Weights]
-    write: Optional[Callable[[Weights], dict]]
-    keeps: frozenset  # of what a Weights has: raw, steps
-
-
-# The first that recognizes a file reads it.
-FORMATS = {
-    'mmema': Format(lambda content: False, read_mmengine, write_mmema, frozenset({'raw', 'steps'})),
-    'mmengine': Format(is_mmengine, read_mmengine, write_mmengine, frozenset({'raw', 'steps'})),
-    'ema_state': Format(is_ema_state, read_ema_state, None, frozenset()),
-    'dfine': Format(is_dfine, read_dfine, write_dfine, frozenset({'raw', 'steps'})),
-    'yolov5': Format(is_yolov5, read_yolov5, write_yolov5, frozenset({'raw', 'steps'})),
-    'yolox': Format(is_yolox, read_yolox, write_yolox, frozenset()),
-    'timm': Format(is_timm, read_timm, write_timm, frozenset({'raw'})),
-    'torchvision': Format(
-        is_torchvision, read_torchvision, write_torchvision, frozenset({'raw', 'steps'})
-    ),
-    'averaged_model': Format(
-        is_averaged_model, read_averaged_model, write_averaged_model, frozenset({'steps'})
-    ),
-    'state_dict': Format(is_state_dict, read_state_dict, None, frozenset()),
-}
+# (test, reader) of each format; the first whose test is true reads the file.
+FORMATS = (
+    (is_mmengine, read_mmengine),
+    (is_ema_state, read_ema_state),
+    (is_dfine, read_dfine),
+    (is_yolov5, read_yolov5),
+    (is_yolox, read_yolox),
+    (is_timm, read_timm),
+    (is_torchvision, read_torchvision),
+    (is_averaged_model, read_averaged_model),
+    (is_state_dict, read_state_dict),
+)
 
 
 def read_weights(content) -> Weights:
-    """Find out whose checkpoint this is, and where everything in it is.
+    """Recognize the format of a checkpoint's content and read it.
 
     Raises:
-        CheckpointError: If it is nobody's that we know.
+        CheckpointError: If the content is damaged or in no known format.
     """
     if not isinstance(content, dict):
         raise CheckpointError(f'it holds a {type(content).__name__}, and a checkpoint is a dict')
-    for known in FORMATS.values():
-        if known.recognizes(content):
-            return known.read(content)
+    for recognizes, read in FORMATS:
+        if recognizes(content):
+            return read(content)
     if 'shadow_params' in content:
         raise CheckpointError(
             'it is the state of an EMA of diffusers or pytorch_ema, which keeps a list of tensors '
@@ -400,14 +310,14 @@ def tensors(state, place: str) -> State:
             raise CheckpointError(
                 f'{place} must be names and tensors, but {name!r} is a {type(value).__name__}'
             )
-        check_plain(name, value, place)
+        check_is_dense(name, value, place)
     names = [name.replace('_orig_mod.', '') for name in state]
     if names and all(name.startswith('module.') for name in names):
         names = [name[len('module.') :] for name in names]
     return with_metadata(state, dict(zip(names, state.values())))
 
 
-def check_plain(name: str, tensor: Tensor, place: str) -> None:
+def check_is_dense(name: str, tensor: Tensor, place: str) -> None:
     """Refuse tensors that can be neither compared nor written as numbers in memory."""
     if tensor.is_meta:
         what = 'has no data: it was saved from the meta device'
@@ -421,7 +331,7 @@ def check_plain(name: str, tensor: Tensor, place: str) -> None:
 
 
 def module_of(state, place: str) -> State:
-    """Return what stands under ``module.`` in the state of an averaged model."""
+    """Return the tensors under ``module.`` in the state of an averaged model."""
     if not isinstance(state, dict):
         raise CheckpointError(f'{place} must be names and tensors, got a {type(state).__name__}')
     inner = {str(k)[7:]: v for k, v in state.items() if str(k).startswith('module.')}
@@ -429,7 +339,7 @@ def module_of(state, place: str) -> State:
 
 
 def with_metadata(old: State, new: State) -> State:
-    """Keep what torch notes of the layers' versions beside a state_dict."""
+    """Return ``new`` with the layers' versions, which torch keeps beside a state_dict."""
     kept = OrderedDict(new)
     if hasattr(old, '_metadata'):
         kept._metadata = old._metadata
@@ -445,7 +355,7 @@ def dict_at(content: dict, key: str) -> dict:
     return value
 
 
-def counter(content: dict, key: str) -> Optional[int]:
+def counter(content: dict, key: str) -> int | None:
     value = content.get(key)
     if value is None:
         return None

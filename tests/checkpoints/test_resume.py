@@ -1,17 +1,21 @@
-"""Which file a run goes on from."""
+"""Choice of the file that a run is resumed from."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+from samples import Hostile
 
-from mmema.checkpoints.resume import KEPT, checkpoint_to_resume, is_whole
+from mmema.checkpoints.probe import is_whole
+from mmema.checkpoints.resume import KEPT, checkpoint_to_resume, choose_checkpoint
+from mmema.messages import RunError
 
 
-def save(folder, name, age, optimizer=True):
+def save(folder, name, age, optimizer=True, **content):
     """Write a checkpoint that is ``age`` seconds old."""
     file = folder / f'{name}.pth'
-    torch.save({'optimizer': {}} if optimizer else {}, file)
+    torch.save({'optimizer': {}, **content} if optimizer else content, file)
     os.utime(file, (1e9 - age, 1e9 - age))
     return str(file)
 
@@ -58,6 +62,19 @@ def test_a_name_that_only_mmengine_can_read(tmp_path):
     assert checkpoint_to_resume(tmp_path) == 's3://bucket/epoch_3.pth'
 
 
+def test_a_folder_as_deepspeed_writes_it(tmp_path):
+    (tmp_path / 'epoch_3.pth').mkdir()
+    note(tmp_path, tmp_path / 'epoch_3.pth')
+    assert checkpoint_to_resume(tmp_path) == str(tmp_path / 'epoch_3.pth')
+
+
+def test_a_file_in_the_older_format_of_torch(tmp_path):
+    file = tmp_path / 'epoch_3.pth'
+    torch.save({'a': torch.ones(99)}, file, _use_new_zipfile_serialization=False)
+    note(tmp_path, file)
+    assert checkpoint_to_resume(tmp_path) == str(file)
+
+
 @pytest.mark.parametrize('break_it', [cut, os.unlink])
 def test_the_newest_whole_one_with_an_optimizer_if_that_is_broken(
     tmp_path, break_it, warnings_seen
@@ -81,9 +98,52 @@ def test_none_left_is_an_error(tmp_path):
     file = save(tmp_path, 'epoch_1', 10)
     note(tmp_path, file)
     cut(file)
-    with pytest.raises(ValueError, match='epoch_1.pth is cut short, and no other one is whole'):
+    with pytest.raises(RunError, match='epoch_1.pth is cut short, and no other one is whole'):
         checkpoint_to_resume(tmp_path)
     note(tmp_path, '')
     os.unlink(file)
-    with pytest.raises(ValueError, match='is gone'):
+    with pytest.raises(RunError, match='is gone'):
         checkpoint_to_resume(tmp_path)
+
+
+def test_no_candidate_is_run(tmp_path):
+    expected = save(tmp_path, 'epoch_1', 20, state=Hostile(tmp_path / 'owned'))
+    save(tmp_path, 'epoch_2', 10, optimizer=False, state=Hostile(tmp_path / 'owned'))
+    note(tmp_path, tmp_path / 'epoch_3.pth')
+    assert checkpoint_to_resume(tmp_path) == expected
+    assert not (tmp_path / 'owned').exists()
+
+
+def runner(folder, resume=True, load_from=None):
+    return SimpleNamespace(work_dir=str(folder), _resume=resume, _load_from=load_from)
+
+
+def test_a_run_that_resumes_gets_a_whole_file_once(tmp_path, warnings_seen):
+    expected, named = save(tmp_path, 'epoch_1', 20), save(tmp_path, 'epoch_2', 10)
+    cut(named)
+    note(tmp_path, named)
+    resumed = runner(tmp_path)
+    for _ in range(2):
+        choose_checkpoint(resumed)
+        assert resumed._load_from == expected
+    assert warnings_seen.text.count('is cut short') == 1
+
+
+def test_a_run_that_names_its_file(tmp_path):
+    file = save(tmp_path, 'epoch_1', 20)
+    for resume in (True, False):
+        named = runner(tmp_path, resume, file)
+        choose_checkpoint(named)
+        assert named._load_from == file
+    cut(file)
+    choose_checkpoint(runner(tmp_path, False, file))  # MMEngine loads, and says it, itself
+    with pytest.raises(RunError, match='epoch_1.pth is cut short: .* Leave load_from out'):
+        choose_checkpoint(runner(tmp_path, True, file))
+
+
+def test_a_run_without_anything_to_resume_from(tmp_path):
+    save(tmp_path, 'epoch_1', 20)
+    for resume in (True, False, str(tmp_path / 'epoch_1.pth')):
+        fresh = runner(tmp_path, resume)
+        choose_checkpoint(fresh)
+        assert fresh._load_from is None

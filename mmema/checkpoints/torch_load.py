@@ -1,0 +1,42 @@
+"""Classes that ``torch.load(weights_only=True)`` may read."""
+
+from __future__ import annotations
+
+from pickle import UnpicklingError
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+
+
+def allow_mmengine_classes() -> None:
+    """Allow-list the classes in MMEngine's checkpoints for ``torch.load(weights_only=True)``.
+
+    That is torch's default since 2.6. MMEngine 0.10.7 neither expects it nor turns it off, so
+    resuming and testing fail on the scalars which its message hub keeps in every checkpoint: a
+    HistoryBuffer, made of two arrays and of references to its own methods. Naming just these opens
+    MMEngine's files; switching the check off, the usual advice, would let any downloaded file run
+    its code. Before torch 2.5 there is no such list, and the check is not the default.
+    """
+    if not hasattr(torch.serialization, 'safe_globals'):
+        return
+    array = np.empty(0).__reduce__()[0]  # numpy's private function, named otherwise before 2.0
+    scalar = np.float64(0).__reduce__()[0]
+    torch.serialization.add_safe_globals(
+        [
+            HistoryBuffer,
+            (_method_of_history_buffer, 'builtins.getattr'),
+            np.ndarray,
+            np.dtype,
+            *{type(np.dtype(kind)) for kind in ('f8', 'f4', 'i8', 'i4', '?')},
+            *((array, f'numpy.{core}.multiarray._reconstruct') for core in ('core', '_core')),
+            *((scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')),
+        ]
+    )
+
+
+def _method_of_history_buffer(owner, name):
+    # Stands in for getattr, which a hostile file could use for more than this.
+    if owner is not HistoryBuffer or name.startswith('_'):
+        raise UnpicklingError(f'refusing to read attribute {name!r} of {owner!r} from a checkpoint')
+    return getattr(owner, name)

@@ -1,0 +1,16 @@
+"""A real run whose checkpoint the tests of this folder read."""
+
+import pytest
+from runs import EMA, ema_of, make_runner
+
+
+@pytest.fixture(scope='session')
+def run(tmp_path_factory):
+    """A run of 8 iterations with MMEngine's EMAHook and our average, a restart, and its file."""
+    folder = tmp_path_factory.mktemp('run')
+    ema = {**EMA, 'update_buffers': True, 'momentum': 0.2, 'gamma': 3.0}
+    runner = make_runner(folder, epochs=2, ema=ema)
+    runner.train()
+    ema_of(runner).restart(steps=4, momentum=0.3)
+    runner.save_checkpoint(str(folder), 'restarted.pth')
+    return runner, ema_of(runner), folder / 'restarted.pth'

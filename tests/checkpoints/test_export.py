@@ -1,0 +1,201 @@
+"""Files with one set of weights, and new files that cannot be written."""
+
+import argparse
+import hashlib
+import math
+import os
+from copy import deepcopy
+
+import pytest
+import torch
+from mmengine.hooks import EMAHook
+from safetensors.torch import load_file
+from samples import load_state, pair, same
+from toys import seeded
+
+from mmema.checkpoints.convert import convert
+from mmema.checkpoints.export import export
+from mmema.checkpoints.files import load
+from mmema.checkpoints.formats import CheckpointError
+from mmema.checkpoints.report import inspect
+
+
+@pytest.mark.parametrize('weights', ['ema', 'raw'])
+def test_export_gives_the_weights_and_the_meta(run, tmp_path, weights):
+    runner, average, file = run
+    expected = (average.module if weights == 'ema' else runner.model).state_dict()
+    out = export(file, tmp_path / 'model.pth', weights)
+    digest = hashlib.sha256(out.read_bytes()).hexdigest()
+    assert out.name == f'model-{digest[:8]}.pth'
+    assert [p.name for p in tmp_path.iterdir()] == [out.name]
+    content = torch.load(out, weights_only=True)
+    assert set(content) == {'meta', 'state_dict'}
+    same(content['state_dict'], expected)
+    original = torch.load(file, weights_only=True)['meta']
+    assert {k: v for k, v in content['meta'].items() if k != 'mmema'} == original
+    assert content['meta']['mmema'] == {'weights': weights, 'steps': 4}
+    assert content['state_dict']._metadata == expected._metadata
+
+    found = load(out)  # and it is still known which weights these are
+    assert (found.average is None, found.raw is None) == (weights == 'raw', weights == 'ema')
+
+
+def test_export_is_the_same_file_each_time(run, tmp_path):
+    one = export(run[2], tmp_path / 'model.pth')
+    content = one.read_bytes()
+    with pytest.raises(CheckpointError, match='exists; force=True replaces it'):
+        export(run[2], tmp_path / 'model.pth')
+    assert export(run[2], tmp_path / 'model.pth', force=True) == one
+    assert one.read_bytes() == content
+    assert one.stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@pytest.mark.parametrize('weights', ['ema', 'raw'])
+def test_export_as_safetensors(run, tmp_path, weights):
+    runner, average, file = run
+    out = export(file, tmp_path / 'model.safetensors', weights, named_by_hash=False)
+    assert out == tmp_path / 'model.safetensors'
+    expected = (average.module if weights == 'ema' else runner.model).state_dict()
+    state = load_file(out)
+    same(dict(sorted(state.items())), dict(sorted(expected.items())))
+    found = load(out)
+    assert (found.average is None) == (weights == 'raw')
+
+
+@pytest.mark.parametrize(
+    'name', ['float8_e4m3fn', 'float8_e5m2', 'float16', 'bfloat16', 'float64', 'int8', 'complex64']
+)
+def test_every_kind_of_number_is_inspected_and_exported(tmp_path, name):
+    kind = getattr(torch, name, None) or pytest.skip(f'this torch has no {name}')
+    state = {'a': torch.tensor([1.0, 2.0]).to(kind)}
+    if name.startswith('float8'):
+        state['bad'] = torch.tensor([math.nan]).to(kind)
+    if name == 'float64':
+        state['large'] = torch.tensor([1e300], dtype=kind)  # no infinity
+    torch.save(state, tmp_path / 'x.pth')
+    report = inspect(tmp_path / 'x.pth')
+    assert report.non_finite['raw'] == (['bad'] if 'bad' in state else [])
+    out = export(tmp_path / 'x.pth', tmp_path / 'out.safetensors', 'raw')
+    assert torch.equal(load_file(out)['a'].to(torch.complex128), state['a'].to(torch.complex128))
+
+
+def test_tied_strided_and_sixteen_bit_tensors(tmp_path):
+    average, raw = pair()
+    for state in (average, raw):
+        state['tied.weight'] = state['conv.weight']
+        state['strided'] = torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last)
+        state['view'] = torch.arange(1000.0)[10:14]
+        state['half'] = torch.rand(3).bfloat16()
+    torch.save({'model': raw, 'ema': {'module': average, 'updates': 1}}, tmp_path / 'x.pth')
+    for suffix, read in (('.safetensors', load_file), ('.pth', load_state)):
+        out = export(tmp_path / 'x.pth', tmp_path / f'out{suffix}', 'ema')
+        same(dict(sorted(read(out).items())), dict(sorted(average.items())))
+    kept = load_state(out)
+    assert kept['view'].untyped_storage().nbytes() == 16
+    assert kept['tied.weight'].data_ptr() == kept['conv.weight'].data_ptr()
+
+
+def test_places_that_cannot_be_written(run, tmp_path):
+    for out, match in (
+        (tmp_path, 'is a folder'),
+        (tmp_path / 'x.onnx', r'must end in \.pth or \.safetensors, got x\.onnx'),
+        (tmp_path / 'no' / 'x.pth', 'there is no folder'),
+    ):
+        with pytest.raises(CheckpointError, match=match):
+            export(run[2], out)
+    (tmp_path / 'x.pth').write_text('mine')
+    with pytest.raises(CheckpointError, match='exists; force=True'):
+        export(run[2], tmp_path / 'x.pth', named_by_hash=False)
+    with pytest.raises(CheckpointError, match='exists; force=True'):
+        convert(run[2], tmp_path / 'x.pth')
+    assert (tmp_path / 'x.pth').read_text() == 'mine'
+    with pytest.raises(CheckpointError, match="'ema' or 'raw', got 'both'"):
+        export(run[2], tmp_path / 'y.pth', 'both')
+
+
+def test_nothing_half_written_is_left(run, tmp_path, monkeypatch):
+    def full(content, file):
+        file.write(b'half')
+        raise OSError(28, 'No space left on device')
+
+    (tmp_path / 'x.pth').write_text('mine')
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(CheckpointError, match='cannot be written: .*No space left'):
+        export(run[2], tmp_path / 'x.pth', force=True, named_by_hash=False)
+    assert [p.name for p in tmp_path.iterdir()] == ['x.pth']
+    assert (tmp_path / 'x.pth').read_text() == 'mine'
+
+
+STOCK = (
+    ('mmyolo', 'yolov5/yolov5_n-v61_syncbn_fast_8xb16-300e_coco.py'),
+    ('mmdet', 'rtmdet/rtmdet_tiny_8xb32-300e_coco.py'),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('library', 'name'), STOCK)
+def test_stock_models_go_through_init_detector(tmp_path, library, name):
+    """Both exports detect exactly what the models in memory do.
+
+    MMYOLO has no init_detector of its own but the one of its CAM demo; it uses MMDetection's.
+    """
+    import numpy as np
+
+    apis = pytest.importorskip('mmdet.apis')
+    file, config, models = stock_checkpoint(library, name, tmp_path)
+    picture = np.random.default_rng(0).integers(0, 255, (96, 128, 3), dtype=np.uint8)
+    scores = {}
+    for weights in ('ema', 'raw'):
+        out = export(file, tmp_path / f'{weights}.pth', weights)
+        exported = apis.init_detector(config.copy(), str(out), device='cpu', palette='coco')
+        same(exported.state_dict(), models[weights].state_dict())
+        assert exported.dataset_meta['classes'] == ('zero', 'one')
+        direct = apis.init_detector(config.copy(), None, device='cpu', palette='coco')
+        direct.load_state_dict(models[weights].state_dict())
+        found, expected = (
+            apis.inference_detector(model, picture).pred_instances for model in (exported, direct)
+        )
+        assert len(found) > 0
+        assert torch.equal(found.bboxes, expected.bboxes)
+        assert torch.equal(found.scores, expected.scores)
+        scores[weights] = found.scores
+    assert not torch.equal(scores['ema'], scores['raw'])
+
+
+def stock_checkpoint(library, name, folder):
+    """Return a file as MMEngine's EMAHook and Runner save it, its config and both models."""
+    from zoo import build, config_of, without_downloads
+
+    config = config_of(library, name)
+    without_downloads(config.model)
+    config.model.test_cfg.update(score_thr=0.0, max_per_img=20)
+    config.test_dataloader.dataset.update(ann_file='', data_root=None)
+    torch.manual_seed(0)
+    model = build(library, name)
+    hook = EMAHook(ema_type='mmema.RestartableExpMomentumEMA', momentum=0.3, gamma=1)
+    runner = argparse.Namespace(model=model, iter=0, epoch=0)
+    hook.before_run(runner)
+    for step in range(4):
+        shake_a_little(model, seeded(step))
+        hook.after_train_iter(runner, step)
+    models = {'ema': deepcopy(hook.ema_model.module), 'raw': deepcopy(model)}
+    meta = {'dataset_meta': {'classes': ('zero', 'one')}, 'cfg': config.pretty_text}
+    content = {'meta': meta, 'state_dict': model.state_dict()}
+    hook.before_save_checkpoint(runner, content)
+    torch.save(content, folder / 'epoch_1.pth')
+    return folder / 'epoch_1.pth', config, models
+
+
+@torch.no_grad()
+def shake_a_little(model, generator):
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
+    for buffer in model.buffers():
+        if buffer.is_floating_point() and buffer.dim() == 1:
+            buffer.add_(torch.rand(buffer.shape, generator=generator), alpha=0.1)
