@@ -1,4 +1,4 @@
-"""What several hooks need to know of a run."""
+"""Facts about a Runner that several modules need."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from mmengine.hooks import EMAHook as StockEMAHook
-from mmengine.runner import EpochBasedTrainLoop
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+
+from .messages import RunError
 
 
-def ema_hook_of(runner) -> StockEMAHook:
+def ema_hook_of(runner: Runner) -> StockEMAHook:
     """Return the run's EMAHook, the stock one or ours.
 
     Raises:
-        ValueError: If the run has none, or several.
+        RunError: If the run has none, or several.
     """
     found = [hook for hook in runner.hooks if isinstance(hook, StockEMAHook)]
     if len(found) != 1:
-        raise ValueError(
+        raise RunError(
             f'the run must have one EMAHook, got {len(found)}. Add to custom_hooks: '
             "dict(type='EMAHook', ema_type='mmema.RestartableExpMomentumEMA')"
         )
     return found[0]
 
 
-def what_loads(runner) -> tuple[str, bool]:
+def what_loads(runner: Runner) -> tuple[str, bool]:
     """Return the file that is being loaded, and whether it is to resume the run.
 
-    Hooks are told of ``Runner.resume`` and ``Runner.load_checkpoint`` in the same way, and
-    ``runner._resume`` says what was wanted when the run began, not what is done now.
+    Hooks are called by ``Runner.resume`` and ``Runner.load_checkpoint`` in the same way, and
+    ``runner._resume`` is the wish that the run began with, not the call that loads now.
     """
     file, resumes, frame = 'the checkpoint', None, sys._getframe(1)
     while frame is not None:
@@ -49,6 +51,12 @@ def validation_follows(loop, now: int) -> bool:
     """Tell whether MMEngine's ``loop`` validates after its epoch or iteration ``now``, from 1."""
     interval = loop.dynamic_intervals[bisect.bisect(loop.dynamic_milestones, now + 1) - 1]
     return now >= loop.val_begin and (now % interval == 0 or now == last_of(loop))
+
+
+def now_of(runner: Runner) -> int:
+    """Return the number of epochs, or iterations, that are over: the time of the run's loop."""
+    loop = runner.train_loop
+    return loop.iter if isinstance(loop, IterBasedTrainLoop) else loop.epoch
 
 
 def last_of(loop) -> int:

@@ -1,1 +1,1 @@
-"""The plan of a run: when a schedule is restarted, and to which values."""
+"""The plan of a run: restart rules, the planner, plateaus, rewinds and advice."""

@@ -1,4 +1,4 @@
-"""Where training goes on from after a restart; the way back to the best checkpoint."""
+"""Return to the best checkpoint of a run, and the copies of it that restarts keep."""
 
 from __future__ import annotations
 
@@ -6,83 +6,40 @@ import os
 import shutil
 from pathlib import Path
 
+from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
+from mmengine.model import BaseAveragedModel
+from mmengine.runner import Runner
 from mmengine.runner.checkpoint import _load_checkpoint
 
 from ..checkpoints.resume import KEPT
+from ..messages import RunError, warn
 from ..update.pairs import unwrapped
 
-SOURCES = ('model', 'ema', 'best')
+
+def saves_best(runner: Runner) -> bool:
+    """Tell whether the run has a CheckpointHook that saves a best checkpoint."""
+    return any(hook.save_best is not None for hook in _checkpoint_hooks(runner))
 
 
-def saves_best(runner) -> bool:
-    """Tell whether the run has a CheckpointHook that keeps a best checkpoint."""
-    hooks = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
-    return any(hook.save_best is not None for hook in hooks)
+def _checkpoint_hooks(runner: Runner) -> list:
+    return [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
 
 
-def keep_best(runner, moment: str) -> str | None:
-    """Copy the best checkpoint so far to a name of its own; return it, or None without one.
-
-    CheckpointHook deletes the best checkpoint when a better one comes, and writes files in place.
-    A run that was killed and resumed from an older checkpoint can find the best one of that time
-    deleted; then the copy that was made at the same moment before serves again.
-    """
-    work_dir = Path(runner.work_dir)
-    kept = work_dir / f'{KEPT}{moment.replace(" ", "_")}.pth'
-    best = _best_so_far(runner)
-    if best is None:
-        return None
-    for file in (best, work_dir / best.name, kept):  # the folder may have been moved
-        if file.is_file():
-            break
-    else:
-        raise ValueError(
-            f'the restart needs the best checkpoint {best}, but the file is gone. Put it back, or '
-            "set source='model'."
-        )
-    checkpoint = _load_checkpoint(str(file), map_location='cpu')
-    missing = [key for key in ('ema_state_dict', 'optimizer') if key not in checkpoint]
-    if missing:
-        runner.logger.warning(
-            f'EMARestartHook: {file} has no {" and no ".join(missing)}: it was saved before this '
-            'hook was in the run'
-        )
-        return None
-    if file != kept:
-        part = kept.with_suffix('.part')
-        shutil.copyfile(file, part)
-        os.replace(part, kept)
-    return kept.name
-
-
-def _best_so_far(runner) -> Path | None:
-    """Return the file of the first metric of ``save_best`` that has one."""
-    hook = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
+def best_files(runner: Runner) -> list:
+    """Return the best checkpoints so far, in the order of the metrics of ``save_best``."""
+    hook = next(iter(_checkpoint_hooks(runner)), None)
     metrics = getattr(hook, 'key_indicators', None) or []
-    for key in ('best_ckpt', *(f'best_ckpt_{metric}' for metric in metrics)):
-        if runner.message_hub.runtime_info.get(key):
-            return Path(runner.message_hub.get_info(key))
-    return None
+    keys = ('best_ckpt', *(f'best_ckpt_{metric}' for metric in metrics))
+    known = runner.message_hub.runtime_info
+    return [known[key] for key in keys if known.get(key)]
 
 
-def kept_file(runner, name: str) -> Path:
-    """Return where a kept copy is: in the work folder, or where the run was resumed from."""
-    resumed_from = Path(str(runner._load_from or '')).parent
-    for folder in (Path(runner.work_dir), resumed_from):
-        if (folder / name).is_file():
-            return folder / name
-    raise ValueError(
-        f'the run goes back to {name} at restarts, but {runner.work_dir} does not hold it. Copy it '
-        'there from the folder of the run that was resumed.'
-    )
+def complete(runner: Runner, checkpoint: dict) -> None:
+    """Add the optimizer and the parameter schedulers, which CheckpointHook leaves out of its best.
 
-
-def complete(runner, checkpoint: dict) -> None:
-    """Add what CheckpointHook leaves out of its best checkpoint: a way back needs the optimizer.
-
-    With the parameter schedulers, too, it is a file to resume from when a kill cut the last one
-    short.
+    A rewind needs the optimizer. With the schedulers, too, a run can be resumed from the file where
+    a kill has cut the last one short.
     """
     if 'optimizer' not in checkpoint:
         checkpoint['optimizer'] = runner.optim_wrapper.state_dict()
@@ -95,7 +52,122 @@ def complete(runner, checkpoint: dict) -> None:
         )
 
 
-def go_back(runner, ema, file: Path) -> None:
+# --- kept copies --------------------------------------------------------------------------------
+
+
+def keep_best(runner: Runner) -> tuple:
+    """Copy the best checkpoint so far to a name of its own, that of the current iteration.
+
+    CheckpointHook deletes the best checkpoint when a better one comes, and writes files in place.
+    A run that was killed and resumed from an older checkpoint can find the best one of that time
+    deleted; then the copy that was made at the same iteration before serves again.
+
+    Returns:
+        The name of the copy, None without a best checkpoint; and the names of the copies that a run
+        resumed from the best checkpoint would go back to.
+
+    Raises:
+        RunError: If the best checkpoint is gone.
+    """
+    best = next(iter(best_files(runner)), None)
+    if best is None:
+        return None, []
+    work_dir = Path(runner.work_dir)
+    kept = work_dir / f'{KEPT}iter_{runner.iter}.pth'
+    for file in (Path(best), work_dir / Path(best).name, kept):  # the folder may have been moved
+        if file.is_file():
+            break
+    else:
+        raise RunError(
+            f'the restart needs the best checkpoint {best}, but the file is gone. Put it back, or '
+            "set source='model'."
+        )
+    checkpoint = _load_checkpoint(str(file), map_location='cpu')
+    missing = [key for key in ('ema_state_dict', 'optimizer') if key not in checkpoint]
+    if missing:
+        warn(
+            f'EMARestartHook: {file} has no {" and no ".join(missing)}: it was saved before this '
+            'hook was in the run'
+        )
+        return None, []
+    if file != kept:
+        part = kept.with_suffix('.part')
+        shutil.copyfile(file, part)
+        os.replace(part, kept)
+    return kept.name, [names[-1] for names in map(kept_names, checkpoint['ema_restart']) if names]
+
+
+def kept_names(state: dict) -> list:
+    """Return the copies that the state of a rule names; mmema 0.1.0 named one, or None."""
+    kept = state['kept'] or []
+    return [kept] if isinstance(kept, str) else list(kept)
+
+
+def drop_kept(runner: Runner, progresses: list, still_named: list) -> None:
+    """Delete the copies that no resume can need any more.
+
+    A run that is resumed from the oldest checkpoint left does all restarts after it again, and goes
+    back to the last copy before it. Checkpoints after it name the same copies, or later ones; only
+    the best checkpoint can be older.
+
+    Args:
+        runner: The runner.
+        progresses: The states of all rules of the run; their lists are cut.
+        still_named: Names that the best checkpoint refers to.
+    """
+    oldest = _oldest_checkpoint(runner)
+    before = {name for progress in progresses for name in progress.kept}
+    for progress in progresses:
+        if oldest is None:  # every checkpoint is there to resume from, so every copy stays
+            progress.kept = progress.kept[-1:]
+            continue
+        last = [name for name in progress.kept if _iteration_of(name) < oldest][-1:]
+        progress.kept = [
+            name
+            for name in progress.kept
+            if name in last or name in still_named or _iteration_of(name) >= oldest
+        ]
+    after = {name for progress in progresses for name in progress.kept}
+    if oldest is not None and is_main_process():
+        for name in before - after:
+            (Path(runner.work_dir) / name).unlink(missing_ok=True)
+
+
+def _iteration_of(name: str) -> int:
+    return int(Path(name).stem.rsplit('_', 1)[-1])
+
+
+def _oldest_checkpoint(runner: Runner) -> int | None:
+    """Return the iteration of the oldest checkpoint that is left, None where none is deleted."""
+    iterations = []
+    for hook in _checkpoint_hooks(runner):
+        if hook.max_keep_ckpts <= 0:
+            return None
+        unit = len(runner.train_dataloader) if hook.by_epoch else 1
+        iterations += [number * unit for number in hook.keep_ckpt_ids]
+    return min(iterations, default=0)
+
+
+def kept_file(runner: Runner, name: str) -> Path:
+    """Return the place of a copy: the work folder, or the one that the run was resumed from.
+
+    Raises:
+        RunError: If it is in neither.
+    """
+    resumed_from = Path(str(runner._load_from or '')).parent
+    for folder in (Path(runner.work_dir), resumed_from):
+        if (folder / name).is_file():
+            return folder / name
+    raise RunError(
+        f'the run goes back to {name} at restarts, but {runner.work_dir} does not hold it. Copy it '
+        'there from the folder of the run that was resumed.'
+    )
+
+
+# --- the rewind ---------------------------------------------------------------------------------
+
+
+def go_back(runner: Runner, ema: BaseAveragedModel, file: Path) -> None:
     """Put back model, average, optimizer and AMP scaler; epoch, data order and LR go on."""
     checkpoint = _load_checkpoint(str(file), map_location='cpu')
     state = checkpoint['ema_state_dict']
@@ -112,7 +184,7 @@ def _put_back_optimizer(wrapper, state: dict) -> None:
         for name, inner in wrapper.items():
             _put_back_optimizer(inner, state[name])
         return
-    # Learning rate and its like stay: schedulers work on what they find there.
+    # Learning rate and its like stay: schedulers work on the values that they find there.
     groups = wrapper.optimizer.state_dict()['param_groups']
     state = {**state, 'param_groups': groups}
     state.pop('base_param_settings', None)

@@ -1,0 +1,148 @@
+"""Moments of a run, and the rule of one restart hook: when it restarts, and with which values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Sequence
+
+from ..arguments import (
+    check_bool,
+    check_choice,
+    check_integer,
+    check_momentum,
+    check_positive,
+)
+from .plateau import SOURCES, Plateau
+
+FOLLOWED = ('PipelineSwitchHook', 'YOLOXModeSwitchHook')
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A time in a run: the beginning of the epoch, or the iteration, with a 0-based index.
+
+    Args:
+        unit: ``'epoch'`` or ``'iter'``.
+        at: The index.
+    """
+
+    unit: str
+    at: int
+
+    def __str__(self) -> str:
+        return f'{self.unit} {self.at}'
+
+    @classmethod
+    def parse(cls, text: str) -> Moment:
+        """Return the moment that ``str`` of one has written, as checkpoints keep it."""
+        unit, at = text.split()
+        return cls(unit, int(at))
+
+
+@dataclass(frozen=True)
+class RestartRule:
+    """The arguments of :class:`mmema.EMARestartHook`, checked; they are explained there.
+
+    A rule knows neither a run nor an average, so one run can follow several.
+    """
+
+    milestones: Sequence[int] | None = None
+    every: int | None = None
+    by_epoch: bool = True
+    follow: str | None = None
+    on_plateau: dict | None = None
+    steps: int | None = 0
+    momentum: float | Sequence[float] | None = None
+    gamma: float | None = None
+    source: str = 'model'
+    plateau: Plateau | None = field(init=False, repr=False, default=None)
+
+    def __post_init__(self) -> None:
+        _check_milestones(self.milestones)
+        if self.every is not None:
+            check_integer('every', self.every)
+        check_bool('by_epoch', self.by_epoch)
+        if self.follow is not None:
+            check_choice('follow', self.follow, FOLLOWED)
+        if self.on_plateau is not None:
+            object.__setattr__(self, 'plateau', Plateau.of(self.on_plateau))
+        planned = bool(self.milestones or self.every or self.follow)
+        if not planned and self.plateau is None:
+            raise ValueError(
+                'EMARestartHook must have a trigger, got none of milestones, every, follow and '
+                'on_plateau'
+            )
+        if self.plateau and self.plateau.after_restart and not planned:
+            raise ValueError(
+                "on_plateau['after_restart'] must come with another trigger, got none: nothing "
+                'would ever begin it'
+            )
+        if self.steps is not None:
+            check_integer('steps', self.steps, least=0)
+        self._check_momentum()
+        check_positive('gamma', self.gamma)
+        check_choice('source', self.source, SOURCES)
+        changes = (self.momentum, self.gamma, self.plateau and self.plateau.momentum_add)
+        if self.steps is None and self.source == 'model' and not any(changes):
+            raise ValueError(
+                'a restart with steps=None must change momentum, gamma or source, got none of them'
+            )
+
+    def _check_momentum(self) -> None:
+        for value in self.momenta:
+            check_momentum(value)
+        number = len(self.milestones or ())
+        alone = not (self.every or self.follow)
+        if self.one_momentum_each and not (alone and len(self.momentum) == number):
+            raise ValueError(
+                'a list of momentum must have one value for each milestone, and no other trigger '
+                f'but on_plateau, got {len(self.momentum)} values for {number} milestones'
+            )
+
+    @property
+    def one_momentum_each(self) -> bool:
+        """Whether each milestone has a momentum of its own."""
+        return isinstance(self.momentum, (list, tuple))
+
+    @property
+    def momenta(self) -> list:
+        """Every momentum that a planned restart sets; None where it leaves the momentum alone."""
+        return list(self.momentum) if self.one_momentum_each else [self.momentum]
+
+    @property
+    def unit(self) -> str:
+        """The unit of ``milestones`` and ``every``."""
+        return 'epoch' if self.by_epoch else 'iter'
+
+    @property
+    def uses_best(self) -> bool:
+        """Whether a restart can go back to the best checkpoint."""
+        return 'best' in (self.source, self.plateau and self.plateau.source)
+
+    @property
+    def key(self) -> str:
+        """The arguments as text, by which a checkpoint knows the rule."""
+        return repr(tuple(self._arguments().values()))
+
+    def __str__(self) -> str:
+        defaults = {item.name: item.default for item in fields(self)}
+        given = [
+            f'{name}={value!r}'
+            for name, value in self._arguments().items()
+            if value != defaults[name]
+        ]
+        return f'EMARestartHook({", ".join(given)})'
+
+    def _arguments(self) -> dict:
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.init}
+
+
+def _check_milestones(milestones) -> None:
+    if milestones is None:
+        return
+    if not isinstance(milestones, (list, tuple)):
+        raise TypeError(f'milestones must be a list of integers, got {milestones!r}')
+    for at in milestones:
+        check_integer('a milestone', at)
+    if list(milestones) != sorted(set(milestones)):
+        raise ValueError(f'milestones must rise, got {milestones}')
