@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 from mmengine.config import Config
-from tool_runs import CONFIG, ROOT
+from tool_runs import CONFIG, ROOT, tool
 
-import mmema  # noqa: F401  # torch then loads MMEngine's checkpoints
+from mmema.messages import RunError
 
 sys.path.insert(0, str(ROOT / 'tools'))
 import _cli as cli
@@ -142,15 +142,14 @@ def test_a_hostile_file_is_called_what_it_is(tmp_path, refusal):
 
 @pytest.mark.parametrize('key', ['state_dict', 'meta', 'optimizer'])
 def test_refuses_to_resume_from_odd_contents(tmp_path, refusal, key):
-    import train
-
     path = str(tmp_path / 'odd.pth')
     content = {'state_dict': {}, 'meta': {'epoch': 1}, 'optimizer': {}}
     config = Config(dict(train_cfg=dict(max_epochs=2)))
     torch.save(content, path)
-    train.check_resumable(config, path)
+    check = tool('train.py').check_resumable
+    check(config, path)
     torch.save({**content, key: 'x'}, path)
-    line = refusal(train.check_resumable, config, path)
+    line = refusal(check, config, path)
     assert f'{path} is no checkpoint of a run: its {key} is a str, not a dict' in line
 
 
@@ -165,6 +164,33 @@ def test_refuses_a_checkpoint_cut_short(tmp_path, refusal, size):
     )
 
 
-def test_an_error_of_the_program_keeps_its_traceback():
-    with pytest.raises(ValueError, match='a bug'), cli.config_errors():
+@pytest.mark.parametrize(
+    ('error', 'text'),
+    [
+        (KeyError('X is not in the hook registry'), 'X is not in the hook registry'),
+        (AssertionError(), 'AssertionError'),
+        (ImportError('no mmrotate'), 'no mmrotate'),
+    ],
+)
+def test_an_error_is_one_line_or_a_traceback(refusal, monkeypatch, error, text):
+    def build():
+        with cli.one_line('the config cannot be built', *cli.CONFIG_ERRORS):
+            raise error
+
+    assert f'the config cannot be built: {text} (MMEMA_TRACEBACK=1' in refusal(build)
+    monkeypatch.setenv('MMEMA_TRACEBACK', '1')
+    with pytest.raises(type(error)):
+        build()
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ValueError, match='a bug'), cli.run_errors():
         raise ValueError('a bug')
+
+
+def test_a_refused_run_is_one_line(refusal):
+    def train():
+        with cli.run_errors():
+            raise RunError('patience must be at least 1, got 0')
+
+    assert 'cannot work as configured: patience must be at least 1, got 0' in refusal(train)

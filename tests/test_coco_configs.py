@@ -1,17 +1,20 @@
 """The recipes: what they change in the stock configs, and that their parts build."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from mmengine.config import Config
-from mmengine.registry import HOOKS, MODELS, init_default_scope
+from mmengine.registry import HOOKS, MODELS, PARAM_SCHEDULERS, init_default_scope
 
 from mmema import EMARestartHook, RestartableExpMomentumEMA
-from mmema.restarts.moments import switch_epochs
+from mmema.restarts.facts import switches_of
 
-pytest.importorskip('mmyolo')
+mmyolo = pytest.importorskip('mmyolo')
 FOLDER = Path(__file__).parents[1] / 'configs' / 'coco'
+STOCK = Path(mmyolo.__file__).parent / '.mim' / 'configs'
 
 # Name, epochs, 0-based epoch of the restart.
 RECIPES = [
@@ -41,7 +44,7 @@ def test_restart_at_the_switch(name, epochs, switch):
     runner = SimpleNamespace(hooks=hooks_of(config), max_epochs=config.train_cfg.max_epochs)
     restart = next(hook for hook in runner.hooks if isinstance(hook, EMARestartHook))
     assert runner.max_epochs == epochs
-    assert switch_epochs(runner, restart.follow) == [switch]
+    assert switches_of(runner) == {restart.rule.follow: [switch]}
     assert config.train_dataloader.collate_fn == dict(type='yolov5_collate')
     ema = next(hook for hook in config.custom_hooks if hook.type == 'EMAHook')
     MODELS.get(ema.ema_type)
@@ -50,7 +53,7 @@ def test_restart_at_the_switch(name, epochs, switch):
         | dict(type=ema.ema_type, model=MODELS.build(config.model.backbone))
     )
     assert isinstance(built, RestartableExpMomentumEMA)
-    built.restart(restart.steps, restart.momentum, restart.gamma)
+    built.restart(restart.rule.steps, restart.rule.momentum, restart.rule.gamma)
 
 
 def test_the_refresh_is_dfines():
@@ -59,9 +62,39 @@ def test_the_refresh_is_dfines():
     assert hook.on_plateau.momentum_add == 1e-4 and hook.on_plateau.after_restart
 
 
+def megvii(i, lr, warm_up, plain, total):
+    """The learning rate of iteration ``i`` in Megvii's YOLOX (``yolox_warm_cos_lr``)."""
+    low = 0.05 * lr
+    if i <= warm_up:
+        return lr * (i / warm_up) ** 2
+    if i >= total - plain:
+        return low
+    angle = math.pi * (i - warm_up) / (total - warm_up - plain)
+    return low + (lr - low) * (1 + math.cos(angle)) / 2
+
+
+def farthest_from_megvii(schedulers, length=1849):
+    """The largest distance at any iteration of 300 epochs of COCO, as a part of the peak."""
+    init_default_scope('mmyolo')
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
+    built = [
+        PARAM_SCHEDULERS.build(config, default_args=dict(optimizer=optimizer, epoch_length=length))
+        for config in schedulers
+    ]
+    worst = 0
+    for i in range(300 * length):
+        expected = megvii(i, 0.01, 5 * length, 15 * length, 300 * length)
+        worst = max(worst, abs(optimizer.param_groups[0]['lr'] - expected))
+        for scheduler in built:
+            if not scheduler.by_epoch or (i + 1) % length == 0:
+                scheduler.step()
+    return worst / 0.01
+
+
 def test_yolox_has_megviis_learning_rate():
     config = Config.fromfile(FOLDER / 'yolox_s_restart.py')
-    (scheduler,) = config.param_scheduler
-    assert (scheduler.type, scheduler.warm_up, scheduler.plain, scheduler.total) == (
-        'mmema.YOLOXWarmCosLR', 5, 15, 300,
-    )  # fmt: skip
+    assert config.optim_wrapper.optimizer.lr == 0.01
+    # The warm-up of MMDetection is one iteration early: 2 / W at its end, W = 5 * 1849.
+    assert farthest_from_megvii(config.param_scheduler) < 3e-4
+    stock = Config.fromfile(STOCK / 'yolox' / 'yolox_s_fast_8xb8-300e_coco.py')
+    assert farthest_from_megvii(stock.param_scheduler, 500) > 0.01

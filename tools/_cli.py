@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import gc
 import inspect
 import os
 import sys
@@ -10,18 +11,69 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
-PROGRAM = Path(sys.argv[0]).name
 USAGE = 2  # exit status of a call that has to be changed; argparse's own
+CONFIG_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, TypeError, ValueError)
+
+
+def run(main):
+    """Run a tool and destroy the process group of a distributed job at its end.
+
+    A group that is left over aborts the process while Python shuts down. After an error the
+    process ends at once instead: an orderly end would wait for ranks that may be dead, or that wait
+    for this one; its closed connections tell them.
+    """
+    status = 0
+    try:
+        main()
+    except BaseException as error:
+        if not in_process_group():
+            raise
+        if isinstance(error, SystemExit):
+            status = error.code or 0
+        else:
+            traceback.print_exc()
+            status = 1
+    if in_process_group():
+        if status:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        gc.collect()  # a DistributedDataParallel must not be the last to hold its group
+        sys.modules['torch'].distributed.destroy_process_group()
+
+
+def in_process_group():
+    torch = sys.modules.get('torch')
+    return bool(torch and torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
 def die(message):
     """End the program with one line that says what is wrong and what to do."""
-    print(f'{PROGRAM}: {" ".join(str(message).split())}', file=sys.stderr, flush=True)
+    note(' '.join(str(message).split()))
     sys.exit(USAGE)
 
 
 def note(message):
-    print(f'{PROGRAM}: {message}', file=sys.stderr, flush=True)
+    print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr, flush=True)
+
+
+def run_errors():
+    """Turn the refusal of a run that cannot work as configured into one line."""
+    from mmema.messages import RunError
+
+    return one_line('the run cannot work as configured', RunError)
+
+
+@contextmanager
+def one_line(failed, *kinds):
+    """Turn errors of these kinds into one line; MMEMA_TRACEBACK=1 shows where they come from."""
+    try:
+        yield
+    except kinds as error:
+        if os.environ.get('MMEMA_TRACEBACK'):
+            raise
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        die(f'{failed}: {str(text) or type(error).__name__} (MMEMA_TRACEBACK=1 shows where)')
 
 
 def add_common_arguments(parser):
@@ -156,35 +208,6 @@ def check_key(config, key):
             return
 
 
-@contextmanager
-def config_errors():
-    """Turn an error that the config makes into one line; every other keeps its traceback.
-
-    It is the config's where MMEngine's registry finds no such type or argument, where the
-    constructor that it calls refuses what it is given, or where a hook of ours refuses the run at
-    its start.
-    """
-    import mmema
-
-    try:
-        yield
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, TypeError) and error.__context__ is not None:
-            error = error.__context__  # MMEngine's call_hook raises another one instead
-        frames = traceback.extract_tb(error.__traceback__)
-        last = frames[-1]
-        built = any(Path(frame.filename).name == 'build_functions.py' for frame in frames)
-        starts = any(frame.name in ('before_run', 'before_train') for frame in frames)
-        ours = Path(mmema.__file__).parent in Path(last.filename).parents
-        refused = last.name in ('__init__', 'build_from_cfg')
-        if not (built and refused or (built or starts) and ours):
-            raise
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        text = str(text).split(' More details can be found')[0] or type(error).__name__
-        place = '' if last.name == 'build_from_cfg' else f' ({last.filename}:{last.lineno})'
-        die(f'the config cannot be built: {text}{place}')
-
-
 def build_runner(config):
     from mmdet.utils import setup_cache_size_limit_of_dynamo
     from mmengine.registry import RUNNERS
@@ -192,11 +215,8 @@ def build_runner(config):
     from mmyolo.utils import is_metainfo_lower
 
     setup_cache_size_limit_of_dynamo()
-    try:
+    with one_line('the config cannot be built', *CONFIG_ERRORS):
         is_metainfo_lower(config)
-    except AssertionError as error:
-        die(error)
-    with config_errors():
         return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
 
 
@@ -205,59 +225,22 @@ def build_loop(runner, kind):
     settings = runner.cfg.get(f'{kind}_dataloader')
     if settings is None:
         return
-    if isinstance(settings, list):  # several sets: MMEngine builds them itself
-        settings = settings[0]
-    where = f'{kind}_dataloader.dataset'
-    try:
-        with config_errors():
-            loop = getattr(runner, f'{kind}_loop')
-    except (FileNotFoundError, NotADirectoryError) as error:
-        if error.filename is None:
-            raise
-        die(missing_data(error.filename, where))
-    except Exception as error:
-        # Whatever goes wrong while annotations are read, these are what has to change.
-        frames = traceback.extract_tb(error.__traceback__)
-        reading = ('load_data_list', '_serialize_data')
-        if not any(frame.name in reading or 'pycocotools' in frame.filename for frame in frames):
-            raise
-        die(
-            f'the annotations of {where} ({annotations(settings)}) cannot be used, they may be '
-            f'empty, cut short or of another format: {type(error).__name__}: {error}'
-        )
-    dataset = loop.dataloader.dataset
-    if len(dataset) == 0:
-        die(f'{where} is empty: no picture of {annotations(settings)} passes its filter')
-    check_picture(dataset, where)
-
-
-def check_picture(dataset, where):
-    """Look for the first and the last picture, so that a wrong folder is found at once."""
-    while not hasattr(dataset, 'get_data_info'):  # the wrappers of mmdet
-        dataset = getattr(dataset, 'dataset', None)
-        if dataset is None:
-            return
-    for index in (0, len(dataset) - 1):
-        path = dataset.get_data_info(index).get('img_path')
-        if isinstance(path, str) and '://' not in path and not os.path.exists(path):
-            die(missing_data(path, where))
-
-
-def missing_data(path, where):
-    digits = (
-        'make the digits with tools/make_digits.py data/digits, or ' if 'digits' in path else ''
-    )
-    return (
-        f'no {path} (seen from {Path.cwd()}), which {where} or its evaluator names: {digits}'
-        f'name the place with --cfg-options {where}.data_root=...'
-    )
-
-
-def annotations(settings):
-    dataset = settings.get('dataset', {})
-    while 'dataset' in dataset:
-        dataset = dataset['dataset']
-    return os.path.join(str(dataset.get('data_root') or ''), str(dataset.get('ann_file', '')))
+    dataset = settings.dataset
+    while 'dataset' in dataset:  # the wrappers of mmdet
+        dataset = dataset.dataset
+    file = os.path.join(dataset.get('data_root') or '', dataset.get('ann_file', ''))
+    where = f'{kind}_dataloader.dataset ({file}, seen from {Path.cwd()})'
+    errors = (*CONFIG_ERRORS, IndexError, OSError)
+    with one_line(f'{kind}_cfg, {kind}_evaluator or {where} cannot be used', *errors):
+        dataset = getattr(runner, f'{kind}_loop').dataloader.dataset
+        if len(dataset) == 0:
+            raise ValueError('no picture passes its filter')
+        while not hasattr(dataset, 'get_data_info') and hasattr(dataset, 'dataset'):
+            dataset = dataset.dataset
+        for index in (0, len(dataset) - 1) if hasattr(dataset, 'get_data_info') else ():
+            path = dataset.get_data_info(index).get('img_path')
+            if isinstance(path, str) and '://' not in path and not os.path.exists(path):
+                raise FileNotFoundError(f'no picture {path}')
 
 
 def check_file(path):

@@ -45,7 +45,7 @@ def main():
     if args.from_run:
         curves = of_scalars(run, args.from_run)
     else:
-        with cli.config_errors():
+        with cli.one_line('the run cannot be planned', *cli.CONFIG_ERRORS):
             curves = of_config(run)
     output = args.output or f'{Path(args.config).stem}_ema.png'
     try:

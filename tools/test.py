@@ -30,7 +30,7 @@ def main():
         from mmdet.evaluation import DumpDetResults
 
         runner.test_loop.evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
-    with cli.config_errors():
+    with cli.run_errors():
         metrics = runner.test()
     report(runner, metrics, args)
 
@@ -101,4 +101,4 @@ def report(runner, metrics, args):
 
 
 if __name__ == '__main__':
-    main()
+    cli.run(main)

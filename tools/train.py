@@ -104,10 +104,8 @@ def check_resumable(config, checkpoint):
 def latest_checkpoint(config):
     from mmema.checkpoints.resume import checkpoint_to_resume
 
-    try:
+    with cli.run_errors():
         found = checkpoint_to_resume(config.work_dir)
-    except ValueError as error:
-        cli.die(error)
     if found is None:
         cli.die(
             f'--resume finds no checkpoint in {config.work_dir}: name one (--resume FILE), or the '
@@ -122,7 +120,7 @@ def train(runner):
 
     begin = time.monotonic()
     try:
-        with cli.config_errors():
+        with cli.run_errors():
             runner.train()
     except KeyboardInterrupt:
         cli.note(
@@ -134,4 +132,4 @@ def train(runner):
 
 
 if __name__ == '__main__':
-    main()
+    cli.run(main)

@@ -1,5 +1,5 @@
 # YOLOX-s whose average restarts when the augmentation ends, with the learning rate of Megvii's
-# YOLOX: the stock config's cosine is five epochs too long and does not end at its minimum.
+# YOLOX: the cosine of the stock config is five epochs too long and does not end at its minimum.
 _base_ = [
     'mmyolo::yolox/yolox_s_fast_8xb8-300e_coco.py',
     '../_base_/restart.py',
@@ -7,15 +7,23 @@ _base_ = [
 
 train_dataloader = dict(collate_fn=dict(_delete_=True, type='yolov5_collate'))
 param_scheduler = [
+    dict(type='mmdet.QuadraticWarmupLR', by_epoch=True, begin=0, end=5, convert_to_iter_based=True),
     dict(
-        type='mmema.YOLOXWarmCosLR',
-        warm_up=5,
-        plain=_base_.num_last_epochs,
-        total=_base_.max_epochs,
-        min_lr_ratio=0.05,
+        type='CosineAnnealingLR',
+        eta_min=_base_.base_lr * 0.05,
+        begin=5,
+        T_max=_base_.max_epochs - _base_.num_last_epochs - 5,
+        end=_base_.max_epochs - _base_.num_last_epochs,
         by_epoch=True,
         convert_to_iter_based=True,
-    )
+    ),
+    dict(
+        type='ConstantLR',
+        factor=1,
+        begin=_base_.max_epochs - _base_.num_last_epochs,
+        end=_base_.max_epochs,
+        by_epoch=True,
+    ),
 ]
 custom_hooks = [
     dict(
