@@ -1,6 +1,6 @@
 """Restartable exponential moving averages of weights for MMEngine, MMYOLO and MMDetection."""
 
-from .averaged import ExpMomentumEMA, RestartableExpMomentumEMA
+from .averaged import ExpMomentumEMA
 from .checkpoints.torch_load import allow_mmengine_classes
 from .hooks.ema import EMAHook
 from .hooks.monitor import EMAMonitorHook
@@ -11,9 +11,11 @@ from .restartable import (
     RestartableAnnealingEMA,
     RestartableConstantEMA,
     RestartableDebiasedEMA,
+    RestartableExpMomentumEMA,
     RestartablePowerFunctionEMA,
     RestartablePowerRampEMA,
     RestartableThresholdEMA,
+    RestartableUniformAverage,
 )
 from .swap import averaged_weights
 
@@ -32,6 +34,7 @@ __all__ = [
     'RestartablePowerFunctionEMA',
     'RestartablePowerRampEMA',
     'RestartableThresholdEMA',
+    'RestartableUniformAverage',
     '__version__',
     'averaged_weights',
 ]

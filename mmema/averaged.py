@@ -1,33 +1,45 @@
-"""The averaged models: what is averaged, the update, the restart and the state."""
+"""The averaged models: their tensors, the update, the state, and the average of YOLO."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Optional, Sequence, Union
+from typing import Sequence, Union
 
 import torch
 from mmengine.model import BaseAveragedModel
 from torch import Tensor, nn
 
-from . import schedules
-from .arguments import check_momentum, check_positive, count, flag
+from .arguments import check_bool, check_integer
 from .messages import listed, warn
-from .registry import MODELS, register_everywhere
+from .registry import MODELS
+from .schedules import ExpSchedule, Schedule
 from .swap import refuse_while_swapped
-from .update.direct import Pairing
-from .update.finite import Guard, is_number
-from .update.pairs import Pair, averaged_copy, canonical_name, named_tensors, pairs_of, unwrapped
-from .update.staging import Mirror, is_far
+from .update.follower import Follower, follow
+from .update.guarded import SkipCounts
+from .update.model_copy import averaged_copy
+from .update.pairs import canonical_name, named_tensors, pairs_of, unwrapped
+from .update.selection import Selection
 
 Device = Union[torch.device, str, None]
 
 
-class MomentumAveragedModel(BaseAveragedModel):
-    """Base of mmema's averages: everything but the schedule.
+def _live_attribute(name: str) -> property:
+    def get(self):
+        return getattr(self.schedule, name)
 
-    At every update ``avg <- (1 - m) avg + m src``, with ``m`` from :meth:`momentum_at`; the first
-    update, and the first after a hard restart, copies.
+    def assign(self, value):
+        self._set_live(**{name: value})
+
+    return property(get, assign, doc=f'The live value of ``{name}``; see the schedule.')
+
+
+class MomentumAveragedModel(BaseAveragedModel):
+    """Base of mmema's averages; a subclass names its schedule and lists its arguments.
+
+    At every update ``avg <- (1 - m) avg + m src``, with ``m`` from the schedule; the first update,
+    and the first after a hard restart, copies.
 
     - Parameters are blended, once each: two names for one tensor are one tensor.
     - Buffers are copied at every update, non-persistent ones too; with ``update_buffers`` those of
@@ -36,14 +48,14 @@ class MomentumAveragedModel(BaseAveragedModel):
     - Sixteen-bit parameters have a float32 average.
     - The tensors of the source are found by name in the ``model`` that the update is given, and
       found again as soon as anything in it was re-assigned, converted or replaced.
-    - With an average in main memory and a source on a GPU, an update only sends the weights on
-      their way; they are taken in at the next update or as soon as anything of the average is
-      read. Neither the program nor what is read notices, but for a module that was taken out of
-      ``module`` before.
+    - With an average in main memory and a source on a GPU an update is staged: it only sends the
+      weights on their way. They are taken in at the next update, or as soon as anything of the
+      average is read through this object.
 
     Args:
         model: The model to average. It is deep-copied; wrappers such as
             MMDistributedDataParallel are taken off.
+        schedule: The momentum as a function of the step counter.
         interval: Parameters are blended at every ``interval``-th update. Defaults to 1.
         device: Where the average is kept. Defaults to None, the device of each tensor.
         update_buffers: Whether float buffers are blended rather than copied. Defaults to False.
@@ -58,9 +70,17 @@ class MomentumAveragedModel(BaseAveragedModel):
             be copied.
     """
 
+    schedule_type: type = Schedule
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in cls.schedule_type.live_fields():
+            setattr(cls, name, _live_attribute(name))
+
     def __init__(
         self,
         model: nn.Module,
+        schedule: Schedule,
         interval: int = 1,
         device: Device = None,
         update_buffers: bool = False,
@@ -71,24 +91,27 @@ class MomentumAveragedModel(BaseAveragedModel):
         nn.Module.__init__(self)
         if not isinstance(model, nn.Module):
             raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}')
-        self.interval = count('interval', interval)
-        self.update_buffers = flag('update_buffers', update_buffers)
-        self.skip_non_finite = flag('skip_non_finite', skip_non_finite)
-        self.exclude = patterns(exclude, unwrapped(model))
+        check_integer('interval', interval)
+        check_bool('update_buffers', update_buffers)
+        check_bool('skip_non_finite', skip_non_finite)
+        self.schedule = schedule
+        self.interval = interval
+        self.update_buffers = update_buffers
+        self.skip_non_finite = skip_non_finite
+        self.exclude = checked_patterns(exclude, unwrapped(model))
         self.module = averaged_copy(unwrapped(model), as_device(device))
         # On the CPU wherever the weights are: it is read at every update, and reading it from an
         # accelerator would wait for all that the device has to do.
         self.register_buffer('steps', torch.tensor(0, device='cpu'))
-        self._pairing: Optional[Pairing] = None
-        self._mirror: Optional[Mirror] = None
-        self._late: list = []  # the momentum of the update that is on its way, if one is
-        self._guard: Optional[Guard] = None
-        self._skipped_before: dict = {}
-        self._told_skipped: set = set()
+        self._follower: Follower | None = None
+        self._skip_counts = SkipCounts()
+        _question_decay(schedule)
+
+    # --- the schedule -----------------------------------------------------------------------------
 
     def momentum_at(self, steps: int) -> float:
         """Return the momentum of the update that finds the counter at ``steps`` > 0."""
-        raise NotImplementedError
+        return self.schedule(steps // self.interval if self.schedule.counts_blends else steps)
 
     @property
     def current_momentum(self) -> float:
@@ -97,12 +120,13 @@ class MomentumAveragedModel(BaseAveragedModel):
         due = math.ceil(steps / self.interval) * self.interval
         return self.momentum_at(due) if steps else 1.0
 
-    @property
-    def avg_parameters(self) -> dict:
-        """The averaged tensors by name, as BaseAveragedModel has them."""
-        if self.update_buffers:
-            return self.module.state_dict()
-        return dict(self.module.named_parameters())
+    def _schedule_with(self, **values) -> Schedule:
+        return replace(self.schedule, **values)
+
+    def _set_live(self, **values) -> None:
+        self.schedule = self._schedule_with(**values)
+
+    # --- the update -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
@@ -116,66 +140,65 @@ class MomentumAveragedModel(BaseAveragedModel):
             RuntimeError: If the model holds the averaged weights now.
         """
         refuse_while_swapped(self, 'update them')
-        self._catch_up()
-        mirror = self._mirror_of(model)
-        momentum = self._momentum_due()
-        if mirror is None:
-            self._take(self._pairing, momentum)
-        else:
-            mirror.fetch(blended=momentum is not None)
-            self._late.append(momentum)
+        average, source = self.module, unwrapped(model)
+        if self._follower is None or not self._follower.holds(average, source):
+            self._follower = None  # frees the memory of the old one first
+            selection = Selection(self.update_buffers, self.exclude)
+            skip_counts = self._skip_counts if self.skip_non_finite else None
+            self._follower = follow(average, source, selection, skip_counts)
+        self._follower.update(self._momentum_due())
         self.steps.add_(1)
 
-    def _momentum_due(self) -> Optional[float]:
+    def _momentum_due(self) -> float | None:
         """Return the momentum of this update: 1 if it copies, None if it does not blend."""
         steps = int(self.steps)
         if steps == 0:
             return 1.0
         return self.momentum_at(steps) if steps % self.interval == 0 else None
 
-    def _take(self, pairing: Pairing, momentum: Optional[float]) -> None:
-        if self.skip_non_finite and not self._guard_of(pairing).sees_only_finite():
-            self._guard.update(momentum)
-            if self._guard.on_cpu:
-                self.log_skipped()
-            return
-        if momentum == 1:
-            pairing.copy_blended()
-        elif momentum is not None:
-            pairing.blend(momentum)
-        pairing.copy()
+    def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: int) -> None:
+        """Blend one tensor: the plain form of an update, which blends all of them at once."""
+        averaged_param.lerp_(source_param, self.momentum_at(int(steps)))
 
-    @torch.no_grad()
-    def _catch_up(self) -> None:
-        """Take in what is on its way."""
-        if not self.__dict__.get('_late'):
-            return
-        mirror = self._mirror
-        mirror.wait()  # where Ctrl-C arrives: nothing has changed yet
-        momentum = self._late.pop()
-        if not self._pairing.holds(self.module, mirror.module):  # the average was moved, say
-            self._mirror = None
-            self._pairing = self._paired_with(mirror.module)
-        self._take(self._pairing, momentum)
+    # --- reading the average: a staged update is finished first -----------------------------------
+
+    def _finish(self) -> None:
+        follower = self.__dict__.get('_follower')
+        if follower is not None:
+            follower.finish()
+
+    @property
+    def _modules(self) -> dict:
+        # All ways of torch.nn.Module to the tensors go through here, but for attributes.
+        self._finish()
+        return self.__dict__['_modules']
+
+    @_modules.setter
+    def _modules(self, modules: dict) -> None:
+        self.__dict__['_modules'] = modules
+
+    @property
+    def module(self) -> nn.Module:
+        """The averaged copy of the model."""
+        return self._modules['module']
+
+    @property
+    def avg_parameters(self) -> dict:
+        """The averaged tensors by name, as BaseAveragedModel has them."""
+        if self.update_buffers:
+            return self.module.state_dict()
+        return dict(self.module.named_parameters())
 
     @property
     def skipped(self) -> dict:
         """How often each tensor was left out because it was not finite."""
-        self._catch_up()
-        counts = dict(self._skipped_before)
-        for name, number in (self._guard.counts() if self._guard else {}).items():
-            counts[name] = counts.get(name, 0) + number
-        return counts
+        self._finish()
+        return self._skip_counts.read()
 
     def log_skipped(self) -> None:
         """Log the names of tensors that were left out, each once."""
-        new = [name for name in self.skipped if name not in self._told_skipped]
-        if new:
-            self._told_skipped.update(new)
-            warn(
-                f'not finite in the model, so left out of the average: {listed(new)}. The average '
-                'goes on from the next update in which they are finite.'
-            )
+        self._finish()
+        self._skip_counts.log_new()
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
@@ -183,9 +206,7 @@ class MomentumAveragedModel(BaseAveragedModel):
         for pair, _ in pairs_of(self.module, unwrapped(model)):
             pair.source.copy_(pair.average)
 
-    def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: int) -> None:
-        """Blend one tensor: the plain form of what an update does to all of them at once."""
-        averaged_param.lerp_(source_param, self.momentum_at(int(steps)))
+    # --- the state --------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """Load a state of this class or of an EMA class of MMEngine, MMDetection or MMYOLO.
@@ -198,82 +219,27 @@ class MomentumAveragedModel(BaseAveragedModel):
         Raises:
             RuntimeError: If ``steps`` or an averaged tensor is missing, strict or not: the next
                 update would replace the average, or blend random weights, and nothing would show
-                it. Also if a shape differs.
+                it. Also if a shape differs, or the state is one of another schedule.
         """
         missing = sorted(set(state_keys(self)) - set(state_dict))
         if missing:
-            more = f' and {len(missing) - 5} more' if len(missing) > 5 else ''
             raise RuntimeError(
-                f'an EMA state must hold `steps` and every averaged tensor, but {missing[:5]}{more}'
-                ' are missing. Resume from a whole checkpoint, or start from its weights alone '
+                f'an EMA state must hold `steps` and every averaged tensor, but {listed(missing)} '
+                'are missing. Resume from a whole checkpoint, or start from its weights alone '
                 'with `load_from`.'
             )
         kwargs = {'assign': True} if assign else {}  # torch 2.0 does not know the argument
         return super().load_state_dict(state_dict, strict=strict, **kwargs)
 
-    def _mirror_of(self, model: nn.Module) -> Optional[Mirror]:
-        """Return the mirror of a far source, or None and have ``_pairing`` hold for a near one."""
-        if not self._follows(model):
-            self._mirror = self._pairing = None  # frees the memory of the old ones first
-            source = unwrapped(model)
-            if is_far(self.module, source):
-                self._mirror = Mirror(source, self._blends_in(source))
-            self._pairing = self._paired_with(self._mirror.module if self._mirror else source)
-        return self._mirror
-
-    def _follows(self, model: nn.Module) -> bool:
-        if self._pairing is None:
-            return False
-        known = self._mirror or self._pairing
-        source = model if model is known.source else unwrapped(model)
-        if self._mirror:
-            return self._mirror.holds(source)
-        return self._pairing.holds(self.module, source)
-
-    def _paired_with(self, source: nn.Module) -> Pairing:
-        return Pairing(self.module, source, self._blends_in(source))
-
-    def _blends_in(self, source: nn.Module):
-        """Return what tells from a pair, and whether it is a buffer, if it is blended."""
-        excluded = {
-            id(tensor)  # under whichever of its names
-            for name, tensor, _ in named_tensors(source)
-            if any(fnmatchcase(canonical_name(name), pattern) for pattern in self.exclude)
-        }
-
-        def is_blended(pair: Pair, is_buffer: bool) -> bool:
-            kind = self.update_buffers if is_buffer else pair.source.requires_grad
-            return is_number(pair.source) and kind and id(pair.source) not in excluded
-
-        return is_blended
-
-    def _guard_of(self, pairing: Pairing) -> Guard:
-        if self._guard is None or self._guard.pairing is not pairing:
-            self._skipped_before = self.skipped
-            self._guard = Guard(pairing)
-        return self._guard
-
-    # Whatever leads to a tensor of the average catches up first.
-
-    def __getattr__(self, name):
-        if name == 'module':
-            self._catch_up()
-        return super().__getattr__(name)
-
-    def named_modules(self, *args, **kwargs):
-        self._catch_up()
-        return super().named_modules(*args, **kwargs)
-
-    def named_children(self):
-        self._catch_up()
-        return super().named_children()
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        self._catch_up()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        self._catch_up()
+        self._finish()  # else the update on its way would change the state that is loaded
+        saved, own = schedule_name(state_dict, prefix), self.schedule.name
+        if saved not in (None, own):
+            raise RuntimeError(
+                f'an EMA state must be of the same schedule, but the state has {saved!r} and '
+                f'{type(self).__name__} has {own!r}. Use the averaged model that wrote it, or '
+                'start from its weights alone with `load_from`.'
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.steps = self.steps.cpu()  # with assign=True it is the tensor of the state
 
@@ -284,17 +250,9 @@ class MomentumAveragedModel(BaseAveragedModel):
         return self
 
     def __getstate__(self):
-        # The pairing holds the source; a copy or a pickle of the average must not take it along.
-        self._catch_up()
-        return {
-            **self.__dict__,
-            '_pairing': None,
-            '_mirror': None,
-            '_late': [],
-            '_guard': None,
-            '_skipped_before': self.skipped,
-            '_told_skipped': set(self._told_skipped),
-        }
+        # The follower holds the source; a copy or a pickle of the average must not take it along.
+        self._finish()
+        return {**self.__dict__, '_follower': None}
 
 
 @MODELS.register_module()
@@ -304,7 +262,7 @@ class ExpMomentumEMA(MomentumAveragedModel):
     ``momentum(steps) = (1 - momentum) * exp(-(1 + steps) / gamma) + momentum``
 
     Takes the config of MMDetection's and MMYOLO's class of this name and gives, bit for bit in
-    float32, MMYOLO's weights. What is averaged: see :class:`MomentumAveragedModel`.
+    float32, MMYOLO's weights. The averaged tensors: see :class:`MomentumAveragedModel`.
 
     Args:
         model: The model to average.
@@ -334,6 +292,8 @@ class ExpMomentumEMA(MomentumAveragedModel):
     Source: ``ModelEMA`` of YOLOv5; ``ExpMomentumEMA`` of MMDetection.
     """
 
+    schedule_type = ExpSchedule
+
     def __init__(
         self,
         model: nn.Module,
@@ -345,160 +305,22 @@ class ExpMomentumEMA(MomentumAveragedModel):
         exclude: Sequence[str] = (),
         skip_non_finite: bool = False,
     ) -> None:
-        self.check_hyperparameters(momentum=momentum, gamma=gamma)
-        super().__init__(model, interval, device, update_buffers, exclude, skip_non_finite)
-        self.momentum = momentum
-        self.gamma = gamma
-        warn_of_large(momentum)
-
-    @staticmethod
-    def check_hyperparameters(
-        momentum: Optional[float] = None, gamma: Optional[float] = None
-    ) -> None:
-        """Raise TypeError or ValueError if a given value breaks its rule."""
-        check_momentum(momentum)
-        check_positive('gamma', gamma)
-
-    def momentum_at(self, steps: int) -> float:
-        return schedules.exp_momentum(steps, self.momentum, self.gamma)
-
-
-class Restartable(MomentumAveragedModel):
-    """Base of averages whose schedule can be restarted while training goes on.
-
-    A subclass names its hyperparameters in ``_LIVE``, checks them in ``check_hyperparameters`` and
-    lists them in its own ``restart``. They are live: assigning one changes the next update.
-
-    A live value that a restart or an assignment had set comes back with a state that is loaded. One
-    that came from the constructor does not: the value that the config has now wins over the one it
-    had then. A warning names both.
-    """
-
-    _LIVE = ()
-
-    restarts = 0
-
-    def __setattr__(self, name, value):
-        if name in self._LIVE:
-            self.check_hyperparameters(**{name: value})
-            if name in self.__dict__:  # else it is the constructor that sets it
-                self._changed.add(name)
-        super().__setattr__(name, value)
-
-    @property
-    def _changed(self) -> set:
-        """Which live values are no longer the constructor's."""
-        return self.__dict__.setdefault('_changed_names', set())
-
-    def _restart(self, steps: Optional[int], **live) -> None:
-        new = {name: value for name, value in live.items() if value is not None}
-        if steps is None and not new:
-            raise ValueError(
-                f'restart(steps=None) must change one of {", ".join(live)}, got None for all'
-            )
-        if steps is not None:
-            count('steps', steps, least=0)
-        self.check_hyperparameters(**new)
-        if steps is not None:
-            self.steps.fill_(steps)
-        for name, value in new.items():
-            setattr(self, name, value)
-        self.restarts += 1
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self._LIVE:
-            destination[prefix + name] = torch.tensor(getattr(self, name), dtype=torch.float64)
-        destination[prefix + 'changed'] = torch.tensor([n in self._changed for n in self._LIVE])
-        destination[prefix + 'restarts'] = torch.tensor(self.restarts)
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, metadata, strict, missing, unexpected, *args
-    ):
-        super()._load_from_state_dict(
-            state_dict, prefix, metadata, strict, missing, unexpected, *args
+        schedule = self.schedule_type(momentum, gamma)
+        super().__init__(
+            model, schedule, interval, device, update_buffers, exclude, skip_non_finite
         )
-        live = {name: state_dict.get(prefix + name) for name in self._live_keys}
-        unexpected[:] = [key for key in unexpected if key not in {prefix + name for name in live}]
-        if any(value is None for value in live.values()):
-            warn(
-                f'{type(self).__name__} took over an average after {int(self.steps)} updates from '
-                f'a state of another class; {" and ".join(self._LIVE)} are those of the config.'
-            )
-        else:
-            self._load_live(live)
-
-    @property
-    def _live_keys(self) -> tuple:
-        return (*self._LIVE, 'changed', 'restarts')
-
-    def rewind(self, state_dict) -> None:
-        """Take the average and the counter from a state; live values and restarts stay."""
-        own = self.state_dict()
-        kept = {key: own[key] for key in self._live_keys}
-        taken = {key: state_dict[key] for key in state_keys(self) if key in state_dict}
-        super().load_state_dict({**kept, **taken})
-
-    def _load_live(self, live: dict) -> None:
-        self.restarts = int(live['restarts'])
-        for name, was_changed in zip(self._LIVE, live['changed'].tolist()):
-            saved, configured = live[name].item(), getattr(self, name)
-            if was_changed:
-                setattr(self, name, saved)
-            if saved != configured:
-                used, other = ('state', 'config') if was_changed else ('config', 'state')
-                warn(
-                    f'{name}: {getattr(self, name):g} from the {used} is used, the {other} has '
-                    f'{configured if was_changed else saved:g}.'
-                )
 
 
-@register_everywhere(MODELS)
-class RestartableExpMomentumEMA(Restartable, ExpMomentumEMA):
-    """:class:`ExpMomentumEMA` whose schedule can be restarted while training goes on.
-
-    ``momentum`` and ``gamma`` are live: assigning them changes the next update. The state holds
-    them, and the number of ``restarts``, beside the average. Arguments and errors: those of
-    :class:`ExpMomentumEMA`.
-
-    Example:
-        >>> import torch
-        >>> model = torch.nn.Linear(1, 1)
-        >>> ema = RestartableExpMomentumEMA(model, momentum=0.1, gamma=10)
-        >>> for _ in range(1000):
-        ...     ema.update_parameters(model)
-        >>> round(ema.current_momentum, 4)
-        0.1
-        >>> ema.restart(steps=5, momentum=0.05)  # soft: part of the average is kept
-        >>> round(ema.current_momentum, 4)  # 0.95 * exp(-6 / 10) + 0.05
-        0.5714
-    """
-
-    _LIVE = ('momentum', 'gamma')
-
-    def restart(
-        self,
-        steps: Optional[int] = 0,
-        momentum: Optional[float] = None,
-        gamma: Optional[float] = None,
-    ) -> None:
-        """Restart the schedule; everything is checked before anything changes.
-
-        Args:
-            steps: 0, a hard restart: the next update copies the source, then the schedule warms up
-                again. Above 0, a soft one: the counter goes there, and part of the average is
-                kept. None: the counter goes on, only momentum or gamma change. Defaults to 0.
-            momentum: New momentum, in (0, 1). Defaults to None, as it is.
-            gamma: New gamma in updates, above 0. Defaults to None, as it is.
-
-        Raises:
-            TypeError: If an argument has the wrong type.
-            ValueError: If one is out of range, or all are None.
-        """
-        self._restart(steps, momentum=momentum, gamma=gamma)
+def _question_decay(schedule: Schedule) -> None:
+    momentum = getattr(schedule, 'momentum', 0)
+    if momentum > 0.5:
+        warn(
+            f'momentum is {momentum:g}, the weight of the new value. Did you mean 1 - {momentum:g} '
+            f'= {1 - momentum:.6g}?'
+        )
 
 
-def patterns(exclude: Sequence[str], model: nn.Module) -> tuple:
+def checked_patterns(exclude: Sequence[str], model: nn.Module) -> tuple:
     """Return the patterns of ``exclude``; raise an error if one matches no tensor of the model."""
     if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in exclude):
         raise TypeError(f'exclude must be a list of strings, got {exclude!r}')
@@ -517,7 +339,13 @@ def state_keys(ema: BaseAveragedModel) -> list[str]:
     return ['steps', *(f'module.{key}' for key in ema.module.state_dict())]
 
 
-def as_device(device: Device) -> Optional[torch.device]:
+def schedule_name(state: dict, prefix: str = '') -> str | None:
+    """Return the name of the schedule in an EMA state; None if the state does not say."""
+    encoded = state.get(f'{prefix}schedule')
+    return None if encoded is None else bytes(encoded.tolist()).decode()
+
+
+def as_device(device: Device) -> torch.device | None:
     """Return a torch.device with its index, or None."""
     if device is None:
         return None
@@ -528,12 +356,3 @@ def as_device(device: Device) -> Optional[torch.device]:
     except RuntimeError as error:
         raise ValueError(f'device must name a torch device, got {device!r} ({error})') from None
     return torch.empty(0, device=device).device  # 'cuda' is 'cuda:0'
-
-
-def warn_of_large(momentum: float) -> None:
-    """Warn of what is probably a decay."""
-    if momentum > 0.5:
-        warn(
-            f'momentum is {momentum:g}, the weight of the new value. Did you mean 1 - {momentum:g} '
-            f'= {1 - momentum:.6g}?'
-        )

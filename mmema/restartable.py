@@ -1,66 +1,211 @@
-"""The other schedules of the field, each as an averaged model that can be restarted."""
+"""Averages that can be restarted while training goes on, one class for each schedule."""
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
-from typing import Optional, Sequence
+from typing import Sequence
 
+import torch
 from torch import nn
 
 from . import schedules
-from .arguments import check_momentum, check_positive, real
-from .averaged import Device, Restartable, warn_of_large
+from .arguments import check_integer
+from .averaged import (  # noqa: F401
+    Device,
+    ExpMomentumEMA,
+    MomentumAveragedModel,
+    schedule_name,
+    state_keys,
+)
+from .messages import warn
 from .registry import MODELS, register_everywhere
 
-_gamma_of = lru_cache(maxsize=None)(schedules.power_function_gamma)
+
+class Restartable(MomentumAveragedModel):
+    """Base of the restartable averages: the restart, and live values in the state.
+
+    The fields of the schedule are live attributes of the average: assigning one changes the next
+    update. A subclass lists them in its own ``restart``.
+
+    A live value that a restart or an assignment has set comes back with a state that is loaded. One
+    that came from the constructor does not: the value of the config that is used now wins over the
+    one of the config that was used then. A warning names both.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.restarts = 0
+        self._changed: set = set()  # live values that are no longer the constructor's
+
+    @property
+    def hyperparameters(self) -> dict:
+        """The live values by name, as the next update uses them."""
+        return {name: getattr(self.schedule, name) for name in self.schedule.live_fields()}
+
+    def _set_live(self, **values) -> None:
+        super()._set_live(**values)
+        self._changed.update(values)
+
+    def check_restart(self, steps: int | None = 0, **changes) -> None:
+        """Raise an error if this average cannot be restarted so; change nothing.
+
+        Args:
+            steps: As in ``restart``.
+            **changes: Live values by name; None leaves one as it is.
+
+        Raises:
+            TypeError: If a value has the wrong type.
+            ValueError: If a value is out of range, the schedule has no such value, or nothing would
+                change.
+        """
+        known = self.hyperparameters
+        new = {name: value for name, value in changes.items() if value is not None}
+        unknown = [name for name in new if name not in known]
+        if unknown:
+            raise ValueError(
+                f'a restart can only change what {type(self).__name__} has, got {unknown[0]}; it '
+                f'has {", ".join(known) or "no live value"}'
+            )
+        if steps is not None:
+            check_integer('steps', steps, least=0)
+        elif not new:
+            raise ValueError(
+                f'restart(steps=None) must change one of {", ".join(known) or "none"}, got None '
+                'for all'
+            )
+        self._schedule_with(**new)
+
+    def _restart(self, steps: int | None, **changes) -> None:
+        self.check_restart(steps, **changes)
+        if steps is not None:
+            self.steps.fill_(steps)
+        self._set_live(**{name: value for name, value in changes.items() if value is not None})
+        self.restarts += 1
+
+    def rewind(self, state_dict: dict) -> None:
+        """Take the average and the counter from a state; live values and restarts stay."""
+        own = self.state_dict()
+        averaged = {key: state_dict[key] for key in state_keys(self) if key in state_dict}
+        own = {key: value for key, value in own.items() if key not in state_keys(self)}
+        self.load_state_dict({**own, **averaged})
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + key: value for key, value in self._live_state().items()})
+
+    def _live_state(self) -> dict:
+        """Return the state beside the average, all tensors: MMEngine moves each to the CPU."""
+        state = {'restarts': torch.tensor(self.restarts), 'schedule': _encoded(self.schedule.name)}
+        for name, value in self.hyperparameters.items():
+            state[name] = torch.tensor(value, dtype=torch.float64)
+            state[f'changed.{name}'] = torch.tensor(name in self._changed)
+        return state
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
+    ):
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        )
+        known = {prefix + key for key in (*self._live_state(), 'changed')}
+        unexpected[:] = [key for key in unexpected if key not in known]
+        state = {key[len(prefix) :]: state_dict[key] for key in known if key in state_dict}
+        names = self.schedule.live_fields()
+        if 'changed' in state:  # mmema 0.1.0 kept one tensor, by position
+            flags = zip(names, state.pop('changed'))
+            state.update({f'changed.{name}': flag for name, flag in flags})
+        if 'restarts' in state and all(name in state for name in names):
+            self._load_live(state)
+        else:
+            own = f'; {" and ".join(names)} are those of the config' if names else ''
+            warn(
+                f'{type(self).__name__} took over an average after {int(self.steps)} updates from '
+                f'a state of another class{own}.'
+            )
+
+    def _load_live(self, state: dict) -> None:
+        self.restarts = int(state['restarts'])
+        for name, configured in self.hyperparameters.items():
+            saved, was_changed = state[name].item(), bool(state[f'changed.{name}'])
+            if was_changed:
+                self._set_live(**{name: saved})
+            if saved != configured:
+                used, other = ('state', 'config') if was_changed else ('config', 'state')
+                warn(
+                    f'{name}: {getattr(self, name):g} from the {used} is used, the {other} has '
+                    f'{configured if was_changed else saved:g}.'
+                )
 
 
-class _WithMomentum(Restartable):
-    """An average with a live ``momentum``; the schedules of this file differ in what else."""
+def _encoded(name: str) -> torch.Tensor:
+    return torch.tensor(list(name.encode()), dtype=torch.uint8)
 
-    _LIVE = ('momentum',)
+
+@register_everywhere(MODELS)
+class RestartableExpMomentumEMA(Restartable, ExpMomentumEMA):
+    """:class:`ExpMomentumEMA` whose schedule can be restarted while training goes on.
+
+    ``momentum`` and ``gamma`` are live: assigning them changes the next update. The state holds
+    them, and the number of ``restarts``, beside the average. Arguments and errors: those of
+    :class:`ExpMomentumEMA`.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1)
+        >>> ema = RestartableExpMomentumEMA(model, momentum=0.1, gamma=10)
+        >>> for _ in range(1000):
+        ...     ema.update_parameters(model)
+        >>> round(ema.current_momentum, 4)
+        0.1
+        >>> ema.restart(steps=5, momentum=0.05)  # soft: part of the average is kept
+        >>> round(ema.current_momentum, 4)  # 0.95 * exp(-6 / 10) + 0.05
+        0.5714
+    """
 
     def __init__(
         self,
         model: nn.Module,
-        momentum: float,
-        interval: int,
-        device: Device,
-        update_buffers: bool,
-        exclude: Sequence[str],
-        skip_non_finite: bool,
+        momentum: float = 0.0002,
+        gamma: float = 2000,
+        interval: int = 1,
+        device: Device = None,
+        update_buffers: bool = False,
+        exclude: Sequence[str] = (),
+        skip_non_finite: bool = False,
     ) -> None:
-        self.check_hyperparameters(momentum=momentum)
-        super().__init__(model, interval, device, update_buffers, exclude, skip_non_finite)
-        self.momentum = momentum
-        warn_of_large(momentum)
+        super().__init__(
+            model, momentum, gamma, interval, device, update_buffers, exclude, skip_non_finite
+        )
 
-    @staticmethod
-    def check_hyperparameters(momentum: Optional[float] = None) -> None:
-        """Raise TypeError or ValueError if a given value breaks its rule."""
-        check_momentum(momentum)
+    def restart(
+        self, steps: int | None = 0, momentum: float | None = None, gamma: float | None = None
+    ) -> None:
+        """Restart the schedule; everything is checked before anything changes.
+
+        Args:
+            steps: 0, a hard restart: the next update copies the source, then the schedule warms up
+                again. Above 0, a soft one: the counter goes there, and part of the average is
+                kept. None: the counter goes on, only momentum or gamma change. Defaults to 0.
+            momentum: New momentum, in (0, 1). Defaults to None, as it is.
+            gamma: New gamma in updates, above 0. Defaults to None, as it is.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If one is out of range, or all are None.
+        """
+        self._restart(steps, momentum=momentum, gamma=gamma)
 
 
 @register_everywhere(MODELS)
-class RestartableConstantEMA(_WithMomentum):
-    """Average with a constant momentum.
+class RestartableConstantEMA(Restartable):
+    """Restartable average with a constant momentum.
 
     ``momentum(steps) = momentum``
 
     Args:
         model: The model to average.
         momentum: Weight of the new value, in (0, 1). Defaults to 0.0002.
-        interval: Parameters are blended at every ``interval``-th update. Defaults to 1.
-        device: Where the average is kept. Defaults to None, the device of each tensor.
-        update_buffers: Whether float buffers are blended rather than copied. Defaults to False.
-        exclude: Names or patterns of tensors that are copied instead. Defaults to none.
-        skip_non_finite: Whether source tensors that are not finite are left out of that update.
-            Defaults to False.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range or the model cannot be copied.
+        interval, device, update_buffers, exclude, skip_non_finite: As in :class:`ExpMomentumEMA`,
+            errors too.
 
     Example:
         >>> import torch
@@ -70,8 +215,10 @@ class RestartableConstantEMA(_WithMomentum):
         >>> ema.current_momentum
         0.1
 
-    Source: :func:`mmema.schedules.constant_momentum`.
+    Source: :class:`mmema.schedules.ConstantSchedule`.
     """
+
+    schedule_type = schedules.ConstantSchedule
 
     def __init__(
         self,
@@ -83,37 +230,27 @@ class RestartableConstantEMA(_WithMomentum):
         exclude: Sequence[str] = (),
         skip_non_finite: bool = False,
     ) -> None:
+        schedule = self.schedule_type(momentum)
         super().__init__(
-            model, momentum, interval, device, update_buffers, exclude, skip_non_finite
+            model, schedule, interval, device, update_buffers, exclude, skip_non_finite
         )
 
-    def momentum_at(self, steps: int) -> float:
-        return schedules.constant_momentum(steps, self.momentum)
-
-    def restart(self, steps: Optional[int] = 0, momentum: Optional[float] = None) -> None:
-        """Restart; see :meth:`mmema.RestartableExpMomentumEMA.restart`."""
+    def restart(self, steps: int | None = 0, momentum: float | None = None) -> None:
+        """Restart; see :meth:`RestartableExpMomentumEMA.restart`."""
         self._restart(steps, momentum=momentum)
 
 
 @register_everywhere(MODELS)
-class RestartableDebiasedEMA(_WithMomentum):
-    """Average that begins as the plain mean of all updates and goes over to a constant momentum.
+class RestartableDebiasedEMA(RestartableConstantEMA):
+    """Restartable average that begins as the plain mean and goes over to a constant momentum.
 
     ``momentum(steps) = momentum / (1 - (1 - momentum) ** (steps / interval + 1))``
 
     Args:
         model: The model to average.
         momentum: Weight of the new value in the long run, in (0, 1). Defaults to 0.0002.
-        interval: Parameters are blended at every ``interval``-th update. Defaults to 1.
-        device: Where the average is kept. Defaults to None, the device of each tensor.
-        update_buffers: Whether float buffers are blended rather than copied. Defaults to False.
-        exclude: Names or patterns of tensors that are copied instead. Defaults to none.
-        skip_non_finite: Whether source tensors that are not finite are left out of that update.
-            Defaults to False.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range or the model cannot be copied.
+        interval, device, update_buffers, exclude, skip_non_finite: As in :class:`ExpMomentumEMA`,
+            errors too.
 
     Example:
         >>> import torch
@@ -123,34 +260,15 @@ class RestartableDebiasedEMA(_WithMomentum):
         >>> round(ema.current_momentum, 4)  # 0.1 / (1 - 0.81)
         0.5263
 
-    Source: :func:`mmema.schedules.debiased_momentum`.
+    Source: :class:`mmema.schedules.DebiasedSchedule`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        momentum: float = 0.0002,
-        interval: int = 1,
-        device: Device = None,
-        update_buffers: bool = False,
-        exclude: Sequence[str] = (),
-        skip_non_finite: bool = False,
-    ) -> None:
-        super().__init__(
-            model, momentum, interval, device, update_buffers, exclude, skip_non_finite
-        )
-
-    def momentum_at(self, steps: int) -> float:
-        return schedules.debiased_momentum(steps // self.interval, self.momentum)
-
-    def restart(self, steps: Optional[int] = 0, momentum: Optional[float] = None) -> None:
-        """Restart; see :meth:`mmema.RestartableExpMomentumEMA.restart`."""
-        self._restart(steps, momentum=momentum)
+    schedule_type = schedules.DebiasedSchedule
 
 
 @register_everywhere(MODELS)
-class RestartableThresholdEMA(_WithMomentum):
-    """Average whose momentum falls like one over the counter, as TensorFlow has it.
+class RestartableThresholdEMA(Restartable):
+    """Restartable average whose momentum falls like one over the counter, as TensorFlow has it.
 
     ``momentum(steps) = max(momentum, (factor - 1) / (factor + steps + offset))``
 
@@ -160,16 +278,8 @@ class RestartableThresholdEMA(_WithMomentum):
         factor: How slowly the momentum falls, in updates, above 1. Defaults to 10.
         offset: The count of the first update: 1 (pytorch_ema, D2Go) or 0 (PaddleDetection).
             Defaults to 1.
-        interval: Parameters are blended at every ``interval``-th update. Defaults to 1.
-        device: Where the average is kept. Defaults to None, the device of each tensor.
-        update_buffers: Whether float buffers are blended rather than copied. Defaults to False.
-        exclude: Names or patterns of tensors that are copied instead. Defaults to none.
-        skip_non_finite: Whether source tensors that are not finite are left out of that update.
-            Defaults to False.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range or the model cannot be copied.
+        interval, device, update_buffers, exclude, skip_non_finite: As in :class:`ExpMomentumEMA`,
+            errors too.
 
     Example:
         >>> import torch
@@ -179,10 +289,10 @@ class RestartableThresholdEMA(_WithMomentum):
         >>> ema.current_momentum  # 9 / 12
         0.75
 
-    Source: :func:`mmema.schedules.threshold_momentum`.
+    Source: :class:`mmema.schedules.ThresholdSchedule`.
     """
 
-    _LIVE = ('momentum', 'factor')
+    schedule_type = schedules.ThresholdSchedule
 
     def __init__(
         self,
@@ -196,40 +306,21 @@ class RestartableThresholdEMA(_WithMomentum):
         exclude: Sequence[str] = (),
         skip_non_finite: bool = False,
     ) -> None:
-        self.check_hyperparameters(factor=factor)
-        if offset not in (0, 1) or isinstance(offset, bool):
-            raise ValueError(f'offset must be 0 or 1, got {offset!r}')
+        schedule = self.schedule_type(momentum, factor, offset)
         super().__init__(
-            model, momentum, interval, device, update_buffers, exclude, skip_non_finite
+            model, schedule, interval, device, update_buffers, exclude, skip_non_finite
         )
-        self.factor = factor
-        self.offset = offset
-
-    @staticmethod
-    def check_hyperparameters(
-        momentum: Optional[float] = None, factor: Optional[float] = None
-    ) -> None:
-        """Raise TypeError or ValueError if a given value breaks its rule."""
-        check_momentum(momentum)
-        if factor is not None and not 1 < real('factor', factor) < math.inf:
-            raise ValueError(f'factor must be above 1 and finite, got {factor}')
-
-    def momentum_at(self, steps: int) -> float:
-        return schedules.threshold_momentum(steps, self.momentum, self.factor, self.offset)
 
     def restart(
-        self,
-        steps: Optional[int] = 0,
-        momentum: Optional[float] = None,
-        factor: Optional[float] = None,
+        self, steps: int | None = 0, momentum: float | None = None, factor: float | None = None
     ) -> None:
-        """Restart; see :meth:`mmema.RestartableExpMomentumEMA.restart`."""
+        """Restart; see :meth:`RestartableExpMomentumEMA.restart`."""
         self._restart(steps, momentum=momentum, factor=factor)
 
 
 @register_everywhere(MODELS)
-class RestartableAnnealingEMA(_WithMomentum):
-    """Average whose momentum falls like gamma over the counter, as MMEngine has it.
+class RestartableAnnealingEMA(Restartable):
+    """Restartable average whose momentum falls like gamma over the counter, as MMEngine has it.
 
     ``momentum(steps) = max(momentum, gamma / (gamma + steps))``
 
@@ -237,16 +328,8 @@ class RestartableAnnealingEMA(_WithMomentum):
         model: The model to average.
         momentum: Least weight of the new value, in (0, 1). Defaults to 0.0002.
         gamma: How slowly the momentum falls, in updates, above 0. Defaults to 100.
-        interval: Parameters are blended at every ``interval``-th update. Defaults to 1.
-        device: Where the average is kept. Defaults to None, the device of each tensor.
-        update_buffers: Whether float buffers are blended rather than copied. Defaults to False.
-        exclude: Names or patterns of tensors that are copied instead. Defaults to none.
-        skip_non_finite: Whether source tensors that are not finite are left out of that update.
-            Defaults to False.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range or the model cannot be copied.
+        interval, device, update_buffers, exclude, skip_non_finite: As in :class:`ExpMomentumEMA`,
+            errors too.
 
     Example:
         >>> import torch
@@ -256,10 +339,10 @@ class RestartableAnnealingEMA(_WithMomentum):
         >>> ema.current_momentum  # 3 / (3 + 1)
         0.75
 
-    Source: :func:`mmema.schedules.annealing_momentum`.
+    Source: :class:`mmema.schedules.AnnealingSchedule`.
     """
 
-    _LIVE = ('momentum', 'gamma')
+    schedule_type = schedules.AnnealingSchedule
 
     def __init__(
         self,
@@ -272,36 +355,21 @@ class RestartableAnnealingEMA(_WithMomentum):
         exclude: Sequence[str] = (),
         skip_non_finite: bool = False,
     ) -> None:
-        self.check_hyperparameters(gamma=gamma)
+        schedule = self.schedule_type(momentum, gamma)
         super().__init__(
-            model, momentum, interval, device, update_buffers, exclude, skip_non_finite
+            model, schedule, interval, device, update_buffers, exclude, skip_non_finite
         )
-        self.gamma = gamma
-
-    @staticmethod
-    def check_hyperparameters(
-        momentum: Optional[float] = None, gamma: Optional[float] = None
-    ) -> None:
-        """Raise TypeError or ValueError if a given value breaks its rule."""
-        check_momentum(momentum)
-        check_positive('gamma', gamma)
-
-    def momentum_at(self, steps: int) -> float:
-        return schedules.annealing_momentum(steps, self.momentum, self.gamma)
 
     def restart(
-        self,
-        steps: Optional[int] = 0,
-        momentum: Optional[float] = None,
-        gamma: Optional[float] = None,
+        self, steps: int | None = 0, momentum: float | None = None, gamma: float | None = None
     ) -> None:
-        """Restart; see :meth:`mmema.RestartableExpMomentumEMA.restart`."""
+        """Restart; see :meth:`RestartableExpMomentumEMA.restart`."""
         self._restart(steps, momentum=momentum, gamma=gamma)
 
 
 @register_everywhere(MODELS)
-class RestartablePowerRampEMA(_WithMomentum):
-    """Average whose momentum falls like a power of the counter, as diffusers and timm have it.
+class RestartablePowerRampEMA(Restartable):
+    """Restartable average whose momentum falls like a power of the counter, as diffusers has it.
 
     ``momentum(steps) = min(max((1 + steps / gamma) ** -power, momentum), max_momentum)``
 
@@ -311,16 +379,8 @@ class RestartablePowerRampEMA(_WithMomentum):
         gamma: Scale of the ramp in updates, above 0. Defaults to 1.
         power: How fast the momentum falls, above 0. Defaults to 2/3.
         max_momentum: Greatest weight of the new value, in (0, 1]. Defaults to 1.0.
-        interval: Parameters are blended at every ``interval``-th update. Defaults to 1.
-        device: Where the average is kept. Defaults to None, the device of each tensor.
-        update_buffers: Whether float buffers are blended rather than copied. Defaults to False.
-        exclude: Names or patterns of tensors that are copied instead. Defaults to none.
-        skip_non_finite: Whether source tensors that are not finite are left out of that update.
-            Defaults to False.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range or the model cannot be copied.
+        interval, device, update_buffers, exclude, skip_non_finite: As in :class:`ExpMomentumEMA`,
+            errors too.
 
     Example:
         >>> import torch
@@ -330,10 +390,10 @@ class RestartablePowerRampEMA(_WithMomentum):
         >>> ema.current_momentum  # the mean of two
         0.5
 
-    Source: :func:`mmema.schedules.power_ramp_momentum`.
+    Source: :class:`mmema.schedules.PowerRampSchedule`.
     """
 
-    _LIVE = ('momentum', 'gamma', 'power', 'max_momentum')
+    schedule_type = schedules.PowerRampSchedule
 
     def __init__(
         self,
@@ -348,48 +408,26 @@ class RestartablePowerRampEMA(_WithMomentum):
         exclude: Sequence[str] = (),
         skip_non_finite: bool = False,
     ) -> None:
-        self.check_hyperparameters(gamma=gamma, power=power, max_momentum=max_momentum)
+        schedule = self.schedule_type(momentum, gamma, power, max_momentum)
         super().__init__(
-            model, momentum, interval, device, update_buffers, exclude, skip_non_finite
-        )
-        self.gamma = gamma
-        self.power = power
-        self.max_momentum = max_momentum
-
-    @staticmethod
-    def check_hyperparameters(
-        momentum: Optional[float] = None,
-        gamma: Optional[float] = None,
-        power: Optional[float] = None,
-        max_momentum: Optional[float] = None,
-    ) -> None:
-        """Raise TypeError or ValueError if a given value breaks its rule."""
-        check_momentum(momentum)
-        check_positive('gamma', gamma)
-        check_positive('power', power)
-        if max_momentum is not None and not 0 < real('max_momentum', max_momentum) <= 1:
-            raise ValueError(f'max_momentum must be in (0, 1], got {max_momentum}')
-
-    def momentum_at(self, steps: int) -> float:
-        return schedules.power_ramp_momentum(
-            steps, self.momentum, self.gamma, self.power, self.max_momentum
+            model, schedule, interval, device, update_buffers, exclude, skip_non_finite
         )
 
     def restart(
         self,
-        steps: Optional[int] = 0,
-        momentum: Optional[float] = None,
-        gamma: Optional[float] = None,
-        power: Optional[float] = None,
-        max_momentum: Optional[float] = None,
+        steps: int | None = 0,
+        momentum: float | None = None,
+        gamma: float | None = None,
+        power: float | None = None,
+        max_momentum: float | None = None,
     ) -> None:
-        """Restart; see :meth:`mmema.RestartableExpMomentumEMA.restart`."""
+        """Restart; see :meth:`RestartableExpMomentumEMA.restart`."""
         self._restart(steps, momentum=momentum, gamma=gamma, power=power, max_momentum=max_momentum)
 
 
 @register_everywhere(MODELS)
 class RestartablePowerFunctionEMA(Restartable):
-    """Average whose width is a fixed share of the updates since the last restart.
+    """Restartable average whose width is a fixed share of the updates since the last restart.
 
     ``momentum(steps) = 1 - (1 - 1 / t) ** (gamma + 1)`` with ``t = steps / interval + 1`` and
     ``gamma`` from ``sigma_rel``
@@ -398,16 +436,8 @@ class RestartablePowerFunctionEMA(Restartable):
         model: The model to average.
         sigma_rel: Width as a share of the updates so far, above 0 and at most ``1 / sqrt(12)`` =
             0.2887. At 0.10 the last third of the updates has 96 % of the weight. Defaults to 0.10.
-        interval: Parameters are blended at every ``interval``-th update. Defaults to 1.
-        device: Where the average is kept. Defaults to None, the device of each tensor.
-        update_buffers: Whether float buffers are blended rather than copied. Defaults to False.
-        exclude: Names or patterns of tensors that are copied instead. Defaults to none.
-        skip_non_finite: Whether source tensors that are not finite are left out of that update.
-            Defaults to False.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range or the model cannot be copied.
+        interval, device, update_buffers, exclude, skip_non_finite: As in :class:`ExpMomentumEMA`,
+            errors too.
 
     Example:
         >>> import torch
@@ -418,10 +448,10 @@ class RestartablePowerFunctionEMA(Restartable):
         >>> round(ema.current_momentum, 4)  # 1 - 0.99 ** 7.94
         0.0767
 
-    Source: :func:`mmema.schedules.power_function_momentum`.
+    Source: :class:`mmema.schedules.PowerFunctionSchedule`.
     """
 
-    _LIVE = ('sigma_rel',)
+    schedule_type = schedules.PowerFunctionSchedule
 
     def __init__(
         self,
@@ -433,25 +463,67 @@ class RestartablePowerFunctionEMA(Restartable):
         exclude: Sequence[str] = (),
         skip_non_finite: bool = False,
     ) -> None:
-        self.check_hyperparameters(sigma_rel=sigma_rel)
-        super().__init__(model, interval, device, update_buffers, exclude, skip_non_finite)
-        self.sigma_rel = sigma_rel
-
-    @staticmethod
-    def check_hyperparameters(sigma_rel: Optional[float] = None) -> None:
-        """Raise TypeError or ValueError if a given value breaks its rule."""
-        most = schedules.power_function_sigma_rel(0)
-        if sigma_rel is not None and not 0 < real('sigma_rel', sigma_rel) <= most:
-            raise ValueError(
-                f'sigma_rel must be above 0 and at most 1 / sqrt(12) = {most:.4f}, the plain '
-                f'mean, got {sigma_rel}'
-            )
-
-    def momentum_at(self, steps: int) -> float:
-        return schedules.power_function_momentum(
-            steps // self.interval, _gamma_of(float(self.sigma_rel))
+        schedule = self.schedule_type(sigma_rel)
+        super().__init__(
+            model, schedule, interval, device, update_buffers, exclude, skip_non_finite
         )
 
-    def restart(self, steps: Optional[int] = 0, sigma_rel: Optional[float] = None) -> None:
-        """Restart; see :meth:`mmema.RestartableExpMomentumEMA.restart`."""
+    def restart(self, steps: int | None = 0, sigma_rel: float | None = None) -> None:
+        """Restart; see :meth:`RestartableExpMomentumEMA.restart`."""
         self._restart(steps, sigma_rel=sigma_rel)
+
+
+@register_everywhere(MODELS)
+class RestartableUniformAverage(Restartable):
+    """Plain mean of the weights at all updates since the last restart.
+
+    ``momentum(steps) = 1 / (1 + steps / interval)``
+
+    Begun with a restart in the last part of a training, this is SWA.
+
+    Args:
+        model: The model to average.
+        interval, device, update_buffers, exclude, skip_non_finite: As in :class:`ExpMomentumEMA`,
+            errors too.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> ema = RestartableUniformAverage(model)
+        >>> for value in (1.0, 2.0, 6.0):
+        ...     _ = torch.nn.init.constant_(model.weight, value)
+        ...     ema.update_parameters(model)
+        >>> ema.module.weight.item()
+        3.0
+
+    Source: :class:`mmema.schedules.UniformSchedule`.
+    """
+
+    schedule_type = schedules.UniformSchedule
+
+    def __init__(
+        self,
+        model: nn.Module,
+        interval: int = 1,
+        device: Device = None,
+        update_buffers: bool = False,
+        exclude: Sequence[str] = (),
+        skip_non_finite: bool = False,
+    ) -> None:
+        schedule = self.schedule_type()
+        super().__init__(
+            model, schedule, interval, device, update_buffers, exclude, skip_non_finite
+        )
+
+    def restart(self, steps: int = 0) -> None:
+        """Restart the mean.
+
+        Args:
+            steps: 0: the mean begins again. Above 0: the average so far counts as so many updates.
+                Defaults to 0.
+
+        Raises:
+            TypeError: If ``steps`` is no integer.
+            ValueError: If it is negative.
+        """
+        self._restart(steps)

@@ -1,11 +1,47 @@
-"""How much of the source enters the average: pure functions of the step counter."""
+"""Schedules: the momentum as a function of the step counter, each a frozen dataclass.
+
+A schedule is called with ``steps``, the updates since the last restart, and returns the weight m of
+the new value in ``avg <- (1 - m) avg + m src``. Its constructor checks every field and raises
+TypeError or ValueError.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from .arguments import check_choice, check_integer, check_momentum, check_number, check_positive
 
 
-def exp_momentum(steps: int, momentum: float, gamma: float) -> float:
+@dataclass(frozen=True)
+class Schedule:
+    """Base of the schedules.
+
+    Attributes:
+        name: The schedule's name in the state of an average.
+        fixed: Fields that stay as they are for the whole run.
+        counts_blends: Whether ``steps`` counts blends rather than updates, where an average is
+            blended only at every ``interval``-th update: true of schedules that are plain means at
+            their beginning.
+    """
+
+    name: ClassVar[str] = ''
+    fixed: ClassVar[tuple] = ()
+    counts_blends: ClassVar[bool] = False
+
+    def __call__(self, steps: int) -> float:
+        """Return the momentum of the update that finds the counter at ``steps``."""
+        raise NotImplementedError
+
+    @classmethod
+    def live_fields(cls) -> tuple:
+        """Return the names of the fields that a restart or an assignment can change."""
+        return tuple(field.name for field in fields(cls) if field.name not in cls.fixed)
+
+
+@dataclass(frozen=True)
+class ExpSchedule(Schedule):
     """Momentum that falls exponentially from 1 to ``momentum``.
 
     ``(1 - momentum) * exp(-(1 + steps) / gamma) + momentum``
@@ -14,48 +50,95 @@ def exp_momentum(steps: int, momentum: float, gamma: float) -> float:
     decay ``d * (1 - exp(-x / tau))`` of YOLOv5 and YOLOX.
 
     Args:
-        steps: Updates since the last restart, from 0.
-        momentum: Value at infinity, in (0, 1).
+        momentum: Value at infinity, in (0, 1). Defaults to 0.0002.
         gamma: Time constant in updates, above 0. The warm-up ends after about
             ``gamma * ln(1 / momentum)`` updates, where its share falls below ``momentum``.
-
-    Returns:
-        The weight of the new value in ``avg <- (1 - m) avg + m src``.
+            Defaults to 2000.
 
     Example:
-        >>> round(exp_momentum(0, momentum=0.0002, gamma=2000), 6)
+        >>> round(ExpSchedule(momentum=0.0002, gamma=2000)(0), 6)
         0.9995
-        >>> exp_momentum(10**6, momentum=0.0002, gamma=2000)
+        >>> ExpSchedule()(10**6)
         0.0002
 
     Source: ``ModelEMA`` of YOLOv5 (ultralytics) and ``ExpMomentumEMA`` of MMDetection.
     """
-    return (1 - momentum) * math.exp(-float(1 + steps) / gamma) + momentum
+
+    name: ClassVar[str] = 'exp'
+
+    momentum: float = 0.0002
+    gamma: float = 2000
+
+    def __post_init__(self) -> None:
+        check_momentum(self.momentum)
+        check_positive('gamma', self.gamma)
+
+    def __call__(self, steps: int) -> float:
+        warm_up = (1 - self.momentum) * math.exp(-float(1 + steps) / self.gamma)
+        return warm_up + self.momentum
 
 
-def constant_momentum(steps: int, momentum: float) -> float:
+@dataclass(frozen=True)
+class ConstantSchedule(Schedule):
     """Momentum that never changes.
 
     ``momentum``
 
     Args:
-        steps: Updates since the last restart; not used.
-        momentum: The value, in (0, 1): one minus the decay of other libraries.
-
-    Returns:
-        The weight of the new value in ``avg <- (1 - m) avg + m src``.
+        momentum: The value, in (0, 1): one minus the decay of other libraries. Defaults to 0.0002.
 
     Example:
-        >>> constant_momentum(500, momentum=0.0002)
+        >>> ConstantSchedule(momentum=0.0002)(500)
         0.0002
 
     Source: ``ExponentialMovingAverage`` of MMEngine and of torchvision's classification reference,
     ``ModelEmaV2`` of timm.
     """
-    return momentum
+
+    name: ClassVar[str] = 'constant'
+
+    momentum: float = 0.0002
+
+    def __post_init__(self) -> None:
+        check_momentum(self.momentum)
+
+    def __call__(self, steps: int) -> float:
+        return self.momentum
 
 
-def threshold_momentum(steps: int, momentum: float, factor: float = 10, offset: int = 1) -> float:
+@dataclass(frozen=True)
+class DebiasedSchedule(Schedule):
+    """Momentum of a constant-decay average that starts from zero and is debiased, as in Adam.
+
+    ``momentum / (1 - (1 - momentum) ** n)`` with ``n = steps + 1``
+
+    After n updates the i-th has a share in proportion to ``(1 - momentum) ** (n - i)``: at first
+    the average is the plain mean, later the exponential one.
+
+    Args:
+        momentum: Value at infinity, in (0, 1). Defaults to 0.0002.
+
+    Example:
+        >>> round(DebiasedSchedule(momentum=0.1)(1), 6)  # 0.1 / (1 - 0.81)
+        0.526316
+
+    Source: ``ModelEMA(ema_decay_type='normal')`` of PaddleDetection, ``zero_debias`` of TensorFlow.
+    """
+
+    name: ClassVar[str] = 'debiased'
+    counts_blends: ClassVar[bool] = True
+
+    momentum: float = 0.0002
+
+    def __post_init__(self) -> None:
+        check_momentum(self.momentum)
+
+    def __call__(self, steps: int) -> float:
+        return self.momentum / -math.expm1((steps + 1) * math.log1p(-self.momentum))
+
+
+@dataclass(frozen=True)
+class ThresholdSchedule(Schedule):
     """Momentum that falls like ``1 / n`` down to ``momentum``.
 
     ``max(momentum, (factor - 1) / (factor + n))`` with ``n = steps + offset``
@@ -63,53 +146,73 @@ def threshold_momentum(steps: int, momentum: float, factor: float = 10, offset: 
     It is one minus the decay ``min(d, (1 + n) / (factor + n))``.
 
     Args:
-        steps: Updates since the last restart, from 0.
-        momentum: The least value, in (0, 1).
+        momentum: The least value, in (0, 1). Defaults to 0.0002.
         factor: How slowly it falls, in updates, above 1. Defaults to 10.
         offset: n at the first update: 1 where the counter is raised before the decay is worked
             out (pytorch_ema, D2Go), 0 where after (PaddleDetection). Defaults to 1.
 
-    Returns:
-        The weight of the new value in ``avg <- (1 - m) avg + m src``.
-
     Example:
-        >>> round(threshold_momentum(1, momentum=0.0002), 6)  # 9 / 12
+        >>> round(ThresholdSchedule()(1), 6)  # 9 / 12
         0.75
-        >>> threshold_momentum(10**6, momentum=0.0002)
+        >>> ThresholdSchedule()(10**6)
         0.0002
 
     Source: ``tf.train.ExponentialMovingAverage(num_updates=n)`` of TensorFlow; pytorch_ema;
     ``DECAY_WARM_UP_FACTOR`` of D2Go.
     """
-    return max(momentum, (factor - 1) / (factor + steps + offset))
+
+    name: ClassVar[str] = 'threshold'
+    fixed: ClassVar[tuple] = ('offset',)
+
+    momentum: float = 0.0002
+    factor: float = 10
+    offset: int = 1
+
+    def __post_init__(self) -> None:
+        check_momentum(self.momentum)
+        check_number('factor', self.factor)
+        if not 1 < self.factor < math.inf:
+            raise ValueError(f'factor must be above 1 and finite, got {self.factor}')
+        check_integer('offset', self.offset, least=0)
+        check_choice('offset', self.offset, (0, 1))
+
+    def __call__(self, steps: int) -> float:
+        return max(self.momentum, (self.factor - 1) / (self.factor + steps + self.offset))
 
 
-def annealing_momentum(steps: int, momentum: float, gamma: float) -> float:
+@dataclass(frozen=True)
+class AnnealingSchedule(Schedule):
     """Momentum that falls like ``gamma / steps`` down to ``momentum``.
 
     ``max(momentum, gamma / (gamma + steps))``
 
     Args:
-        steps: Updates since the last restart, from 0.
         momentum: The least value, in (0, 1). It is reached after ``gamma (1 / momentum - 1)``
-            updates.
-        gamma: How slowly it falls, in updates, above 0.
-
-    Returns:
-        The weight of the new value in ``avg <- (1 - m) avg + m src``.
+            updates. Defaults to 0.0002.
+        gamma: How slowly it falls, in updates, above 0. Defaults to 100.
 
     Example:
-        >>> annealing_momentum(100, momentum=0.0002, gamma=100)
+        >>> AnnealingSchedule(gamma=100)(100)
         0.5
 
     Source: ``MomentumAnnealingEMA`` of MMEngine.
     """
-    return max(momentum, gamma / (gamma + steps))
+
+    name: ClassVar[str] = 'annealing'
+
+    momentum: float = 0.0002
+    gamma: float = 100
+
+    def __post_init__(self) -> None:
+        check_momentum(self.momentum)
+        check_positive('gamma', self.gamma)
+
+    def __call__(self, steps: int) -> float:
+        return max(self.momentum, self.gamma / (self.gamma + steps))
 
 
-def power_ramp_momentum(
-    steps: int, momentum: float, gamma: float, power: float, max_momentum: float = 1.0
-) -> float:
+@dataclass(frozen=True)
+class PowerRampSchedule(Schedule):
     """Momentum that falls like a power of the counter down to ``momentum``.
 
     ``min(max((1 + steps / gamma) ** -power, momentum), max_momentum)``
@@ -117,49 +220,100 @@ def power_ramp_momentum(
     With ``gamma = power = 1`` and no floor this is the plain mean of all updates.
 
     Args:
-        steps: Updates since the last restart, from 0.
-        momentum: The least value, in (0, 1).
-        gamma: Scale of the ramp in updates, above 0.
+        momentum: The least value, in (0, 1). Defaults to 0.0001.
+        gamma: Scale of the ramp in updates, above 0. Defaults to 1.
         power: How fast it falls, above 0: 2/3 reaches 0.001 after 31,600 updates at gamma 1, 3/4
-            after 10,000.
+            after 10,000. Defaults to 2/3.
         max_momentum: The greatest value, in (0, 1]: one minus the ``min_decay`` of other
             libraries. Defaults to 1.0.
 
-    Returns:
-        The weight of the new value in ``avg <- (1 - m) avg + m src``.
-
     Example:
-        >>> round(power_ramp_momentum(7, momentum=0.0001, gamma=1, power=2 / 3), 6)  # 8 ** (-2 / 3)
+        >>> round(PowerRampSchedule()(7), 6)  # 8 ** (-2 / 3)
         0.25
 
     Source: ``EMAModel(use_ema_warmup=True)`` of diffusers, ``ModelEmaV3(use_warmup=True)`` of timm;
     both after K. Crowson's EMAWarmup.
     """
-    return min(max((1 + steps / gamma) ** -power, momentum), max_momentum)
+
+    name: ClassVar[str] = 'power_ramp'
+
+    momentum: float = 0.0001
+    gamma: float = 1
+    power: float = 2 / 3
+    max_momentum: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_momentum(self.momentum)
+        check_positive('gamma', self.gamma)
+        check_positive('power', self.power)
+        check_number('max_momentum', self.max_momentum)
+        if not 0 < self.max_momentum <= 1:
+            raise ValueError(f'max_momentum must be in (0, 1], got {self.max_momentum}')
+
+    def __call__(self, steps: int) -> float:
+        ramp = (1 + steps / self.gamma) ** -self.power
+        return min(max(ramp, self.momentum), self.max_momentum)
 
 
-def power_function_momentum(steps: int, gamma: float) -> float:
+@dataclass(frozen=True)
+class PowerFunctionSchedule(Schedule):
     """Momentum whose averages weigh update t in proportion to ``t ** gamma``.
 
-    ``1 - (1 - 1 / t) ** (gamma + 1)`` with ``t = steps + 1``
+    ``1 - (1 - 1 / t) ** (gamma + 1)`` with ``t = steps + 1`` and ``gamma`` from ``sigma_rel``
 
     The width of such an average grows with the length of training, so it needs no floor.
 
     Args:
-        steps: Updates since the last restart, from 0, where the value is 1.
-        gamma: Exponent of the power function, at least 0; see :func:`power_function_gamma`.
-
-    Returns:
-        The weight of the new value in ``avg <- (1 - m) avg + m src``.
+        sigma_rel: Width as a share of the updates so far, above 0 and at most ``1 / sqrt(12)`` =
+            0.2887, which is the plain mean's; see :func:`power_function_gamma`. At 0.10 the last
+            third of the updates has 96 % of the weight. Defaults to 0.10.
 
     Example:
-        >>> round(power_function_momentum(9, gamma=1), 6)  # 1 - 0.9 ** 2
-        0.19
+        >>> round(PowerFunctionSchedule(sigma_rel=0.10)(99), 4)  # 1 - 0.99 ** 7.94
+        0.0767
 
     Source: Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models",
     2023, section 3.1.
     """
-    return 1 - (1 - 1 / (steps + 1)) ** (gamma + 1)
+
+    name: ClassVar[str] = 'power_function'
+    counts_blends: ClassVar[bool] = True
+
+    sigma_rel: float = 0.10
+
+    def __post_init__(self) -> None:
+        check_number('sigma_rel', self.sigma_rel)
+        most = power_function_sigma_rel(0)
+        if not 0 < self.sigma_rel <= most:
+            raise ValueError(
+                f'sigma_rel must be above 0 and at most 1 / sqrt(12) = {most:.4f}, the plain '
+                f'mean, got {self.sigma_rel}'
+            )
+        object.__setattr__(self, '_gamma', power_function_gamma(self.sigma_rel))
+
+    def __call__(self, steps: int) -> float:
+        return 1 - (1 - 1 / (steps + 1)) ** (self._gamma + 1)
+
+
+@dataclass(frozen=True)
+class UniformSchedule(Schedule):
+    """Momentum of the plain mean of all updates since the last restart.
+
+    ``1 / (1 + steps)``
+
+    Example:
+        >>> UniformSchedule()(3)
+        0.25
+
+    Source: Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization",
+    2018 (SWA); torch's ``AveragedModel`` and MMEngine's ``StochasticWeightAverage``.
+    """
+
+    name: ClassVar[str] = 'uniform'
+    counts_blends: ClassVar[bool] = True
+
+    def __call__(self, steps: int) -> float:
+        return 1 / (1 + steps)
 
 
 def power_function_sigma_rel(gamma: float) -> float:
@@ -211,30 +365,6 @@ def power_function_gamma(sigma_rel: float) -> float:
     return low
 
 
-def debiased_momentum(steps: int, momentum: float) -> float:
-    """Momentum of a constant-decay average that starts from zero and is debiased, as in Adam.
-
-    ``momentum / (1 - (1 - momentum) ** n)`` with ``n = steps + 1``
-
-    After n updates the i-th has a share in proportion to ``(1 - momentum) ** (n - i)``: at first
-    the average is the plain mean, later the exponential one.
-
-    Args:
-        steps: Updates since the last restart, from 0, where the value is 1.
-        momentum: Value at infinity, in (0, 1).
-
-    Returns:
-        The weight of the new value in ``avg <- (1 - m) avg + m src``.
-
-    Example:
-        >>> round(debiased_momentum(1, momentum=0.1), 6)  # 0.1 / (1 - 0.81)
-        0.526316
-
-    Source: ``ModelEMA(ema_decay_type='normal')`` of PaddleDetection, ``zero_debias`` of TensorFlow.
-    """
-    return momentum / -math.expm1((steps + 1) * math.log1p(-momentum))
-
-
 def momentum_of_half_life(half_life: float) -> float:
     """Momentum at which the share of an update is halved every ``half_life`` updates.
 
@@ -252,4 +382,4 @@ def momentum_of_half_life(half_life: float) -> float:
 
     Source: ``ema_halflife_kimg`` of EDM (Karras et al. 2022).
     """
-    return -math.expm1(math.warn(0.5) / half_life)
+    return -math.expm1(math.log(0.5) / half_life)

@@ -21,7 +21,7 @@ from reference import ReferenceEMA, assert_close, blended_names, tensors_of
 from torch import nn
 from toys import Toy, seeded, shake
 
-from mmema import ExpMomentumEMA, RestartableExpMomentumEMA
+from mmema import ExpMomentumEMA, RestartableExpMomentumEMA, averaged_weights
 from mmema.update.pairs import pairs_of
 
 pytestmark = pytest.mark.usefixtures('both_ways')
@@ -368,6 +368,27 @@ def test_a_removed_or_added_layer_is_an_error_that_names_it():
     with pytest.raises(ValueError, match=r"'anchors' is \(2, 2\) in the average and \(5,\)"):
         ema.update_parameters(model)
     assert ema.steps == 1
+
+
+@since_torch_2_1('cannot assign a state')
+def test_tied_parameters_of_a_source_that_assigned_its_own_state_are_one():
+    # Assigned, they are two Parameters in one memory; that was refused as 'two in the source now'.
+    model = nn.Module()
+    model.a, model.b = one_weight(0.0), one_weight(0.0)
+    model.b.weight = model.a.weight
+    ema = ExpMomentumEMA(model, momentum=0.25, gamma=0.01)
+    ema.update_parameters(model)
+    model.load_state_dict(model.state_dict(), assign=True)
+    assert model.a.weight is not model.b.weight
+    for value, expected in ((4.0, 1.0), (5.0, 2.0)):
+        nn.init.constant_(model.a.weight, value)
+        ema.update_parameters(model)
+        assert ema.module.a.weight.item() == ema.module.b.weight.item() == expected
+    with averaged_weights(model, ema):
+        assert model.a.weight.item() == model.b.weight.item() == 2.0
+    model.b.weight.data = torch.full((1, 1), 9.0)  # untied: nothing but its address tells
+    with pytest.raises(ValueError, match='were one tied tensor'):
+        ema.update_parameters(model)
 
 
 def test_untied_parameters_are_an_error():

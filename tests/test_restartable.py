@@ -1,4 +1,4 @@
-"""The other schedules against their originals, and docs/migration.md row by row."""
+"""The restartable averages against their originals, and docs/migration.md row by row."""
 
 import math
 import re
@@ -25,8 +25,10 @@ CLASSES = {
     'RestartableAnnealingEMA': {'momentum': 0.01, 'gamma': 20},
     'RestartablePowerRampEMA': {'momentum': 0.01},
     'RestartablePowerFunctionEMA': {'sigma_rel': 0.1},
+    'RestartableUniformAverage': {},
 }
 ALL = pytest.mark.parametrize('name', CLASSES)
+LIVE = pytest.mark.parametrize('name', [name for name, live in CLASSES.items() if live])
 
 
 def one_weight(value=0.0):
@@ -318,10 +320,12 @@ def slow_momentum(name, steps, interval):
         return max(0.01, 20 / (20 + steps))
     if name == 'RestartablePowerRampEMA':
         return max(0.01, (1 + steps) ** (-2 / 3))
+    if name == 'RestartableUniformAverage':
+        return 1 / (1 + blends)
     return 1 - (1 - 1 / (blends + 1)) ** 7.937203937601809
 
 
-@ALL
+@LIVE
 def test_the_live_values_and_the_restarts_come_back_with_the_state(name):
     live = next(iter(CLASSES[name]))
     ema, model = made(name), one_weight()
@@ -335,9 +339,9 @@ def test_the_live_values_and_the_restarts_come_back_with_the_state(name):
     assert deepcopy(ema).current_momentum == ema.current_momentum
 
 
-@ALL
+@LIVE
 def test_assigning_a_live_value_changes_the_next_update(name):
-    for live in made(name)._LIVE:
+    for live in made(name).hyperparameters:
         ema = made(name)
         ema.steps.fill_(30)
         values = {
@@ -396,7 +400,7 @@ def test_bare_name_resolves_in_the_scope_of_a_library(name, library):
     assert registry.MODELS.get(name) is getattr(mmema, name)
 
 
-@ALL
+@LIVE
 @pytest.mark.parametrize('value', [0, 1, -0.1, 1.5, float('nan'), '0.1', True])
 def test_bad_values_are_refused_with_rule_and_value(name, value):
     live = next(iter(CLASSES[name]))
@@ -432,3 +436,103 @@ def test_misspelt_arguments_are_refused(name):
         made(name, momentun=0.1)
     with pytest.raises(TypeError, match='momentun'):
         made(name).restart(momentun=0.1)
+
+
+# --- the uniform average -----------------------------------------------------------------------
+
+
+def test_the_uniform_average_is_torchs_averaged_model():
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).double()
+    ours = mmema.RestartableUniformAverage(model)
+    theirs = torch.optim.swa_utils.AveragedModel(model)
+    random = seeded(2)
+    for _ in range(7):
+        shake(model, random)
+        ours.update_parameters(model)
+        theirs.update_parameters(model)
+    for mine, other in zip(ours.module.parameters(), theirs.module.parameters()):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('interval', [1, 2])
+def test_begun_with_a_restart_the_uniform_average_is_swa(interval):
+    model = one_weight()
+    ema = mmema.RestartableUniformAverage(model, interval=interval)
+    for value in (100.0, 50.0, 7.0, 1.0, 3.0, 8.0):
+        if value == 7.0:
+            ema.restart()
+        nn.init.constant_(model.weight, value)
+        ema.update_parameters(model)
+    # since the restart 7, 1, 3, 8; with interval 2 those at steps 0 and 2
+    assert ema.module.weight.item() == pytest.approx(19 / 4 if interval == 1 else 5.0)
+
+
+def test_a_soft_restart_of_the_uniform_average_weighs_the_mean_so_far():
+    model = one_weight(8.0)
+    ema = mmema.RestartableUniformAverage(model)
+    for _ in range(100):
+        ema.update_parameters(model)
+    ema.restart(steps=3)
+    nn.init.constant_(model.weight, 0.0)
+    ema.update_parameters(model)
+    assert ema.module.weight.item() == pytest.approx(6.0)  # 3/4 of 8
+    with pytest.raises(ValueError, match='must change one of none'):
+        ema.restart(steps=None)
+    with pytest.raises(TypeError, match='momentum'):
+        ema.restart(momentum=0.1)
+
+
+# --- the schedule in the state -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize('strict', [False, True])
+@pytest.mark.parametrize('nested', [False, True])
+def test_a_state_of_another_schedule_is_an_error_that_names_both(strict, nested):
+    # It was 'All keys matched': exp and annealing have the same live values.
+    model = one_weight()
+    state = mmema.RestartableExpMomentumEMA(model).state_dict()
+    others = [made('RestartableAnnealingEMA'), made('RestartableConstantEMA')]
+    for ema in others:
+        target, given = (nn.ModuleList([ema]), {f'0.{k}': v for k, v in state.items()})
+        if not nested:
+            target, given = ema, state
+        with pytest.raises(RuntimeError, match=f"state has 'exp' and {type(ema).__name__} has"):
+            target.load_state_dict(given, strict=strict)
+    annealing = made('RestartableAnnealingEMA').state_dict()
+    with pytest.raises(RuntimeError, match="'annealing' and ExpMomentumEMA has 'exp'"):
+        mmema.ExpMomentumEMA(model).load_state_dict(annealing, strict=strict)
+
+
+def test_the_state_keeps_changed_by_name():
+    ema = mmema.RestartableExpMomentumEMA(one_weight(), momentum=0.1, gamma=5)
+    ema.gamma = 7
+    state = ema.state_dict()
+    assert bytes(state['schedule'].tolist()) == b'exp'
+    assert (state['changed.momentum'].item(), state['changed.gamma'].item()) == (False, True)
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+
+
+def test_a_state_of_0_1_0_still_loads():
+    # It kept `changed` as one tensor, by position, and no schedule.
+    ema = mmema.RestartableExpMomentumEMA(one_weight(), momentum=0.1, gamma=5)
+    ema.restart(steps=4, gamma=7)
+    state = ema.state_dict()
+    old = {k: v for k, v in state.items() if k != 'schedule' and not k.startswith('changed')}
+    old['changed'] = torch.tensor([False, True])
+    twin = mmema.RestartableExpMomentumEMA(one_weight(), momentum=0.2, gamma=9)
+    twin.load_state_dict(old)
+    assert (int(twin.steps), twin.momentum, twin.gamma, twin.restarts) == (4, 0.2, 7, 1)
+
+
+def test_a_restart_can_be_checked_beforehand():
+    ema = mmema.RestartableExpMomentumEMA(one_weight(), momentum=0.1, gamma=5)
+    ema.check_restart(0, gamma=7)
+    for steps, changes, message in (
+        (0, {'sigma_rel': 0.1}, 'can only change .* got sigma_rel; it has momentum, gamma'),
+        (None, {}, 'must change one of momentum, gamma'),
+        (-1, {}, 'steps must be at least 0, got -1'),
+        (0, {'momentum': 1.0}, r'momentum must be in \(0, 1\), got 1.0'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ema.check_restart(steps, **changes)
+    assert (ema.restarts, ema.hyperparameters) == (0, {'momentum': 0.1, 'gamma': 5})

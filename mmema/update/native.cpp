@@ -1,6 +1,6 @@
-// What an update does to hundreds of tensors in main memory, without going through Python for each:
-// see whether all is as it was, blend, copy. The arithmetic is torch's own kernel, so that every
-// number is the same as without this file.
+// Staleness check, blend and copy of hundreds of tensors in main memory, without going through
+// Python for each. The arithmetic is torch's own kernel, so that every number is the same as without
+// this file.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/from_blob.h>
@@ -9,6 +9,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <stdexcept>
 #include <vector>
@@ -17,7 +18,7 @@ namespace py = pybind11;
 
 namespace {
 
-// What can change while a tensor stays itself and would lead an update astray.
+// The properties of a tensor that can change while it stays the same object.
 struct Kind {
   c10::DispatchKeySet keys;  // a subclass, negative or conjugate where it is read, and the like
   int64_t numel;
@@ -47,8 +48,7 @@ char* address(const at::Tensor& tensor) {
   return start + impl->storage_offset() * impl->itemsize();
 }
 
-// Python objects are kept as bare pointers, and whoever makes one of the classes below keeps them
-// alive. A reference from C++ would be one that torch.utils.swap_tensors refuses, and taking and
+// Python objects are kept as bare pointers; the caller of the classes below keeps them alive. A reference from C++ would be one that torch.utils.swap_tensors refuses, and taking and
 // dropping the only one goes through Python's lock, for which the threads would queue.
 std::vector<PyObject*> pointers(const py::list& objects) {
   std::vector<PyObject*> all;
@@ -56,12 +56,12 @@ std::vector<PyObject*> pointers(const py::list& objects) {
   return all;
 }
 
-// Training drives all these objects out of the nearer caches. A look that asks for those ahead
+// Training evicts all these objects from the nearer caches. A check that prefetches those ahead
 // takes half as long as one that waits for each. Inlined by force: a compiler would take a function
-// that only asks for one that does nothing, and leave its calls out.
+// that only prefetches for one that does nothing, and leave its calls out.
 #define INLINED inline __attribute__((always_inline))
 
-INLINED void ask_for(const void* start) {
+INLINED void prefetch(const void* start) {
   __builtin_prefetch(start);
   __builtin_prefetch(static_cast<const char*>(start) + 64);
 }
@@ -78,11 +78,11 @@ class Tensors {
   const Kind& kind(size_t i) const { return kinds_[i]; }
   bool is_same(size_t i) const { return Kind((*this)[i]) == kinds_[i]; }
 
-  INLINED void ask_after(size_t i) const {
-    if (i + 32 < size()) ask_for(objects_[i + 32]);
-    if (i + 16 < size()) ask_for(impl(i + 16));
-    if (i + 16 < size()) ask_for(reinterpret_cast<const char*>(impl(i + 16)) + 128);
-    if (i + 8 < size()) ask_for(impl(i + 8)->unsafe_storage().unsafeGetStorageImpl());
+  INLINED void prefetch_after(size_t i) const {
+    if (i + 32 < size()) prefetch(objects_[i + 32]);
+    if (i + 16 < size()) prefetch(impl(i + 16));
+    if (i + 16 < size()) prefetch(reinterpret_cast<const char*>(impl(i + 16)) + 128);
+    if (i + 8 < size()) prefetch(impl(i + 8)->unsafe_storage().unsafeGetStorageImpl());
   }
 
  private:
@@ -92,11 +92,11 @@ class Tensors {
   std::vector<Kind> kinds_;
 };
 
-// Whether two module trees hold the objects, and their tensors the memory, that they held when the
-// watch was made.
-class Watch {
+// Whether two module trees hold the same objects, and their tensors the same memory, as when the
+// check was made.
+class StalenessCheck {
  public:
-  Watch(const py::list& dicts, const py::list& averages, const py::list& sources)
+  StalenessCheck(const py::list& dicts, const py::list& averages, const py::list& sources)
       : dicts_(pointers(dicts)), averages_(averages), sources_(sources) {
     for (PyObject* dict : dicts_) {
       sizes_.push_back(PyDict_Size(dict));
@@ -113,8 +113,8 @@ class Watch {
   bool same_objects() const {
     auto expected = objects_.begin();
     for (size_t i = 0; i < dicts_.size(); ++i) {
-      if (i + 32 < dicts_.size()) ask_for(dicts_[i + 32]);
-      if (i + 16 < dicts_.size()) ask_for(entries_of(dicts_[i + 16]));
+      if (i + 32 < dicts_.size()) prefetch(dicts_[i + 32]);
+      if (i + 16 < dicts_.size()) prefetch(entries_of(dicts_[i + 16]));
       if (PyDict_Size(dicts_[i]) != sizes_[i]) return false;
       PyObject *key, *value;
       Py_ssize_t position = 0;
@@ -127,8 +127,8 @@ class Watch {
 
   bool same_tensors() const {
     for (size_t i = 0; i < averages_.size(); ++i) {
-      averages_.ask_after(i);
-      sources_.ask_after(i);
+      averages_.prefetch_after(i);
+      sources_.prefetch_after(i);
       if (!averages_.is_same(i) || !sources_.is_same(i) || address(averages_[i]) != addresses_[i] ||
           averages_[i].sizes() != sources_[i].sizes()) {
         return false;
@@ -149,46 +149,49 @@ class Watch {
 
 #ifdef _OPENMP  // without it torch's parallel_for, compiled here, would be one thread
 
-// Numbers of an average that lie in a row, and those that they follow.
-struct Row {
+// Consecutive numbers of an average, and those of the source that they follow.
+struct Range {
   char* average;
   char* source;
   int64_t numel;
 };
 
-// Calls torch's kernel: for a long row as it is, for short ones gathered, since a call takes as
+// Calls torch's kernel: for a long range as it is, for short ones gathered, since a call takes as
 // long as blending a thousand numbers.
 class Blend {
  public:
   Blend(at::ScalarType dtype, double momentum)
       : dtype_(dtype), size_(at::elementSize(dtype)), momentum_(momentum) {}
 
-  void take(const Row& row) {
-    if (row.numel > kShort) return lerp(row.average, row.source, row.numel);
-    const int64_t bytes = row.numel * size_;
+  void take(const Range& range) {
+    if (range.numel > kShort) return lerp(range.average, range.source, range.numel);
+    const int64_t bytes = range.numel * size_;
     if (filled_ + bytes > kRoom) finish();
-    std::memcpy(averages_ + filled_, row.average, bytes);
-    std::memcpy(sources_ + filled_, row.source, bytes);
+    std::memcpy(averages_ + filled_, range.average, bytes);
+    std::memcpy(sources_ + filled_, range.source, bytes);
     filled_ += bytes;
-    gathered_.push_back(row);
+    gathered_.push_back(range);
   }
 
   void finish() {
     if (filled_ > 0) lerp(averages_, sources_, filled_ / size_);
     const char* start = averages_;
-    for (const Row& row : gathered_) {
-      std::memcpy(row.average, start, row.numel * size_);
-      start += row.numel * size_;
+    for (const Range& range : gathered_) {
+      std::memcpy(range.average, start, range.numel * size_);
+      start += range.numel * size_;
     }
     gathered_.clear();
     filled_ = 0;
   }
 
+  int64_t calls() const { return calls_; }
+
  private:
   static constexpr int64_t kShort = 512;     // numbers
   static constexpr int64_t kRoom = 1 << 13;  // bytes
 
-  void lerp(char* average, char* source, int64_t numel) const {
+  void lerp(char* average, char* source, int64_t numel) {
+    ++calls_;
     at::Tensor blended = at::from_blob(average, {numel}, dtype_);
     at::cpu::lerp_(blended, at::from_blob(source, {numel}, dtype_), momentum_);
   }
@@ -198,33 +201,38 @@ class Blend {
   const double momentum_;
   alignas(64) char averages_[kRoom];
   alignas(64) char sources_[kRoom];
-  std::vector<Row> gathered_;
+  std::vector<Range> gathered_;
   int64_t filled_ = 0;  // bytes
+  int64_t calls_ = 0;
 };
 
-// Pairs of contiguous tensors in main memory, all of one dtype; valid while a watch over them
-// holds.
-class Rows {
+// Pairs of contiguous tensors in main memory, all of one dtype; valid while a staleness check of
+// them holds.
+class ContiguousPairs {
  public:
-  Rows(const py::list& averages, const py::list& sources)
+  ContiguousPairs(const py::list& averages, const py::list& sources)
       : averages_(averages), sources_(sources), dtype_(averages_.kind(0).dtype) {
     for (size_t i = 0; i < averages_.size(); ++i) {
       ends_.push_back(total() + averages_.kind(i).numel);
     }
   }
 
-  void lerp(double momentum) const {
-    each_share([this, momentum](const std::vector<Row>& rows) {
+  // Returns how often torch's kernel was called: no dispatcher, and so no profiler, sees it.
+  int64_t lerp(double momentum) const {
+    std::atomic<int64_t> calls{0};
+    each_share([this, momentum, &calls](const std::vector<Range>& ranges) {
       Blend blend(dtype_, momentum);
-      for (const Row& row : rows) blend.take(row);
+      for (const Range& range : ranges) blend.take(range);
       blend.finish();
+      calls += blend.calls();
     });
+    return calls;
   }
 
   void copy() const {
     const int64_t size = at::elementSize(dtype_);
-    each_share([size](const std::vector<Row>& rows) {
-      for (const Row& row : rows) std::memcpy(row.average, row.source, row.numel * size);
+    each_share([size](const std::vector<Range>& ranges) {
+      for (const Range& range : ranges) std::memcpy(range.average, range.source, range.numel * size);
     });
   }
 
@@ -234,42 +242,42 @@ class Rows {
   // Every thread gets an equal share of the numbers: one fork for all tensors, none left waiting.
   template <typename Function>
   void each_share(const Function& function) const {
-    const std::vector<Row> rows = rows_now();
+    const std::vector<Range> ranges = ranges_now();
     py::gil_scoped_release release;
     const int64_t threads = at::get_num_threads();
     const int64_t share = std::max<int64_t>(1 << 15, (total() + threads - 1) / threads);
     at::parallel_for(0, total(), share, [&](int64_t begin, int64_t end) {
-      function(share_of(rows, begin, end));
+      function(share_of(ranges, begin, end));
     });
   }
 
   // The averages are about to change, and autograd is told.
-  std::vector<Row> rows_now() const {
-    std::vector<Row> rows;
-    rows.reserve(averages_.size());
+  std::vector<Range> ranges_now() const {
+    std::vector<Range> ranges;
+    ranges.reserve(averages_.size());
     for (size_t i = 0; i < averages_.size(); ++i) {
       if (!averages_.is_same(i) || !sources_.is_same(i)) {
         throw std::runtime_error(
-            "a tensor was changed between the look at it and the update. Update the average while "
-            "no other thread changes the model or the average.");
+            "a tensor was changed between its staleness check and the update. Update the average "
+            "while no other thread changes the model or the average.");
       }
-      rows.push_back({address(averages_[i]), address(sources_[i]), averages_.kind(i).numel});
+      ranges.push_back({address(averages_[i]), address(sources_[i]), averages_.kind(i).numel});
     }
     for (size_t i = 0; i < averages_.size(); ++i) {
       averages_[i].unsafeGetTensorImpl()->bump_version();
     }
-    return rows;
+    return ranges;
   }
 
-  std::vector<Row> share_of(const std::vector<Row>& rows, int64_t begin, int64_t end) const {
+  std::vector<Range> share_of(const std::vector<Range>& ranges, int64_t begin, int64_t end) const {
     const int64_t size = at::elementSize(dtype_);
-    std::vector<Row> share;
+    std::vector<Range> share;
     size_t i = std::upper_bound(ends_.begin(), ends_.end(), begin) - ends_.begin();
     for (; begin < end; ++i) {
-      const int64_t skipped = begin - (ends_[i] - rows[i].numel);
+      const int64_t skipped = begin - (ends_[i] - ranges[i].numel);
       const int64_t stop = std::min(end, ends_[i]);
       share.push_back(
-          {rows[i].average + skipped * size, rows[i].source + skipped * size, stop - begin});
+          {ranges[i].average + skipped * size, ranges[i].source + skipped * size, stop - begin});
       begin = stop;
     }
     return share;
@@ -285,13 +293,13 @@ class Rows {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  py::class_<Watch>(module, "Watch")
+  py::class_<StalenessCheck>(module, "StalenessCheck")
       .def(py::init<const py::list&, const py::list&, const py::list&>())
-      .def("holds", &Watch::holds);
+      .def("holds", &StalenessCheck::holds);
 #ifdef _OPENMP
-  py::class_<Rows>(module, "Rows")
+  py::class_<ContiguousPairs>(module, "ContiguousPairs")
       .def(py::init<const py::list&, const py::list&>())
-      .def("lerp", &Rows::lerp)
-      .def("copy", &Rows::copy);
+      .def("lerp", &ContiguousPairs::lerp)
+      .def("copy", &ContiguousPairs::copy);
 #endif
 }

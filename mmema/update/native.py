@@ -1,4 +1,4 @@
-"""The inner part of an update in main memory, compiled where a user asked for it.
+"""Compiled part: staleness check, blend and copy in main memory, built where a user asked for it.
 
 ``python -m mmema.build_native`` compiles ``native.cpp`` into the user's cache folder. Without it
 the same is done in Python, with the same results; an update takes longer then.

@@ -1,17 +1,12 @@
-"""The tensors of a model by name, its averaged copy, which tensor follows which, and copying."""
+"""Names and pairs: the tensors of a model by canonical name, and which of them follow which."""
 
 from __future__ import annotations
 
-from copy import deepcopy
-from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Tuple
 
 import torch
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-
-_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
-_SMALL = 2**12  # elements; norms and biases of all usual layers
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -29,80 +24,6 @@ def named_tensors(model: nn.Module) -> Iterator[Tuple[str, Tensor, bool]]:
         yield name, buffer, True
 
 
-def averaged_copy(model: nn.Module, device: Optional[torch.device]) -> nn.Module:
-    """Copy a model so that every tensor is its own, on ``device``, and exists there only once.
-
-    Sixteen-bit tensors become float32: at a momentum of 2e-4 a bf16 or fp16 average would round
-    every step away and never move.
-    """
-    memo = {}
-    for name, tensor, is_buffer in named_tensors(model):
-        if id(tensor) not in memo:
-            memo[id(tensor)] = _own_copy(name, tensor, is_buffer, device)
-    _lay_end_to_end([*memo.values()])
-    try:
-        copied = deepcopy(model, memo)
-    except Exception as error:
-        raise ValueError(
-            'the model must be deep-copyable to be averaged, but '
-            f'{_first_uncopyable(model, memo)} is not ({error}). Make it a buffer, or detach it.'
-        ) from error
-    return copied.requires_grad_(False)
-
-
-def _own_copy(name: str, tensor: Tensor, is_buffer: bool, device: Optional[torch.device]) -> Tensor:
-    if is_lazy(tensor):
-        raise ValueError(
-            f'the model must have all its tensors to be averaged, but {name!r} is lazy and has no '
-            'shape yet. Run one forward pass first.'
-        )
-    if tensor.layout != torch.strided:
-        raise ValueError(
-            f'the model must have dense tensors to be averaged, but {name!r} is {tensor.layout}. '
-            'Make it dense, or an attribute that is no buffer.'
-        )
-    device = tensor.device if device is None else device
-    dtype = torch.float32 if tensor.dtype in _SIXTEEN_BITS else tensor.dtype
-    same = (dtype, device) == (tensor.dtype, tensor.device)
-    if is_buffer:
-        return tensor.detach().clone() if same else tensor.detach().to(device, dtype)
-    if same:
-        return deepcopy(tensor)  # keeps what a subclass of Parameter adds
-    return nn.Parameter(tensor.detach().to(device, dtype), requires_grad=False)
-
-
-def _lay_end_to_end(tensors: List[Tensor]) -> None:
-    """Move the small vectors on the CPU into one storage for each dtype.
-
-    Norms and biases are two thirds of a detector's tensors and half a percent of its weights: as
-    slices of one tensor they are blended by a few operators instead of hundreds.
-    """
-    vectors: Dict[torch.dtype, List[Tensor]] = {}
-    for tensor in tensors:
-        if is_small_vector(tensor):
-            vectors.setdefault(tensor.dtype, []).append(tensor)
-    for group in vectors.values():
-        flat = torch.cat([tensor.detach() for tensor in group])
-        for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group])):
-            tensor.data = part
-
-
-def is_small_vector(tensor: Tensor) -> bool:
-    return tensor.dim() == 1 and 0 < tensor.numel() <= _SMALL and tensor.device.type == 'cpu'
-
-
-def _first_uncopyable(model: nn.Module, memo: dict) -> str:
-    for prefix, module in model.named_modules():
-        for key, value in vars(module).items():
-            if key in ('_parameters', '_buffers', '_modules'):
-                continue
-            try:
-                deepcopy(value, dict(memo))
-            except Exception:
-                return repr(f'{prefix}.{key}' if prefix else key)
-    return 'one of its attributes'
-
-
 class Pair(NamedTuple):
     """One tensor of the average and the tensor of the source that it follows."""
 
@@ -112,7 +33,7 @@ class Pair(NamedTuple):
 
 
 def pairs_of(average: nn.Module, source: nn.Module) -> Iterator[Tuple[Pair, bool]]:
-    """Yield (pair, whether it is a buffer), each tensor of the average once.
+    """Yield (pair, whether it is a buffer) for each tensor of the average and of the source.
 
     Raises:
         ValueError: If the two do not have the same tensors, by name and shape.
@@ -131,16 +52,24 @@ def pairs_of(average: nn.Module, source: nn.Module) -> Iterator[Tuple[Pair, bool
                 'source. Make a new averaged model after changing the layers.'
             )
         known = followed.setdefault(id(tensor), pair)
-        if known.source is not pair.source:
+        if memory_of(known.source) != memory_of(pair.source):
             raise ValueError(
                 f'{known.name!r} and {pair.name!r} were one tied tensor when the average was made '
                 'and are two in the source now. Make a new averaged model after untying them.'
             )
-        # After load_state_dict(assign=True) tied tensors are two objects in one place.
-        place = tensor.data_ptr(), id(pair.source)
-        if place not in yielded:
-            yielded.add(place)
+        # After load_state_dict(assign=True) tied tensors are two objects in one memory.
+        key = memory_of(tensor), id(pair.source)
+        if key not in yielded:
+            yielded.add(key)
             yield pair, is_buffer
+
+
+def memory_of(tensor: Tensor) -> tuple:
+    """Return a key that two tensors share if they are the same numbers in the same memory."""
+    address = tensor.data_ptr()
+    if address == 0:  # on the meta device, or empty
+        return (id(tensor),)
+    return address, tensor.dtype, tensor.shape, tensor.stride()
 
 
 def canonical_name(name: str) -> str:

@@ -35,7 +35,7 @@ def test_a_source_of_another_dtype_goes_through_conversion(dtype, update_buffers
     model.to(dtype)
     follows_the_reference(model, ema, blended_names(model, update_buffers), rtol=1e-2)
     assert ema.module.conv.weight.dtype == torch.float32
-    assert len(ema._pairing.blending.unlike) > 0
+    assert len(ema._follower._blended.single) > 0
 
 
 @BUFFERS
@@ -43,8 +43,8 @@ def test_named_and_unnamed_cpu_are_one(update_buffers):
     model = Toy()
     ema = ExpMomentumEMA(model, 0.1, 3, device='cpu', update_buffers=update_buffers)
     ema.update_parameters(model)
-    assert not ema._pairing.blending.unlike
-    assert not ema._pairing.copying.unlike
+    assert not ema._follower._blended.single
+    assert not ema._follower._copied.single
 
 
 def test_the_default_device_is_for_new_tensors_alone():
@@ -106,8 +106,8 @@ def test_a_source_on_the_gpu_is_averaged_anywhere(source, device, update_buffers
     follows_the_reference(model, ema, blended_names(model, update_buffers))
     assert ema.module.conv.weight.device.type == (device or source)[:4].rstrip(':')
     if device != 'cpu':
-        assert not ema._pairing.blending.unlike
-        assert not ema._pairing.copying.unlike
+        assert not ema._follower._blended.single
+        assert not ema._follower._copied.single
 
 
 @ON_GPU

@@ -1,27 +1,33 @@
-"""One NaN in the source: named, counted, and kept out of the average."""
+"""A NaN in the source: named, counted, and kept out of the average."""
 
 import math
+import re
 
 import pytest
 import torch
+from marks import BUFFERS
 from reference import ReferenceEMA, assert_close, blended_names, tensors_of
+from test_cost import Calls, detector_like
 from torch import nn
 from toys import Toy, seeded, shake
 
 from mmema import RestartableExpMomentumEMA
-from mmema.update.finite import flags, names_of_non_finite
+from mmema.update import guarded
+from mmema.update.finite import are_finite, names_of_non_finite
 
 BAD = pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
 
 
 @BAD
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_flags_of_every_dtype(dtype, bad):
-    good = torch.full((300, 300), 1000.0, dtype=dtype)  # its float16 norm would overflow
+@pytest.mark.parametrize(
+    'dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
+)
+def test_finite_tensors_of_every_dtype(dtype, bad):
+    most = torch.finfo(dtype).max  # a norm of squares would overflow
+    good = torch.full((300, 300), most, dtype=dtype)
     poisoned = good.clone()
     poisoned[7, 7] = bad
-    empty = torch.empty(0, dtype=dtype)
-    assert [bool(flag) for flag in flags([good, poisoned, empty])] == [True, False, True]
+    assert are_finite([good, poisoned, good[:1]]).tolist() == [True, False, True]
 
 
 def test_names():
@@ -86,22 +92,47 @@ def test_the_guard_changes_no_bit_where_all_is_finite():
     assert emas[1].skipped == {}
 
 
-def test_without_waiting_the_average_is_the_same():
-    # What is done on an accelerator: every tensor is chosen there, no flag is read.
+@BUFFERS
+@pytest.mark.parametrize('when', [0, 3])
+def test_the_choice_on_a_device_gives_the_same_average(when, update_buffers, monkeypatch):
+    # On an accelerator every tensor is chosen there, and no number is read.
+    monkeypatch.setattr(guarded, '_MOST', 8)  # so that there are several groups
     model, generator = Toy(), seeded(1)
-    ema, twin = (RestartableExpMomentumEMA(model, 0.1, 3, skip_non_finite=True) for _ in range(2))
+    settings = dict(update_buffers=update_buffers, skip_non_finite=True)
+    ema, twin = (RestartableExpMomentumEMA(model, 0.1, 3, **settings) for _ in range(2))
+    twin.update_parameters(model)
+    assert len(twin._follower._groups) > 2
+    twin._follower._in_main_memory = False
+    twin.restart()
     for step in range(5):
         shake(model, generator)
-        if step == 3:
+        if step == when:
             nn.init.constant_(model.norm.bias, math.nan)
-        for average, on_cpu in ((ema, True), (twin, False)):
-            average._mirror_of(model)
-            average._guard_of(average._pairing).on_cpu = on_cpu
+        for average in (ema, twin):
             average.update_parameters(model)
         nn.init.zeros_(model.norm.bias)
     assert twin.skipped == ema.skipped == {'norm.bias': 1}
     for name, tensor in tensors_of(ema.module).items():
         torch.testing.assert_close(tensor, tensors_of(twin.module)[name])
+
+
+@BUFFERS
+def test_the_choice_on_a_device_takes_few_operators(update_buffers):
+    # It was made tensor by tensor in Python: some ten operators for each.
+    def operators(blocks):
+        model = detector_like(blocks).to('meta')
+        ema = RestartableExpMomentumEMA(model, update_buffers=update_buffers, skip_non_finite=True)
+        for _ in range(2):
+            ema.update_parameters(model)
+        with Calls() as calls:
+            ema.update_parameters(model)
+        return [name for name in calls.names if not VIEWS.match(name)]
+
+    assert len(operators(80)) == len(operators(5)) <= 35
+
+
+# Views are bookkeeping of the program; they launch nothing.
+VIEWS = re.compile(r'aten\.(view|narrow|_unsafe_view|slice|detach|alias|empty)')
 
 
 def test_without_the_guard_a_nan_goes_in():

@@ -11,10 +11,12 @@ from toys import Toy, seeded
 
 from mmema import ExpMomentumEMA
 from mmema.update import native
-from mmema.update.direct import Pairing
+from mmema.update.direct import DirectFollower
+from mmema.update.selection import Selection
 
-needs_rows = pytest.mark.skipif(
-    not hasattr(native.compiled, 'Rows'), reason='needs `python -m mmema.build_native` on Linux'
+needs_compiled_blend = pytest.mark.skipif(
+    not hasattr(native.compiled, 'ContiguousPairs'),
+    reason='needs `python -m mmema.build_native` on Linux',
 )
 needs_compiled = pytest.mark.skipif(
     native.compiled is None, reason='needs `python -m mmema.build_native`'
@@ -67,11 +69,12 @@ def test_an_update_uses_it():
     model = Toy()
     ema = ExpMomentumEMA(model)
     ema.update_parameters(model)
-    pairing = ema._pairing
-    assert [type(watch) for watch in pairing.watches] == [native.compiled.Watch]
+    follower = ema._follower
+    assert type(follower._check) is native.compiled.StalenessCheck
     if sys.platform == 'linux':  # elsewhere torch's threads are others
-        assert [type(rows) for rows in pairing.blending.rows] == [native.compiled.Rows]
-        assert [type(rows) for rows in pairing.copying.rows] == [native.compiled.Rows] * 2
+        kind = native.compiled.ContiguousPairs
+        assert [type(group) for group in follower._blended.compiled] == [kind]
+        assert [type(group) for group in follower._copied.compiled] == [kind] * 2
 
 
 @pytest.mark.slow
@@ -105,8 +108,9 @@ def frozen(*tensors):
     return nn.ParameterList([nn.Parameter(tensor, requires_grad=False) for tensor in tensors])
 
 
-def pairing_of(average, source):
-    return Pairing(average, source, lambda pair, is_buffer: not is_buffer)
+def follower_of(average, source):
+    source.requires_grad_()
+    return DirectFollower(average, source, Selection(update_buffers=False))
 
 
 @pytest.fixture
@@ -116,7 +120,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-@needs_rows
+@needs_compiled_blend
 @pytest.mark.parametrize('number', [1, 2, 3])
 @pytest.mark.parametrize('momentum', [0.0002, 0.3, 0.9])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
@@ -134,16 +138,16 @@ def test_shares_that_end_within_a_tensor_are_bit_for_bit_lerp(dtype, momentum, n
     average.requires_grad_(False)
     expected = [a.clone().lerp_(s.detach(), momentum) for a, s in zip(average, source)]
     versions = [a._version for a in average]
-    pairing = pairing_of(average, source)
-    assert not pairing.blending.runs and not pairing.blending.like
-    pairing.blend(momentum)
+    follower = follower_of(average, source)
+    assert not follower._blended.fused
+    follower.update(momentum)
     for tensor, right, version in zip(average, expected, versions):
         assert torch.equal(tensor, right)
         assert tensor._version > version
     assert not any(tensor.requires_grad for tensor in average)
 
 
-@needs_rows
+@needs_compiled_blend
 @pytest.mark.parametrize('number', [1, 2, 3])
 def test_shares_that_end_within_a_tensor_are_copied(number, threads):
     threads(number)
@@ -151,33 +155,33 @@ def test_shares_that_end_within_a_tensor_are_copied(number, threads):
     for i, n in enumerate((5, 90_001, 0, 1, 77_777)):
         for module, value in ((source, torch.arange(n) + i), (average, torch.zeros(n).long())):
             module.register_buffer(f'numbers{i}', value)
-    pairing = pairing_of(average, source)
-    assert not pairing.copying.runs and not pairing.copying.like
-    pairing.copy()
+    follower = follower_of(average, source)
+    assert not follower._copied.fused
+    follower.update(None)
     for mine, theirs in zip(average.buffers(), source.buffers()):
         assert torch.equal(mine, theirs)
 
 
-@needs_rows
+@needs_compiled_blend
 @pytest.mark.parametrize('side', [0, 1], ids=['average', 'source'])
 def test_a_tensor_that_another_thread_shrinks_after_the_look_is_not_read(side):
     sides = [frozen(torch.full((2,), 2.0), torch.full((9,), 9.0)) for _ in range(2)]
-    pairing = pairing_of(*sides)
-    assert pairing.holds(*sides)
+    follower = follower_of(*sides)
+    assert follower.holds(*sides)
     sides[side][1].data = torch.zeros(5)
     with pytest.raises(RuntimeError, match='while no other thread changes the model'):
-        pairing.blend(0.25)
+        follower.update(0.25)
     assert sides[0][0].tolist() == [2, 2]
 
 
-@needs_rows
+@needs_compiled_blend
 def test_what_shares_memory_until_it_is_written_does_not_change():
     if not hasattr(torch, '_lazy_clone'):
         pytest.skip('this torch always copies')
     other = torch.zeros(2)
     sides = [frozen(torch.ones(2)) for _ in range(2)]
     sides[0][0].data = torch._lazy_clone(other)
-    pairing_of(*sides).blend(0.25)
+    follower_of(*sides).update(0.25)
     assert (other.tolist(), sides[0][0].tolist()) == ([0, 0], [0.25, 0.25])
 
 
@@ -185,19 +189,7 @@ class Odd(nn.Parameter):
     """Not a plain parameter: it may keep its numbers anywhere."""
 
 
-@needs_compiled
-def test_vectors_that_are_gathered_by_torch_are_watched():
-    model = nn.ParameterList([Odd(torch.zeros(3)) for _ in range(2)])
-    ema = ExpMomentumEMA(model, 0.25, 1e-3)
-    for _ in range(2):
-        ema.update_parameters(model)
-    assert len(ema._pairing.blending.runs) == 1
-    ema.module[1].data = torch.full((3,), 4.0)
-    ema.update_parameters(model)
-    assert [vector.tolist() for vector in ema.module] == [[0, 0, 0], [3, 3, 3]]
-
-
-@needs_rows
+@needs_compiled_blend
 @pytest.mark.parametrize(
     'source',
     [
@@ -212,45 +204,45 @@ def test_vectors_that_are_gathered_by_torch_are_watched():
 def test_what_is_not_a_plain_row_of_numbers_is_left_to_torch(source):
     dtype = torch.complex64 if source.is_complex() else torch.float32
     sides = [frozen(torch.zeros(3, 2, dtype=dtype)), nn.ParameterList([source])]
-    pairing = pairing_of(*sides)
-    assert not pairing.blending.rows
+    follower = follower_of(*sides)
+    assert not follower._blended.compiled
     with torch.no_grad():
-        pairing.blend(0.25)
+        follower.update(0.25)
     assert torch.equal(sides[0][0], torch.full((3, 2), 0.25, dtype=dtype))
 
 
-@needs_rows
+@needs_compiled_blend
 def test_what_holds_no_numbers_of_its_own_is_left_to_torch():
     average, source = (frozen(torch.ones(4)) for _ in range(2))
     source[0].data = torch._efficientzerotensor((4,))
-    pairing = pairing_of(average, source)
-    assert not pairing.blending.rows
-    pairing.blend(0.25)
+    follower = follower_of(average, source)
+    assert not follower._blended.compiled
+    follower.update(0.25)
     assert average[0].tolist() == [0.75] * 4
 
 
-@needs_rows
+@needs_compiled_blend
 def test_what_was_made_for_inference_is_blended_there_alone():
     with torch.inference_mode():
         average, source = frozen(torch.zeros(2)), frozen(torch.ones(2))
-        pairing = pairing_of(average, source)
-        pairing.blend(0.25)
+        follower = follower_of(average, source)
+        follower.update(0.25)
     with pytest.raises(RuntimeError, match='outside InferenceMode'):
-        pairing.blend(0.25)
+        follower.update(0.25)
     assert average[0].tolist() == [0.25] * 2
 
 
-@needs_rows
+@needs_compiled_blend
 def test_a_quantized_buffer_is_copied_with_its_scale():
     average, source = nn.Module(), nn.Module()
     for module, scale in ((average, 0.5), (source, 0.25)):
         numbers = torch.quantize_per_tensor(torch.tensor([1.0, 2.0]), scale, 0, torch.qint8)
         module.register_buffer('numbers', numbers)
-    pairing_of(average, source).copy()
+    follower_of(average, source).update(None)
     assert average.numbers.dequantize().tolist() == [1, 2]
 
 
-@needs_rows
+@needs_compiled_blend
 @pytest.mark.parametrize('side', ['average', 'source'])
 @pytest.mark.parametrize(
     'change',
@@ -265,8 +257,8 @@ def test_a_quantized_buffer_is_copied_with_its_scale():
 )
 def test_the_same_memory_seen_otherwise_is_noticed(change, side):
     source, average = (frozen(torch.ones(4, 4)) for _ in range(2))  # frozen, or never integers
-    pairing = pairing_of(average, source)
-    assert pairing.holds(average, source)
+    follower = DirectFollower(average, source, Selection(update_buffers=False))
+    assert follower.holds(average, source)
     changed = average if side == 'average' else source
     changed[0].data = change(changed[0].data)
-    assert not pairing.holds(average, source)
+    assert not follower.holds(average, source)

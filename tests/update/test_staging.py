@@ -1,6 +1,6 @@
-"""An average in main memory of a source on a GPU: the same numbers, late, and nobody notices.
+"""Staging: an average in main memory of a source on a GPU has the same numbers, one update late.
 
-Without a GPU the same road is taken with a source in main memory, which is called far.
+Without a GPU the same code is run with a source in main memory, which is called far.
 """
 
 import pickle
@@ -14,8 +14,8 @@ from torch import nn
 from toys import Toy, seeded, shake_on_cpu
 
 from mmema import ExpMomentumEMA, RestartableExpMomentumEMA, averaged_weights
-from mmema import averaged as averaged_module
-from mmema.update.staging import Mirror
+from mmema.update import follower
+from mmema.update.staging import StagedFollower
 
 pytestmark = pytest.mark.usefixtures('both_ways')
 
@@ -24,9 +24,7 @@ pytestmark = pytest.mark.usefixtures('both_ways')
 def far(request, monkeypatch):
     """The device of a source that is far from an average in main memory."""
     if request.param == 'cpu':
-        monkeypatch.setattr(
-            averaged_module, 'is_far', lambda _, source: not hasattr(source, 'near')
-        )
+        monkeypatch.setattr(follower, 'is_far', lambda _, source: not hasattr(source, 'near'))
     return request.param
 
 
@@ -42,7 +40,7 @@ def on_cpu(tensors):
 
 def memory_of(ema):
     """The tensors of an average as they are, without the reading that would catch up."""
-    return tensors_of(ema._modules['module'])
+    return tensors_of(ema.__dict__['_modules']['module'])
 
 
 # --- the same numbers ---------------------------------------------------------------------------
@@ -65,7 +63,7 @@ def test_it_follows_the_reference(far, reads, interval, update_buffers):
         reference.update(on_cpu(tensors_of(model)))
         if reads:
             assert_close(tensors_of(ema.module), reference.average, rtol=2e-6)
-    assert isinstance(ema._mirror, Mirror)
+    assert isinstance(ema._follower, StagedFollower)
     assert_close(tensors_of(ema.module), reference.average, rtol=2e-6)
     assert int(ema.steps) == reference.steps
 
@@ -116,7 +114,7 @@ def test_what_is_not_finite_is_left_out(far):
     assert torch.equal(ema.module.weight, before)
 
 
-# --- late, and nobody notices -------------------------------------------------------------------
+# --- late, and unnoticed ---- -------------------------------------------------------------------
 
 
 def test_an_update_leaves_the_average_for_later(far):
@@ -184,13 +182,12 @@ def restored(ema, model, inside=None):
     return twin.module
 
 
-def test_a_copy_takes_neither_mirror_nor_source_along(far):
+def test_a_copy_takes_neither_follower_nor_source_along(far):
     model, ema = make(far)
     ema.update_parameters(model)
     for twin in (deepcopy(ema), pickle.loads(pickle.dumps(ema))):
-        assert twin._mirror is twin._pairing is None
-        assert twin._late == []
-    assert ema._mirror.source is model
+        assert twin._follower is None
+    assert ema._follower.source is model
 
 
 def test_an_update_that_blends_nothing_fetches_nothing_to_blend(far):
@@ -200,13 +197,13 @@ def test_an_update_that_blends_nothing_fetches_nothing_to_blend(far):
     nn.init.constant_(model.conv.weight, 7)
     nn.init.constant_(model.anchors, 7)
     ema.update_parameters(model)
-    ema._mirror.wait()
-    near = tensors_of(ema._mirror.module)
+    ema._follower.wait()
+    near = tensors_of(ema._follower.staged)
     assert torch.equal(near['anchors'], torch.full((2, 2), 7.0))
     assert not torch.equal(near['conv.weight'], torch.full((3, 2, 1, 1), 7.0))
 
 
-def test_a_model_lent_the_average_has_the_last_update(far):
+def test_a_model_with_the_averaged_weights_has_the_last_update(far):
     model, ema = make(far)
     ema.update_parameters(model)
     nn.init.constant_(model.conv.weight, 7)
@@ -284,27 +281,27 @@ def test_what_changed_is_found_again(far, change):
 def test_an_average_converted_while_an_update_is_on_its_way_gets_it(far):
     model, ema = make(far)
     ema.update_parameters(model)
-    kept = ema.module  # the one road that catches up with nothing
+    kept = ema.module  # the one way that finishes nothing
     nn.init.constant_(model.conv.weight, 3)
     ema.restart()
     ema.update_parameters(model)
     kept.double()
     assert torch.equal(ema.module.conv.weight, torch.full((3, 2, 1, 1), 3.0).double())
-    assert ema._mirror is None  # whether the source is still far is asked again
+    assert not ema._follower.holds(kept, model)  # whether the source is still far is asked again
 
 
-def test_another_layout_gets_another_mirror(far):
+def test_another_layout_gets_another_follower(far):
     model, ema = make(far)
     ema.update_parameters(model)
-    before = ema._mirror
+    before = ema._follower
     other_layout(model, ema)
     ema.update_parameters(model)
-    assert ema._mirror is not before
-    near = tensors_of(ema._mirror.module)['conv.weight']
+    assert ema._follower is not before
+    near = tensors_of(ema._follower.staged)['conv.weight']
     assert near.stride() == model.conv.weight.stride()
 
 
-def test_an_error_leaves_no_half_of_a_mirror(far):
+def test_an_error_leaves_no_half_of_a_follower(far):
     model, ema = make(far)
     model.anchors = torch.zeros(5, device=far)
     for _ in range(2):
@@ -322,7 +319,7 @@ def test_an_interrupted_wait_forgets_nothing(far, monkeypatch):
         monkeypatch.undo()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ema._mirror, 'wait', interrupted)
+    monkeypatch.setattr(ema._follower, 'wait', interrupted)
     with pytest.raises(KeyboardInterrupt):
         ema.module  # noqa: B018
     assert torch.equal(ema.module.conv.weight, torch.full((3, 2, 1, 1), 3.0))
@@ -377,4 +374,4 @@ def test_an_update_does_not_wait_for_the_gpu(source):
 def test_the_memory_in_between_is_pinned(source):
     model, ema = make(source)
     ema.update_parameters(model)
-    assert all(parcel.target.is_pinned() for parcel in ema._mirror.parcels)
+    assert all(transfer.target.is_pinned() for transfer in ema._follower._transfers)

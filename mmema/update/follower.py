@@ -1,0 +1,55 @@
+"""Follower: the one object through which an average takes in a source.
+
+A new kind of source is a new follower: a class with the three methods of :class:`Follower`, and a
+line in :func:`follow`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Protocol
+
+from torch import nn
+
+from .direct import DirectFollower
+from .guarded import GuardedFollower, SkipCounts
+from .selection import Selection
+from .staging import StagedFollower, is_far
+
+
+class Follower(Protocol):
+    """The interface of followers."""
+
+    def holds(self, average: nn.Module, source: nn.Module) -> bool:
+        """Return whether this follower is of these two models, and none of its tensors is stale."""
+
+    def update(self, momentum: float | None) -> None:
+        """Blend with a momentum (1: copy; None: leave the blended tensors alone), copy the rest."""
+
+    def finish(self) -> None:
+        """Complete the last update, if it is still on its way."""
+
+
+def follow(
+    average: nn.Module,
+    source: nn.Module,
+    selection: Selection,
+    skip_counts: SkipCounts | None = None,
+) -> Follower:
+    """Return a follower for an average and a source.
+
+    Args:
+        average: The averaged copy.
+        source: The model being trained.
+        selection: The tensors that are blended.
+        skip_counts: Counts of the tensors that were left out; None: none is left out.
+
+    Raises:
+        ValueError: If the two do not have the same tensors, by name and shape.
+    """
+    direct = DirectFollower
+    if skip_counts is not None:
+        direct = partial(GuardedFollower, skip_counts=skip_counts)
+    if is_far(average, source):
+        return StagedFollower(average, source, selection, direct)
+    return direct(average, source, selection)

@@ -1,0 +1,126 @@
+"""Guarded follower: a source tensor with NaN or infinity is left out of an update, and counted."""
+
+from __future__ import annotations
+
+from typing import Dict, List, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from ..messages import listed, warn
+from .blend_plan import BlendPlan
+from .direct import DirectFollower
+from .finite import are_finite, is_number
+from .pairs import Pair, copy_all, sides
+from .selection import Selection
+
+_MOST = 2**24  # numbers of a group: what an update needs beside average and source, three times
+
+
+class SkipCounts:
+    """How often each tensor was left out; counted where the tensor is, read only when asked."""
+
+    def __init__(self) -> None:
+        self._counts: Dict[Tuple[str, ...], Tensor] = {}
+        self._logged: set = set()
+
+    def add(self, names: Tuple[str, ...], skipped: Tensor) -> None:
+        """Count the tensors of ``names`` for which ``skipped``, one bool for each, is True."""
+        before = self._counts.get(names)
+        self._counts[names] = skipped.long() if before is None else before + skipped
+
+    def read(self) -> Dict[str, int]:
+        """Return the counts above zero by name; waits for the device."""
+        total: Dict[str, int] = {}
+        for names, counts in self._counts.items():
+            for name, count in zip(names, counts.tolist()):
+                if count:
+                    total[name] = total.get(name, 0) + count
+        return total
+
+    def log_new(self) -> None:
+        """Log the names that were not logged before."""
+        new = [name for name in self.read() if name not in self._logged]
+        if new:
+            self._logged.update(new)
+            warn(
+                f'not finite in the model, so left out of the average: {listed(new)}. The average '
+                'goes on from the next update in which they are finite.'
+            )
+
+
+class GuardedFollower(DirectFollower):
+    """A direct follower that leaves out tensors that are not finite.
+
+    In main memory the source is checked first, and an update with finite numbers alone is that of
+    a direct follower. On an accelerator, where a check would wait, the choice is made there.
+    """
+
+    def __init__(
+        self,
+        average: nn.Module,
+        source: nn.Module,
+        selection: Selection,
+        skip_counts: SkipCounts,
+    ):
+        super().__init__(average, source, selection)
+        self._skip_counts = skip_counts
+        self._groups = _groups(self.blended, True) + _groups(self.copied, False)
+        self._exact = BlendPlan([p for p in self.copied if not _can_be_non_finite(p)])
+        self._in_main_memory = all(group.device.type == 'cpu' for group in self._groups)
+
+    def update(self, momentum: float | None) -> None:
+        if self._in_main_memory and all(bool(group.finite().all()) for group in self._groups):
+            return super().update(momentum)
+        for group in self._groups:
+            finite = group.finite()
+            self._skip_counts.add(group.names, ~finite)
+            group.update(momentum if group.is_blended else 1.0, finite)
+        self._exact.copy()
+        if self._in_main_memory:
+            self._skip_counts.log_new()
+
+
+class _Group:
+    """Pairs of one dtype and device on either side, which are updated together."""
+
+    def __init__(self, pairs: List[Pair], is_blended: bool):
+        self.names = tuple(pair.name for pair in pairs)
+        self.averages, self.sources = sides(pairs)
+        self.is_blended = is_blended
+        self.device = self.sources[0].device
+        sizes = [average.numel() for average in self.averages]
+        self.total = sum(sizes)
+        self.sizes = torch.tensor(sizes, device=self.averages[0].device)
+
+    def finite(self) -> Tensor:
+        return are_finite(self.sources)
+
+    def update(self, momentum: float | None, finite: Tensor) -> None:
+        if momentum is None:
+            return
+        # A tensor that is left out is blended with itself: times zero a NaN would stay one.
+        own = _flatten_dense_tensors(self.averages)
+        new = _flatten_dense_tensors(self.sources).to(own.device, own.dtype)
+        taken = torch.repeat_interleave(finite.to(own.device), self.sizes, output_size=self.total)
+        sources = _unflatten_dense_tensors(torch.where(taken, new, own), self.averages)
+        if momentum == 1:
+            copy_all(self.averages, sources)
+        else:
+            torch._foreach_lerp_(self.averages, sources, momentum)
+
+
+def _groups(pairs: List[Pair], are_blended: bool) -> List[_Group]:
+    by_kind: Dict[tuple, List[List[Pair]]] = {}
+    for pair in filter(_can_be_non_finite, pairs):
+        kind = tuple((tensor.dtype, tensor.device) for tensor in (pair.average, pair.source))
+        lists = by_kind.setdefault(kind, [[]])
+        if lists[-1] and sum(p.average.numel() for p in lists[-1]) + pair.average.numel() > _MOST:
+            lists.append([])
+        lists[-1].append(pair)
+    return [_Group(group, are_blended) for lists in by_kind.values() for group in lists]
+
+
+def _can_be_non_finite(pair: Pair) -> bool:
+    return is_number(pair.source) and pair.source.numel() > 0
