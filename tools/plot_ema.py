@@ -4,8 +4,8 @@
 tools/plot_ema.py configs/digits/yolov5_n_digits.py -o plan.png
 tools/plot_ema.py configs/digits/yolov5_n_digits.py --work-dir work_dirs/digits -o run.png
 
-The picture shows the momentum (and the horizon, 1 / momentum), the learning rate, restarts and
-pipeline switches, and how much of the final average each epoch's weights make up.
+The picture shows the momentum (and the horizon, interval / momentum), the learning rate, restarts
+and pipeline switches, and how much of the final average each epoch's weights make up.
 """
 
 import argparse
@@ -26,7 +26,6 @@ TWINS = {
     'ExponentialMovingAverage': 'RestartableConstantEMA',
     'MomentumAnnealingEMA': 'RestartableAnnealingEMA',
 }
-SWITCHES = ('PipelineSwitchHook', 'YOLOXModeSwitchHook')
 MOST_BLOCKS = 100  # a run by iterations is cut into at most so many
 
 
@@ -90,42 +89,42 @@ def parse_args():
 
 
 class Run(SimpleNamespace):
-    """What hooks and schedulers need to know of a run, without a model and without data."""
+    """Stand-in for a Runner, without a model and without data: length, hooks, accumulation."""
 
     def __init__(self, config, iters_per_epoch):
+        from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
+
+        from mmema.restarts.facts import facts_of
+        from mmema.run import ema_hook_of
+
         super().__init__(config=config, iter=0, epoch=0)
-        self.by_epoch = by_epoch(config.train_cfg)
+        train_cfg = config.train_cfg
+        self.by_epoch = train_cfg.get('by_epoch', train_cfg.get('type') != 'IterBasedTrainLoop')
         key = 'max_epochs' if self.by_epoch else 'max_iters'
-        if config.train_cfg.get(key) is None:
+        if train_cfg.get(key) is None:
             cli.die(f'{config.filename} has no train_cfg.{key}')
         if self.by_epoch:
-            self.max_epochs = config.train_cfg.max_epochs
+            self.max_epochs = train_cfg.max_epochs
             self.epoch_length = iters_per_epoch or length_of_epoch(config)
             self.max_iters = self.max_epochs * self.epoch_length
         else:
             self.max_epochs = 1
-            self.max_iters = self.epoch_length = config.train_cfg.max_iters
+            self.max_iters = self.epoch_length = train_cfg.max_iters
         self.train_dataloader = range(self.epoch_length)
-        self.train_loop = loop_of(self)
-        self.hooks = [hook for hook in map(stand_in, config.get('custom_hooks') or []) if hook]
+        # A loop that is asked for its class only.
+        loop = EpochBasedTrainLoop if self.by_epoch else IterBasedTrainLoop
+        self.train_loop = object.__new__(loop)
+        counts = config.optim_wrapper.get('accumulative_counts', 1)
+        self.optim_wrapper = SimpleNamespace(_accumulative_counts=counts)
+        with cli.one_line(config.filename, *cli.CONFIG_ERRORS):
+            self.hooks = [hook for hook in map(stand_in, config.get('custom_hooks') or []) if hook]
+            self.ema_hook = ema_hook_of(self)
+            self.facts = facts_of(self, self.ema_hook)
 
     @property
     def block(self):
         """Iterations whose shares are drawn as one bar."""
         return self.epoch_length if self.by_epoch else -(-self.max_iters // MOST_BLOCKS)
-
-
-def by_epoch(train_cfg):
-    return train_cfg.get('by_epoch', train_cfg.get('type') != 'IterBasedTrainLoop')
-
-
-def loop_of(run):
-    """Return a loop that knows its length only; hooks ask for its class."""
-    from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
-
-    loop = object.__new__(EpochBasedTrainLoop if run.by_epoch else IterBasedTrainLoop)
-    loop._max_epochs, loop._max_iters, loop._epoch, loop._iter = run.max_epochs, run.max_iters, 0, 0
-    return loop
 
 
 def stand_in(settings):
@@ -135,10 +134,12 @@ def stand_in(settings):
     """
     from mmengine.registry import HOOKS
 
+    from mmema.restarts.rule import FOLLOWED
+
     name = str(settings.get('type', '')).rsplit('.', 1)[-1]
     if name in ('EMAHook', 'EMARestartHook'):
         return HOOKS.build({k: v for k, v in settings.items() if k != 'priority'})
-    if name not in SWITCHES:
+    if name not in FOLLOWED:
         return None
     kind = class_of(HOOKS, settings['type'])
     if kind is None:
@@ -174,34 +175,29 @@ def length_of_epoch(config):
 
 
 def of_config(run):
-    import numpy as np
-
     from mmema.restarts.profile import momenta
 
-    hook = ema_hook(run)
-    ema = averaged_model(hook)
+    ema, facts = averaged_model(run.ema_hook), run.facts
     restarts = planned_restarts(run, ema)
-    begin = max(hook.begin_epoch - 1, 0) * run.epoch_length + max(hook.begin_iter - 1, 0)
-    values = momenta(ema, run.max_iters, restarts, begin)
+    values = momenta(ema, facts.updates, restarts, facts.update_of(facts.begin))
+    rates = learning_rates(run)
     return SimpleNamespace(
         title=f'{Path(run.config.filename).name}, planned',
-        at=np.arange(run.max_iters),
+        at=iterations_of(facts, len(values)),
         momentum=values,
-        lr_at=np.arange(run.max_iters),
-        lr=learning_rates(run),
+        lr_at=range(len(rates)),
+        lr=rates,
         all_momenta=values,
-        restarts=sorted(restarts),
+        restarts=[restart.iteration for restart in restarts],
         metrics={},
     )
 
 
-def ema_hook(run):
-    from mmema.run import ema_hook_of
+def iterations_of(facts, updates):
+    """Return the iterations at which the first so many updates take place."""
+    import numpy as np
 
-    try:
-        return ema_hook_of(run)
-    except ValueError as error:
-        cli.die(f'{run.config.filename}: {error}')
+    return np.array([facts.iteration_of(update) for update in range(updates)])
 
 
 def averaged_model(hook):
@@ -223,29 +219,23 @@ def averaged_model(hook):
 
 
 def planned_restarts(run, ema):
-    """Return the arguments of each restart by the iteration before which it takes place."""
-    from mmema.hooks.restart import EMARestartHook
-    from mmema.restarts.moments import at_of
+    """Return the plan of the run's restart hooks, and say what it leaves out."""
+    from mmema.hooks.restart import EMARestartHook, check_rule
+    from mmema.restartable import Restartable
+    from mmema.restarts.planner import plan
 
-    restarts = {}
-    for hook in run.hooks:
-        if not isinstance(hook, EMARestartHook):
-            continue
-        if not hasattr(ema, 'restart'):
-            cli.die(f'{type(ema).__name__} cannot be restarted, which EMARestartHook wants')
-        if hook.plateau:
+    rules = [hook.rule for hook in run.hooks if isinstance(hook, EMARestartHook)]
+    if rules and not isinstance(ema, Restartable):
+        cli.die(f'{type(ema).__name__} cannot be restarted, which EMARestartHook wants')
+    for rule in rules:
+        check_rule(rule, ema)
+        if rule.plateau:
             cli.note('note: restarts on a plateau cannot be known before the run')
-        if hook.source != 'model':
+        if rule.source != 'model':
             cli.note(
-                f'note: the shares do not show what source={hook.source!r} does to the weights'
+                f'note: the shares do not show what source={rule.source!r} does to the weights'
             )
-        for moment, momentum in hook._moments(run).items():
-            by_epoch = moment.startswith('epoch')
-            at = at_of(moment) * (run.epoch_length if by_epoch else 1)
-            live = hook._live(momentum) or ({} if hook.steps is not None else None)
-            if live is not None and at < run.max_iters:
-                restarts[at] = dict(steps=hook.steps, **live)
-    return restarts
+    return plan(rules, run.facts)
 
 
 def learning_rates(run):
@@ -306,6 +296,7 @@ def of_scalars(run, folder):
             'its custom_hooks and a LocalVisBackend to its visualizer'
         )
     at = np.array([point['step'] for point in train])
+    updates = np.array([run.facts.update_of(iteration) for iteration in at])
     momentum = np.array([point['ema_momentum'] for point in train])
     steps = np.array([point['ema_steps'] for point in train])
     counts = np.array([point.get('ema_restarts', 0) for point in train])
@@ -315,8 +306,8 @@ def of_scalars(run, folder):
         momentum=momentum,
         lr_at=at,
         lr=[point.get('lr', float('nan')) for point in train],
-        all_momenta=between(at, momentum, steps, counts),
-        restarts=restarts_of(at, steps, counts),
+        all_momenta=between(updates, momentum, steps, counts),
+        restarts=[at * run.facts.accumulation for at in restarts_of(updates, steps, counts)],
         metrics=metric_curves(validations, run.config.get('val_cfg') or {}),
     )
 
@@ -367,7 +358,7 @@ def between(at, momentum, steps, counts):
 
 
 def restarts_of(at, steps, counts):
-    """Return the iterations of the restarts: exact for hard ones, else the last point before."""
+    """Return the updates before which restarts came: exact for hard ones, else the last point."""
     restarts = []
     for i in range(1, len(at)):
         if counts[i] != counts[i - 1]:
@@ -402,7 +393,7 @@ def draw(curves, run, path, begin=0):
     scale = run.epoch_length if run.by_epoch else 1
     rows = 4 if curves.metrics else 3
     figure, axes = plt.subplots(rows, 1, figsize=(9, 2.3 * rows + 0.8), sharex=True)
-    draw_momentum(axes[0], curves, scale)
+    draw_momentum(axes[0], curves, scale, run.ema_hook.ema_cfg.get('interval', 1))
     axes[1].plot([at / scale for at in curves.lr_at], curves.lr, color='tab:green')
     axes[1].set(ylabel='learning rate', ylim=(0, None))
     draw_shares(axes[2], curves, run, scale)
@@ -432,7 +423,13 @@ def draw(curves, run, path, begin=0):
     plt.close(figure)
 
 
-def draw_momentum(axis, curves, scale):
+def draw_momentum(axis, curves, scale, interval):
+    import numpy as np
+
+    def inverse(values):
+        with np.errstate(divide='ignore'):
+            return interval / np.asarray(values, dtype=float)
+
     used = curves.momentum > 0  # 0 is an update that `interval` leaves out
     axis.plot(curves.at[used] / scale, curves.momentum[used], color='tab:blue')
     low = curves.momentum[used].min()
@@ -441,19 +438,15 @@ def draw_momentum(axis, curves, scale):
     horizon.set_ylabel('horizon (updates)')
 
 
-def inverse(x):
-    import numpy as np
-
-    with np.errstate(divide='ignore'):
-        return 1 / np.asarray(x, dtype=float)
-
-
 def draw_shares(axis, curves, run, scale):
     import numpy as np
 
     from mmema.restarts.profile import share_of_blocks, shares
 
-    share = 100 * share_of_blocks(shares(curves.all_momenta), run.block)
+    at = iterations_of(run.facts, len(curves.all_momenta))
+    each = np.zeros(at[-1] + 1)
+    each[at] = 100 * shares(curves.all_momenta)
+    share = share_of_blocks(each, run.block)
     left = np.arange(len(share)) * run.block / scale
     axis.bar(left, share, width=run.block / scale, align='edge', color='tab:purple', alpha=0.8)
     unit = 'epoch' if run.by_epoch else f'{run.block} iterations'
@@ -468,17 +461,13 @@ def draw_metrics(axis, curves, run):
 
 
 def mark(axis, curves, run, scale):
-    from mmema.restarts.moments import switch_epochs
-
     for number, at in enumerate(curves.restarts):
         label = '' if number else ('restart' if len(curves.restarts) == 1 else 'restarts')
         axis.axvline(
             at / scale, color='tab:red', linestyle='--', linewidth=1.2, label=label or None
         )
-    if not run.by_epoch:
-        return
-    for name in SWITCHES:
-        for epoch in switch_epochs(run, name, must=False):
+    for name, epochs in run.facts.switches.items() if run.by_epoch else ():
+        for epoch in epochs:
             # Wide and pale, since a restart often stands at the same place.
             axis.axvline(
                 epoch, color='tab:orange', alpha=0.4, linewidth=5, label=f'{name} switches'

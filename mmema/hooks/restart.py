@@ -200,10 +200,7 @@ class EMARestartHook(Hook):
         gone_on_from = self._go_on_from(runner, ema, restart, progresses)
         if gone_on_from != CURRENT_WEIGHTS:
             unwrapped(runner.model).zero_grad()  # half accumulated, for weights that are gone
-        steps = restart.steps
-        if steps is None and not restart.changes:
-            steps = int(ema.steps)  # only the weights change
-        ema.restart(steps, **restart.changes)
+        restart.apply(ema)
         after = {'steps': int(ema.steps), **ema.hyperparameters}
         changes = ', '.join(f'{name} {before[name]:g} -> {after[name]:g}' for name in after)
         runner.logger.info(

@@ -52,7 +52,7 @@ class RunFacts:
 
     def update_of(self, iteration: int) -> int:
         """Return the index of the first update at or after an iteration."""
-        return iteration // self.accumulation
+        return self.updates if iteration >= self.iterations else iteration // self.accumulation
 
     def iteration_of(self, update: int) -> int:
         """Return the iteration at whose end an update takes place."""

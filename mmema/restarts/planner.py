@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Iterator, Sequence
 
 from ..messages import RunError
+from ..restartable import Restartable
 from .facts import RunFacts
 from .rule import Moment, RestartRule
 
@@ -48,6 +49,11 @@ class Restart:
         """Moments and plateau in words, for the log."""
         plateau = [] if self.metric is None else [f'{self.metric} stopped improving']
         return [*map(str, self.moments), *plateau]
+
+    def apply(self, ema: Restartable) -> None:
+        """Restart an average; where only the weights change, its counter goes on."""
+        only_weights = self.steps is None and not self.changes
+        ema.restart(int(ema.steps) if only_weights else self.steps, **self.changes)
 
 
 def plan(rules: Sequence[RestartRule], facts: RunFacts) -> list:

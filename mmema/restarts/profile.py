@@ -1,18 +1,20 @@
-"""What a schedule will do over a whole run: the momentum of each update, the share of each."""
+"""Profile of an average over a run: the momentum of each update and its share in the end."""
 
 from __future__ import annotations
 
-from typing import Mapping, Optional
+from collections import deque
+from typing import Sequence
 
 import numpy as np
 
 from ..averaged import MomentumAveragedModel
+from .planner import Restart
 
 
 def momenta(
     ema: MomentumAveragedModel,
     updates: int,
-    restarts: Optional[Mapping[int, dict]] = None,
+    restarts: Sequence[Restart] = (),
     begin: int = 0,
 ) -> np.ndarray:
     """Return the momentum of every update of a run, in float64.
@@ -23,8 +25,7 @@ def momenta(
     Args:
         ema: An averaged model of mmema, of whatever layers, before its first update.
         updates: Number of updates, at least 0.
-        restarts: Arguments of ``ema.restart`` by the 0-based index of the update before which it is
-            called. Defaults to none.
+        restarts: The plan of the run, in the order of time. Defaults to none.
         begin: Updates before this one copy and are not counted, as EMAHook's ``begin_iter``.
             Defaults to 0.
 
@@ -35,16 +36,15 @@ def momenta(
         >>> import torch
         >>> from mmema import RestartableExpMomentumEMA
         >>> ema = RestartableExpMomentumEMA(torch.nn.Linear(1, 1), momentum=0.1, gamma=10)
-        >>> momenta(ema, 4, restarts={2: dict(steps=0)}).round(4).tolist()
+        >>> momenta(ema, 4, [Restart(iteration=2, update=2, steps=0)]).round(4).tolist()
         [1.0, 0.8369, 1.0, 0.8369]
     """
-    restarts = restarts or {}
     values = np.ones(updates)
-    steps = int(ema.steps)
+    steps, ahead = int(ema.steps), deque(restarts)
     for i in range(updates):
-        if i in restarts:
+        while ahead and ahead[0].update <= i:
             ema.steps.fill_(steps)
-            ema.restart(**restarts[i])
+            ahead.popleft().apply(ema)
             steps = int(ema.steps)
         if i < begin:
             continue
