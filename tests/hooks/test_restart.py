@@ -77,6 +77,43 @@ def test_two_hooks_at_once_and_two_units(tmp_path):
     assert (steps[8], steps[9], steps[10]) == (1, 2, 4)
 
 
+def test_two_hooks_at_one_iteration_make_one_restart_with_the_values_of_both(tmp_path):
+    runner = make_runner(
+        tmp_path,
+        restart(milestones=[2, 4], steps=3),
+        restart(milestones=[8], by_epoch=False, steps=None, momentum=0.02),
+    )
+    runner.train()
+    assert restarted_at(runner) == [8, 16]
+    after = {iteration: (steps, momentum) for iteration, steps, momentum, _ in seen(runner)}
+    assert (after[7], after[8], after[16]) == ((8, 0.1), (4, 0.02), (4, 0.02))
+    log = log_of(runner)
+    assert log.count('EMA restart') == 2
+    assert 'EMA restart 1 at epoch 2, iter 8 (due: epoch 2, iter 8)' in log
+
+
+def test_two_hooks_that_contradict_each_other_are_refused_before_training(tmp_path):
+    runner = make_runner(tmp_path, restart(milestones=[2]), restart(every=2, steps=3))
+    with pytest.raises(RunError, match='must agree on steps, got 0 from .* and 3 from') as caught:
+        runner.train()
+    assert 'EMARestartHook(milestones=[2])' in str(caught.value)
+    assert 'EMARestartHook(every=2, steps=3)' in str(caught.value)
+
+
+def test_a_plateau_and_a_moment_of_two_hooks_make_one_restart(tmp_path):
+    runner = make_runner(
+        tmp_path,
+        restart(on_plateau=dict(metric='score', momentum_add=0.1), steps=None, gamma=9.0),
+        restart(milestones=[2], steps=3),
+        script=SCRIPT,  # plateaus after the epochs 2, 4 and 6
+    )
+    runner.train()
+    assert restarted_at(runner) == [8, 16]
+    after = {iteration: (steps, momentum) for iteration, steps, momentum, _ in seen(runner)}
+    assert (after[8][0], after[16][0]) == (4, 12)
+    assert (after[8][1], after[16][1]) == (pytest.approx(0.2), pytest.approx(0.3))
+
+
 def pipeline_switch(at):
     return dict(type='mmdet.PipelineSwitchHook', switch_epoch=at, switch_pipeline=[])
 
@@ -523,6 +560,132 @@ def test_a_best_checkpoint_that_is_gone_is_an_error(tmp_path):
     runner = make_runner(tmp_path, restart(milestones=[2], source='best'), Thief())
     with pytest.raises(ValueError, match='best_score_epoch_[12].pth, but the file is gone'):
         runner.train()
+
+
+def kept_copies(folder):
+    return sorted(file.name for file in folder.glob('best_before_restart_at_*'))
+
+
+RISING = {epoch: epoch / 10 for epoch in range(1, 30)}
+
+
+def test_copies_that_no_resume_can_need_are_deleted(tmp_path):
+    hook = restart(every=1, source='best')
+    few = make_runner(tmp_path / 'few', hook, script=RISING, checkpoint=dict(max_keep_ckpts=1))
+    few.train()
+    assert restarted_at(few) == [4, 8, 12, 16, 20]
+    # The last restart was at 20 with a checkpoint of 20, which names the copy of 16.
+    names = [f'best_before_restart_at_iter_{at}.pth' for at in (4, 8, 12, 16, 20)]
+    assert kept_copies(tmp_path / 'few') == sorted(names[-2:])
+    # Every checkpoint is there, and each restart after the first one can be done again.
+    make_runner(tmp_path / 'all', hook, script=RISING).train()
+    assert kept_copies(tmp_path / 'all') == sorted(names)
+
+
+def test_no_more_copies_in_a_longer_run(tmp_path):
+    most = 0
+
+    class Count(Hook):
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            nonlocal most
+            most = max(most, len(kept_copies(tmp_path)))
+
+    make_runner(
+        tmp_path,
+        restart(every=1, source='best'),
+        Count(),
+        script=RISING,
+        epochs=20,
+        checkpoint=dict(max_keep_ckpts=2),
+    ).train()
+    assert most == 3
+    state = torch.load(tmp_path / 'epoch_20.pth')['ema_restart'][0]
+    assert len(state['kept']) == 3 and state['done'] == ['epoch 19']
+
+
+def test_a_copy_that_only_the_best_checkpoint_names_is_kept(tmp_path):
+    # The best one, of epoch 2, was saved after the restart at 4 and is never surpassed.
+    script = {**dict.fromkeys(range(1, 9), 0.1), 1: 0.2, 2: 0.5}
+    settings = dict(script=script, epochs=8, checkpoint=dict(max_keep_ckpts=1))
+    hook = restart(
+        every=1, source='best', on_plateau=dict(metric='score', patience=2, after_restart=True)
+    )
+    make_runner(tmp_path, hook, **settings).train()
+    assert kept_copies(tmp_path)[-1] == 'best_before_restart_at_iter_4.pth'
+    # What checkpoints are left, last and best, name copies that are there.
+    for file in ('epoch_8.pth', 'best_score_epoch_2.pth'):
+        state = torch.load(tmp_path / file)['ema_restart'][0]
+        assert (tmp_path / state['kept'][-1]).is_file()
+
+
+def test_a_copy_is_not_deleted_while_another_hook_names_it(tmp_path):
+    script = {**RISING, 5: 0.0, 7: 0.0}
+    stage = restart(
+        milestones=[1],
+        source='best',
+        on_plateau=dict(metric='score', after_restart=True),
+    )
+    each = restart(milestones=[2, 3, 4, 6], source='best')
+    runner = make_runner(
+        tmp_path, stage, each, script=script, epochs=8, checkpoint=dict(max_keep_ckpts=1)
+    )
+    runner.train()
+    log = log_of(runner)
+    assert log.count('from the best checkpoint (best_before_restart_at_iter_4.pth)') == 3
+    assert 'iter 20 (due: score stopped improving)' in log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'place', [(15, 'before_val_epoch'), (16, 'after_val_epoch'), (17, 'after_train_iter')]
+)
+@pytest.mark.parametrize('keep', [1, 2])
+def test_a_resume_needs_no_deleted_copy(tmp_path, place, keep):
+    plateau = dict(metric='score', after_restart=True)
+    hook = restart(milestones=[1, 2, 3, 5], source='best', on_plateau=plateau)
+    settings = dict(script={**RISING, 4: 0.2}, checkpoint=dict(max_keep_ckpts=keep), epochs=7)
+    whole = make_runner(tmp_path / 'whole', hook, **settings)
+    whole.train()
+    assert_resume_changes_nothing(whole, tmp_path / 'cut', hook, settings, Crash(*place))
+
+
+def test_only_the_best_checkpoint_gets_an_optimizer(tmp_path):
+    script = {1: 0.1, 2: 0.5, 3: 0.3, 4: 0.2, 5: 0.9, 6: 0.1}
+    hook = restart(milestones=[4], source='best')
+    save = dict(save_optimizer=False, save_param_scheduler=False)
+    make_runner(tmp_path, hook, script=script, checkpoint=save, resume=False).train()
+    for epoch in range(1, 7):
+        checkpoint = torch.load(tmp_path / f'epoch_{epoch}.pth')
+        assert 'optimizer' not in checkpoint and 'param_schedulers' not in checkpoint, epoch
+    best = torch.load(tmp_path / 'best_score_epoch_5.pth')
+    assert best['optimizer']['state'] and len(best['param_schedulers']) == 1
+    assert 'optimizer' in torch.load(tmp_path / 'best_before_restart_at_iter_16.pth')
+
+
+def test_the_best_checkpoint_after_a_resume_gets_an_optimizer(tmp_path):
+    script = {1: 0.1, 2: 0.5, 3: 0.3, 4: 0.2, 5: 0.9, 6: 0.1}
+    hook = restart(milestones=[5], source='best')
+    with pytest.raises(KeyboardInterrupt):
+        make_runner(tmp_path, hook, Crash(17), script=script).train()
+    make_runner(tmp_path, hook, script=script, resume=True).train()
+    assert 'optimizer' in torch.load(tmp_path / 'best_score_epoch_5.pth')
+
+
+def test_every_metric_of_save_best_gets_an_optimizer(tmp_path):
+    class Second(Hook):
+        priority = 'HIGHEST'
+
+        def after_val_epoch(self, runner, metrics=None):
+            metrics['other'] = -float(runner.epoch)
+
+    save = dict(save_best=['score', 'other'], rule=['greater', 'greater'], save_optimizer=False)
+    runner = make_runner(
+        tmp_path, restart(milestones=[4], source='best'), Second(), script=RISING, checkpoint=save
+    )
+    runner.train()
+    for name in ('best_score_epoch_6.pth', 'best_other_epoch_1.pth'):
+        assert 'optimizer' in torch.load(tmp_path / name), name
+    assert 'optimizer' not in torch.load(tmp_path / 'epoch_6.pth')
 
 
 # --- resume ---------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from reference import exp_momentum
 from torch import nn
 
 from mmema import ExpMomentumEMA, RestartableExpMomentumEMA
+from mmema.restarts.planner import Restart
 from mmema.restarts.profile import momenta, share_of_blocks, shares
 
 
@@ -14,14 +15,34 @@ def make(cls=RestartableExpMomentumEMA, **kwargs):
     return cls(nn.Linear(1, 1), **{'momentum': 0.1, 'gamma': 3, **kwargs})
 
 
+def planned(restarts):
+    return [Restart(at, at, **what) for at, what in sorted(restarts.items())]
+
+
 def test_momenta_by_hand():
-    values = momenta(make(), 8, {3: dict(steps=2, momentum=0.05), 6: dict(steps=0)}, begin=1)
+    restarts = planned({3: dict(steps=2, momentum=0.05), 6: dict(steps=0)})
+    values = momenta(make(), 8, restarts, begin=1)
     counters = [None, 0, 1, 2, 3, 4, 0, 1]
     expected = [
         1.0 if not s else exp_momentum(s, 0.1 if i < 3 else 0.05, 3) for i, s in enumerate(counters)
     ]
     assert values.tolist() == expected
     assert values.dtype == np.float64
+
+
+def test_two_restarts_before_one_update():
+    # As with accumulated gradients: the iterations 8 and 10 are before the update with index 2.
+    restarts = [Restart(8, 2, steps=3), Restart(10, 2, steps=None, momentum=0.05)]
+    values = momenta(make(), 4, restarts)
+    assert values.tolist() == [
+        1,
+        *(exp_momentum(s, m, 3) for s, m in [(1, 0.1), (3, 0.05), (4, 0.05)]),
+    ]
+
+
+def test_a_restart_of_the_weights_alone_leaves_the_schedule():
+    restarts = [Restart(2, 2, steps=None, source='ema')]
+    assert momenta(make(), 5, restarts).tolist() == momenta(make(), 5).tolist()
 
 
 def test_interval():
@@ -48,14 +69,14 @@ def test_shares_are_those_of_the_averaged_model(updates, restarts):
         with torch.no_grad():
             source.weight.zero_()[0, i] = 1
         ema.update_parameters(source)
-    planned = shares(momenta(make(gamma=5), updates, restarts))
-    np.testing.assert_allclose(planned, ema.module.weight[0].numpy(), rtol=1e-12, atol=1e-15)
-    assert planned.sum() == pytest.approx(1)
+    share = shares(momenta(make(gamma=5), updates, planned(restarts)))
+    np.testing.assert_allclose(share, ema.module.weight[0].numpy(), rtol=1e-12, atol=1e-15)
+    assert share.sum() == pytest.approx(1)
 
 
 def test_nothing_before_a_copy():
-    planned = shares(momenta(make(), 100, {60: dict(steps=0)}))
-    assert (planned[:60] == 0).all() and planned[60] > 0
+    share = shares(momenta(make(), 100, planned({60: dict(steps=0)})))
+    assert (share[:60] == 0).all() and share[60] > 0
 
 
 def test_blocks():
