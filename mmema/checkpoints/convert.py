@@ -58,20 +58,20 @@ def convert(
         raise CheckpointError(f'to must be one of {", ".join(TARGETS)}, got {to!r}')
     found = load(path, trust)
     if momentum is not None or gamma is not None:
-        set_schedule(found, to, momentum, gamma)
-    set_steps(found, steps, path)
-    notes = [*found.notes, *complete(found)]
+        _set_schedule(found, to, momentum, gamma)
+    _set_steps(found, steps, path)
+    notes = [*found.notes, *_complete(found)]
     if to == 'mmengine' and found.live:
         found.live = {}
         notes.append('mmengine keeps no schedule: live values and restarts are left out')
-    found.average = compact(renamed(found.average, rename or {}))
-    found.raw = compact(renamed(found.raw, rename or {}))
-    content = mmengine_checkpoint(found)
+    found.average = compact(_renamed(found.average, rename or {}))
+    found.raw = compact(_renamed(found.raw, rename or {}))
+    content = _mmengine_checkpoint(found)
     write_whole(out, lambda file: torch.save(content, file), force, named_by_hash=False)
     return notes
 
 
-def set_schedule(found: Weights, to: str, momentum: float | None, gamma: float | None) -> None:
+def _set_schedule(found: Weights, to: str, momentum: float | None, gamma: float | None) -> None:
     """Give the average an exponential schedule, as if a restart had set both values."""
     if to != 'mmema' or momentum is None or gamma is None:
         raise CheckpointError("momentum and gamma are given together, and only with to='mmema'")
@@ -89,7 +89,7 @@ def set_schedule(found: Weights, to: str, momentum: float | None, gamma: float |
     }
 
 
-def set_steps(found: Weights, steps: int | None, path: str | Path) -> None:
+def _set_steps(found: Weights, steps: int | None, path: str | Path) -> None:
     if steps is not None and steps < 0:
         raise CheckpointError(f'steps must be at least 0, got {steps}')
     found.steps = found.steps if steps is None else steps
@@ -100,7 +100,7 @@ def set_steps(found: Weights, steps: int | None, path: str | Path) -> None:
         )
 
 
-def complete(found: Weights) -> list[str]:
+def _complete(found: Weights) -> list[str]:
     """Let one set of weights stand for the other where a file has only one, and say so."""
     if found.average is None:
         found.average = found.raw
@@ -111,7 +111,7 @@ def complete(found: Weights) -> list[str]:
     return []
 
 
-def renamed(state: State, rename: dict[str, str]) -> State:
+def _renamed(state: State, rename: dict[str, str]) -> State:
     if not rename:
         return state
     unused = [old for old in rename if not any(name.startswith(old) for name in state)]
@@ -130,7 +130,7 @@ def renamed(state: State, rename: dict[str, str]) -> State:
     return OrderedDict(new)
 
 
-def mmengine_checkpoint(weights: Weights) -> dict:
+def _mmengine_checkpoint(weights: Weights) -> dict:
     """Return the content of a checkpoint that a Runner resumes from at epoch 0."""
     average, raw = weights.average, weights.raw
     missing = sorted(set(average) ^ set(raw))

@@ -59,7 +59,7 @@ def export(
     meta = {**found.meta, 'mmema': {'weights': weights, 'steps': found.steps}}
     state = compact(state)
     if out.suffix == '.safetensors':
-        write = lambda file: file.write(safetensors_bytes(state, meta))  # noqa: E731
+        write = lambda file: file.write(_safetensors_bytes(state, meta))  # noqa: E731
     else:
         write = lambda file: torch.save({'meta': meta, 'state_dict': state}, file)  # noqa: E731
     return write_whole(out, write, force, named_by_hash)
@@ -75,7 +75,7 @@ def compact(state: State) -> State:
     return small
 
 
-def safetensors_bytes(state: State, meta: dict) -> bytes:
+def _safetensors_bytes(state: State, meta: dict) -> bytes:
     safetensors = import_safetensors()
     # The format has neither shared memory nor strides: tied tensors are written once for each name.
     contiguous = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}

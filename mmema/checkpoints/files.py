@@ -37,16 +37,16 @@ def load(path: str | Path, trust: bool = False) -> Weights:
         CheckpointError: If it is no such file, or damaged, or needs ``trust``.
     """
     path = Path(path)
-    check_is_file(path)
+    _check_is_file(path)
     try:
         if path.suffix == '.safetensors':
-            return read_safetensors(path)
-        return read_weights(read_pickle(path, trust))
+            return _read_safetensors(path)
+        return read_weights(_read_pickle(path, trust))
     except CheckpointError as error:
         raise CheckpointError(f'{path}: {error}') from error
 
 
-def check_is_file(path: Path) -> None:
+def _check_is_file(path: Path) -> None:
     """Refuse a path that cannot be read as a file, with its reason."""
     if path.is_dir():
         raise CheckpointError(f'{path} is a folder; name a file in it')
@@ -58,9 +58,9 @@ def check_is_file(path: Path) -> None:
         raise CheckpointError(f'{path} is empty (0 bytes): the program that wrote it was stopped')
 
 
-def read_pickle(path: Path, trust: bool):
+def _read_pickle(path: Path, trust: bool):
     try:
-        with namespaces_allowed(), warnings.catch_warnings():
+        with _namespaces_allowed(), warnings.catch_warnings():
             # Else torch's remarks, such as on the protocol of the pickle, stand before our line.
             warnings.simplefilter('ignore', UserWarning)
             return torch.load(path, map_location='cpu', weights_only=not trust)
@@ -75,7 +75,7 @@ def read_pickle(path: Path, trust: bool):
         if unknown and not trust:
             raise CheckpointError(
                 f'it holds {unknown.group(1)}, and reading more than tensors and numbers can run '
-                f'code that is in the file. If you trust it: trust=True{on_old_torch()}'
+                f'code that is in the file. If you trust it: trust=True{_on_old_torch()}'
             ) from error
         size = path.stat().st_size
         raise CheckpointError(
@@ -84,20 +84,20 @@ def read_pickle(path: Path, trust: bool):
         ) from error
 
 
-def on_old_torch() -> str:
+def _on_old_torch() -> str:
     if HAS_ALLOW_LIST:
         return ''
     return f' (torch {torch.__version__} says so of all files of MMEngine, 2.5 and later do not)'
 
 
-def namespaces_allowed():
+def _namespaces_allowed():
     """Return a context in which torch reads argparse.Namespace, where timm keeps its arguments."""
     if not HAS_ALLOW_LIST:
         return nullcontext()
     return torch.serialization.safe_globals([argparse.Namespace])
 
 
-def read_safetensors(path: Path) -> Weights:
+def _read_safetensors(path: Path) -> Weights:
     safetensors = import_safetensors()
     try:
         with safetensors.safe_open(str(path), framework='pt') as file:
@@ -112,6 +112,7 @@ def read_safetensors(path: Path) -> Weights:
 
 
 def import_safetensors():
+    """Return the package of that name, which only ``.safetensors`` files need."""
     try:
         import safetensors
         import safetensors.torch
@@ -121,6 +122,7 @@ def import_safetensors():
 
 
 def check_output(out: Path, suffixes: tuple, may_exist: bool) -> None:
+    """Refuse a path for a new file with a wrong suffix, without a folder, or taken already."""
     if out.is_dir():
         raise CheckpointError(f'{out} is a folder; name a file in it')
     if out.suffix not in suffixes:

@@ -48,25 +48,25 @@ class Weights:
     def set(self, which: str, state, place: str) -> None:
         """Set the 'average' or the 'raw' weights to the tensors at a place; None leaves them."""
         if state is not None:
-            setattr(self, which, tensors(state, place))
+            setattr(self, which, _tensors(state, place))
             setattr(self, f'{which}_at', place)
 
 
 # --- MMEngine and mmema ------------------------------------------------------------------------
 
 
-def is_mmengine(content: dict) -> bool:
+def _is_mmengine(content: dict) -> bool:
     return 'state_dict' in content and ('meta' in content or 'ema_state_dict' in content)
 
 
-def read_mmengine(content: dict) -> Weights:
+def _read_mmengine(content: dict) -> Weights:
     """Read a run's checkpoint: the average in ``state_dict``, raw weights in ``ema_state_dict``."""
-    state, meta = tensors(content['state_dict'], 'state_dict'), dict_at(content, 'meta')
-    found = Weights('mmengine', mmengine_maker(meta), meta=meta)
+    state, meta = _tensors(content['state_dict'], 'state_dict'), _dict_at(content, 'meta')
+    found = Weights('mmengine', _mmengine_maker(meta), meta=meta)
     if 'ema_state_dict' not in content:
-        return mmengine_without_ema(found, state, meta)
+        return _mmengine_without_ema(found, state, meta)
     ema = content['ema_state_dict']
-    swapped = module_of(ema, 'ema_state_dict')
+    swapped = _module_of(ema, 'ema_state_dict')
     missing = sorted(set(state) - set(swapped))
     if missing:
         found.notes.append(
@@ -74,26 +74,26 @@ def read_mmengine(content: dict) -> Weights:
             'for these the two are the same'
         )
     found.set('average', state, 'state_dict')
-    found.raw = with_metadata(state, {name: swapped.get(name, state[name]) for name in state})
+    found.raw = _with_metadata(state, {name: swapped.get(name, state[name]) for name in state})
     found.raw_at = "ema_state_dict['module.*']"
-    found.steps = counter(ema, 'steps')
+    found.steps = _counter(ema, 'steps')
     if found.steps is None:
         found.notes.append('ema_state_dict lacks `steps`: a run cannot be resumed from it')
-    found.live = live_values(ema)
+    found.live = _live_values(ema)
     found.kind = 'mmema' if found.live else 'mmengine'
     return found
 
 
-def live_values(ema: dict) -> dict:
+def _live_values(ema: dict) -> dict:
     """Return the schedule, live values and restarts of a restartable average; else nothing."""
     if 'restarts' not in ema:
         return {}
     live = {k: v for k, v in ema.items() if k != 'steps' and not str(k).startswith('module.')}
-    return tensors(live, 'the EMA state')
+    return _tensors(live, 'the EMA state')
 
 
-def mmengine_without_ema(found: Weights, state: State, meta: dict) -> Weights:
-    exported = dict_at(meta, 'mmema')
+def _mmengine_without_ema(found: Weights, state: State, meta: dict) -> Weights:
+    exported = _dict_at(meta, 'mmema')
     if exported:
         averaged, note = exported.get('weights') == 'ema', 'exported by mmema'
     elif 'EMAHook' in str(meta.get('cfg', '')):
@@ -102,14 +102,14 @@ def mmengine_without_ema(found: Weights, state: State, meta: dict) -> Weights:
     else:
         averaged, note = False, 'a run without EMAHook'
     found.set('average' if averaged else 'raw', state, 'state_dict')
-    found.steps = counter(exported, 'steps')
+    found.steps = _counter(exported, 'steps') if averaged else None
     found.notes.append(note)
     return found
 
 
-def mmengine_maker(meta: dict) -> str:
+def _mmengine_maker(meta: dict) -> str:
     config = str(meta.get('cfg', ''))
-    # The version is followed by the hash of whatever checkout the run was started in.
+    # The hash of the checkout that the run was started in follows the version.
     version = re.sub(r'([0-9a-f]{40}|unknown)$', '', str(meta.get('mmengine_version', '')))
     maker = f'MMEngine {version}'.rstrip()
     scope = re.search(r"default_scope\s*=\s*'(\w+)'", config)
@@ -118,19 +118,19 @@ def mmengine_maker(meta: dict) -> str:
     return maker + (f', ema_type {ema_type.group(1)}' if ema_type else '')
 
 
-def is_ema_state(content: dict) -> bool:
+def _is_ema_state(content: dict) -> bool:
     return 'steps' in content and any(str(key).startswith('module.') for key in content)
 
 
-def read_ema_state(content: dict) -> Weights:
+def _read_ema_state(content: dict) -> Weights:
     """Read the bare state of an averaged model of MMEngine, MMDetection, MMYOLO or mmema."""
-    live = live_values(content)
+    live = _live_values(content)
     return Weights(
         'mmema' if live else 'mmengine',
         f'{"mmema" if live else "MMEngine, MMDetection or MMYOLO"}: state of an averaged model',
-        average=module_of(content, 'the file'),
+        average=_module_of(content, 'the file'),
         average_at="'module.*'",
-        steps=counter(content, 'steps'),
+        steps=_counter(content, 'steps'),
         live=live,
     )
 
@@ -138,11 +138,11 @@ def read_ema_state(content: dict) -> Weights:
 # --- YOLOv5, YOLOX -----------------------------------------------------------------------------
 
 
-def is_yolov5(content: dict) -> bool:
-    return 'model' in content and 'ema' in content and not is_dfine(content)
+def _is_yolov5(content: dict) -> bool:
+    return 'model' in content and 'ema' in content and not _is_dfine(content)
 
 
-def read_yolov5(content: dict) -> Weights:
+def _read_yolov5(content: dict) -> Weights:
     """Read ``model`` and ``ema``; after YOLOv5's ``strip_optimizer`` the EMA is in ``model``."""
     found = Weights('yolov5', 'YOLOv5 or another code of Ultralytics')
     if content['ema'] is None:
@@ -151,15 +151,15 @@ def read_yolov5(content: dict) -> Weights:
     else:
         found.set('average', content['ema'], 'ema')
         found.set('raw', content['model'], 'model')
-    found.steps = counter(content, 'updates')
+    found.steps = _counter(content, 'updates')
     return found
 
 
-def is_yolox(content: dict) -> bool:
+def _is_yolox(content: dict) -> bool:
     return 'model' in content and 'start_epoch' in content
 
 
-def read_yolox(content: dict) -> Weights:
+def _read_yolox(content: dict) -> Weights:
     """Read the average in ``model``; YOLOX saves neither the raw weights nor the counter."""
     found = Weights('yolox', 'YOLOX')
     found.set('average', content['model'], 'model')
@@ -173,21 +173,21 @@ def read_yolox(content: dict) -> Weights:
 # --- RT-DETR, D-FINE, DEIM ---------------------------------------------------------------------
 
 
-def is_dfine(content: dict) -> bool:
+def _is_dfine(content: dict) -> bool:
     ema = content.get('ema')
     return (isinstance(ema, dict) and isinstance(ema.get('module'), dict)) or (
         'model' in content and 'last_epoch' in content
     )
 
 
-def read_dfine(content: dict) -> Weights:
+def _read_dfine(content: dict) -> Weights:
     """Read ``module`` and ``updates`` in ``ema``, and the raw weights in ``model``."""
     found, ema = Weights('dfine', 'RT-DETR, D-FINE or DEIM'), content.get('ema')
     if ema is not None:
         if not isinstance(ema, dict) or 'module' not in ema:
             raise CheckpointError("ema must be a dict with 'module' in it")
         found.set('average', ema['module'], "ema['module']")
-        found.steps = counter(ema, 'updates')
+        found.steps = _counter(ema, 'updates')
     found.set('raw', content.get('model'), 'model')
     return found
 
@@ -195,71 +195,71 @@ def read_dfine(content: dict) -> Weights:
 # --- timm, torch, torchvision ------------------------------------------------------------------
 
 
-def is_timm(content: dict) -> bool:
+def _is_timm(content: dict) -> bool:
     return 'state_dict' in content and ('state_dict_ema' in content or 'arch' in content)
 
 
-def read_timm(content: dict) -> Weights:
+def _read_timm(content: dict) -> Weights:
     """Read ``state_dict`` and ``state_dict_ema``; timm does not save the counter."""
     found = Weights('timm', f'timm, {content.get("arch", "unknown model")}')
     found.set('average', content.get('state_dict_ema'), 'state_dict_ema')
     found.set('raw', content['state_dict'], 'state_dict')
-    note_decay(found, content.get('args'))
+    _note_decay(found, content.get('args'))
     return found
 
 
-def note_decay(found: Weights, args) -> None:
+def _note_decay(found: Weights, args) -> None:
     decay = getattr(args, 'model_ema_decay', None)
     if decay is not None and found.average is not None:
         found.notes.append(f'model_ema_decay was {decay:g}; see docs/migration.md')
 
 
-def is_torchvision(content: dict) -> bool:
+def _is_torchvision(content: dict) -> bool:
     return isinstance(content.get('model_ema'), dict) and 'n_averaged' in content['model_ema']
 
 
-def read_torchvision(content: dict) -> Weights:
+def _read_torchvision(content: dict) -> Weights:
     """Read ``model`` and ``model_ema``, the state of torch's AveragedModel."""
-    found = read_averaged_model(content['model_ema'])
+    found = _read_averaged_model(content['model_ema'])
     found.kind, found.maker = 'torchvision', 'torchvision reference'
     found.average_at = "model_ema['module.*']"
     found.set('raw', content.get('model'), 'model')
-    note_decay(found, content.get('args'))
+    _note_decay(found, content.get('args'))
     return found
 
 
-def is_averaged_model(content: dict) -> bool:
+def _is_averaged_model(content: dict) -> bool:
     return 'n_averaged' in content and any(str(key).startswith('module.') for key in content)
 
 
-def read_averaged_model(content: dict) -> Weights:
+def _read_averaged_model(content: dict) -> Weights:
     """Read ``module.*`` and ``n_averaged``."""
     return Weights(
         'averaged_model',
         'torch.optim.swa_utils.AveragedModel',
-        average=module_of(content, 'the file'),
+        average=_module_of(content, 'the file'),
         average_at="'module.*'",
-        steps=counter(content, 'n_averaged'),
+        steps=_counter(content, 'n_averaged'),
     )
 
 
 # --- anything else -----------------------------------------------------------------------------
 
 
-def is_state_dict(content: dict) -> bool:
-    state = content.get(bare_at(content), content)
+def _is_state_dict(content: dict) -> bool:
+    state = content.get(_bare_at(content), content)
     if not isinstance(state, dict):
         return False
     return bool(state) and all(isinstance(value, Tensor) for value in state.values())
 
 
-def bare_at(content: dict) -> str:
+def _bare_at(content: dict) -> str:
     return next((key for key in ('state_dict', 'model') if key in content), 'the file')
 
 
-def read_state_dict(content: dict) -> Weights:
+def _read_state_dict(content: dict) -> Weights:
     """Read a bare state_dict, which does not say which weights it has."""
-    found, place = Weights('state_dict', 'unknown: a bare state_dict'), bare_at(content)
+    found, place = Weights('state_dict', 'unknown: a bare state_dict'), _bare_at(content)
     found.set('raw', content.get(place, content), place)
     found.notes.append('nothing in the file says whether these are averaged or raw weights')
     return found
@@ -267,15 +267,15 @@ def read_state_dict(content: dict) -> Weights:
 
 # (test, reader) of each format; the first whose test is true reads the file.
 FORMATS = (
-    (is_mmengine, read_mmengine),
-    (is_ema_state, read_ema_state),
-    (is_dfine, read_dfine),
-    (is_yolov5, read_yolov5),
-    (is_yolox, read_yolox),
-    (is_timm, read_timm),
-    (is_torchvision, read_torchvision),
-    (is_averaged_model, read_averaged_model),
-    (is_state_dict, read_state_dict),
+    (_is_mmengine, _read_mmengine),
+    (_is_ema_state, _read_ema_state),
+    (_is_dfine, _read_dfine),
+    (_is_yolov5, _read_yolov5),
+    (_is_yolox, _read_yolox),
+    (_is_timm, _read_timm),
+    (_is_torchvision, _read_torchvision),
+    (_is_averaged_model, _read_averaged_model),
+    (_is_state_dict, _read_state_dict),
 )
 
 
@@ -289,7 +289,10 @@ def read_weights(content) -> Weights:
         raise CheckpointError(f'it holds a {type(content).__name__}, and a checkpoint is a dict')
     for recognizes, read in FORMATS:
         if recognizes(content):
-            return read(content)
+            found = read(content)
+            if found.average is None and found.raw is None:
+                raise CheckpointError(f'it is a file of {found.maker} without any weights')
+            return found
     if 'shadow_params' in content:
         raise CheckpointError(
             'it is the state of an EMA of diffusers or pytorch_ema, which keeps a list of tensors '
@@ -299,7 +302,7 @@ def read_weights(content) -> Weights:
     raise CheckpointError(f'it is in no format that mmema knows; it holds {keys}')
 
 
-def tensors(state, place: str) -> State:
+def _tensors(state, place: str) -> State:
     """Return names and tensors, without the prefixes that wrappers of a model add."""
     if isinstance(state, nn.Module):
         state = state.state_dict()
@@ -310,14 +313,14 @@ def tensors(state, place: str) -> State:
             raise CheckpointError(
                 f'{place} must be names and tensors, but {name!r} is a {type(value).__name__}'
             )
-        check_is_dense(name, value, place)
+        _check_is_dense(name, value, place)
     names = [name.replace('_orig_mod.', '') for name in state]
     if names and all(name.startswith('module.') for name in names):
         names = [name[len('module.') :] for name in names]
-    return with_metadata(state, dict(zip(names, state.values())))
+    return _with_metadata(state, dict(zip(names, state.values())))
 
 
-def check_is_dense(name: str, tensor: Tensor, place: str) -> None:
+def _check_is_dense(name: str, tensor: Tensor, place: str) -> None:
     """Refuse tensors that can be neither compared nor written as numbers in memory."""
     if tensor.is_meta:
         what = 'has no data: it was saved from the meta device'
@@ -330,15 +333,15 @@ def check_is_dense(name: str, tensor: Tensor, place: str) -> None:
     raise CheckpointError(f'{place}: {name!r} {what}')
 
 
-def module_of(state, place: str) -> State:
+def _module_of(state, place: str) -> State:
     """Return the tensors under ``module.`` in the state of an averaged model."""
     if not isinstance(state, dict):
         raise CheckpointError(f'{place} must be names and tensors, got a {type(state).__name__}')
     inner = {str(k)[7:]: v for k, v in state.items() if str(k).startswith('module.')}
-    return with_metadata(state, tensors(inner, place))
+    return _with_metadata(state, _tensors(inner, place))
 
 
-def with_metadata(old: State, new: State) -> State:
+def _with_metadata(old: State, new: State) -> State:
     """Return ``new`` with the layers' versions, which torch keeps beside a state_dict."""
     kept = OrderedDict(new)
     if hasattr(old, '_metadata'):
@@ -346,7 +349,7 @@ def with_metadata(old: State, new: State) -> State:
     return kept
 
 
-def dict_at(content: dict, key: str) -> dict:
+def _dict_at(content: dict, key: str) -> dict:
     value = content.get(key)
     if value is None:
         return {}
@@ -355,7 +358,7 @@ def dict_at(content: dict, key: str) -> dict:
     return value
 
 
-def counter(content: dict, key: str) -> int | None:
+def _counter(content: dict, key: str) -> int | None:
     value = content.get(key)
     if value is None:
         return None

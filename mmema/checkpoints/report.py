@@ -38,10 +38,10 @@ class Report(NamedTuple):
             ('EMA weights', found.average, found.average_at),
             ('raw weights', found.raw, found.raw_at),
         ):
-            lines.append((label, 'none' if state is None else f'{place}: {summary(state)}'))
+            lines.append((label, 'none' if state is None else f'{place}: {_summary(state)}'))
         if found.average is not None:
             lines.append(('updates', 'not said' if found.steps is None else f'{found.steps:,}'))
-        lines += live_lines(found.live)
+        lines += _live_lines(found.live)
         if 'epoch' in found.meta:
             lines.append(
                 ('trained', f'epoch {found.meta["epoch"]}, iteration {found.meta.get("iter", "?")}')
@@ -74,56 +74,56 @@ def inspect(path: str | Path, trust: bool = False) -> Report:
     found = load(path, trust)
     distance, farthest = None, []
     if found.average is not None and found.raw is not None:
-        distance, farthest = distances(found.average, found.raw)
+        distance, farthest = _distances(found.average, found.raw)
     states = {'average': found.average or {}, 'raw': found.raw or {}}
-    return Report(found, distance, farthest, {k: non_finite(v) for k, v in states.items()})
+    return Report(found, distance, farthest, {k: _non_finite(v) for k, v in states.items()})
 
 
-def distances(average: State, raw: State) -> tuple:
+def _distances(average: State, raw: State) -> tuple:
     """Return the relative distance of all weights, and the three tensors farthest apart."""
-    names = [name for name in raw if comparable(name, raw[name], average.get(name))]
+    names = [name for name in raw if _comparable(name, raw[name], average.get(name))]
     norms = [raw[name].double().norm().item() for name in names]
     apart = [(average[name].double() - raw[name].double()).norm().item() for name in names]
     if not names:
         return None, []
-    own = [(name, relative(*pair)) for name, *pair in zip(names, apart, norms)]
+    own = [(name, _relative(*pair)) for name, *pair in zip(names, apart, norms)]
     farthest = sorted((pair for pair in own if pair[1] > 0), key=lambda pair: -pair[1])[:3]
-    return relative(math.hypot(*apart), math.hypot(*norms)), farthest
+    return _relative(math.hypot(*apart), math.hypot(*norms)), farthest
 
 
-def relative(difference: float, norm: float) -> float:
+def _relative(difference: float, norm: float) -> float:
     if difference == 0:
         return 0.0  # two tensors of zeros too
     return difference / norm if norm else math.inf
 
 
-def comparable(name: str, tensor: Tensor, other: Tensor | None) -> bool:
+def _comparable(name: str, tensor: Tensor, other: Tensor | None) -> bool:
     if name.endswith(('running_mean', 'running_var')):
         return False
     return tensor.is_floating_point() and other is not None and other.shape == tensor.shape
 
 
-def non_finite(state: State) -> list[str]:
+def _non_finite(state: State) -> list[str]:
     return [
         name
         for name, tensor in state.items()
-        if tensor.is_floating_point() and not is_finite(tensor)
+        if tensor.is_floating_point() and not _is_finite(tensor)
     ]
 
 
-def is_finite(tensor: Tensor) -> bool:
+def _is_finite(tensor: Tensor) -> bool:
     if tensor.element_size() == 1:  # torch has no isfinite for float8
         tensor = tensor.float()
     return bool(torch.isfinite(tensor).all())
 
 
-def summary(state: State) -> str:
+def _summary(state: State) -> str:
     kinds = sorted({str(tensor.dtype)[6:] for tensor in state.values()})
     numbers = sum(tensor.numel() for tensor in state.values())
     return f'{len(state)} tensors, {numbers:,} numbers, {", ".join(kinds)}'
 
 
-def live_lines(live: dict) -> Iterator[tuple]:
+def _live_lines(live: dict) -> Iterator[tuple]:
     """Yield (label, text) for the schedule, its live values and the number of restarts."""
     if 'schedule' in live:
         yield 'schedule', schedule_name(live)

@@ -38,6 +38,7 @@ def test_export_gives_the_weights_and_the_meta(run, tmp_path, weights):
 
     found = load(out)  # and it is still known which weights these are
     assert (found.average is None, found.raw is None) == (weights == 'raw', weights == 'ema')
+    assert found.steps == (4 if weights == 'ema' else None)
 
 
 def test_export_is_the_same_file_each_time(run, tmp_path):

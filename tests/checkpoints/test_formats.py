@@ -67,6 +67,8 @@ def test_stripped_yolov5(tmp_path):
         ({'state_dict': {3: torch.zeros(1)}, 'meta': {}}, 'state_dict .* but 3 is a Tensor'),
         ({'model': {}, 'ema': {'module': {}, 'updates': 'x'}}, "updates must be a number, got 'x'"),
         ({'shadow_params': [], 'decay': 1}, 'diffusers or pytorch_ema'),
+        ({'model': None, 'ema': None}, 'file of YOLOv5 .* without any weights'),
+        ({'model': None, 'last_epoch': 1}, 'file of RT-DETR, D-FINE or DEIM without any weights'),
         ({'state_dict': {'a': torch.zeros(1)}, 'meta': 'x'}, "meta must be a dict, got 'x'"),
         (
             {'state_dict': {'a': torch.zeros(1)}, 'meta': {'mmema': [1]}},
