@@ -1,13 +1,14 @@
-"""What the average does, as numbers beside the losses."""
+"""Hook that logs the state of the average beside the losses."""
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from mmengine.hooks import Hook, LoggerHook
+from mmengine.model import BaseAveragedModel
+from mmengine.runner import Runner
 from torch import nn
 
+from ..arguments import check_integer
 from ..registry import HOOKS, register_everywhere
 from ..run import ema_hook_of
 from ..update.finite import is_number
@@ -16,27 +17,28 @@ from ..update.pairs import pairs_of, unwrapped
 
 @register_everywhere(HOOKS)
 class EMAMonitorHook(Hook):
-    """Put the state of the average into the log and every visualization backend.
+    """Log the state of the average, in the text log and in every visualization backend.
 
-    The scalars, under ``train/``, are those that hold for the next update:
+    The scalars, under ``train/``, are those of the next update:
 
     - ``ema_momentum``: the weight of the new value;
-    - ``ema_horizon``: ``1 / momentum``, rounded: about how many recent updates the average
-      remembers;
+    - ``ema_horizon``: ``interval / momentum`` of the average, rounded: about how many recent
+      updates it remembers;
     - ``ema_steps``: updates since the last restart;
     - ``ema_restarts``: how many restarts there have been;
     - ``ema_distance``: ``||average - source|| / ||source||`` over all parameters.
 
-    Momentum and horizon are left out for averaged models that do not tell their momentum, and
-    restarts for those that have none. The numbers are worked out only at the iterations at which
-    LoggerHook writes; at all others the hook costs nothing.
+    Momentum and horizon are left out for averaged models without ``current_momentum``, and restarts
+    for those without ``restarts``. The scalars are measured at the iterations at which LoggerHook
+    writes; at all others the hook costs nothing.
 
     Args:
         interval: Iterations between two measurements. Defaults to None: those of LoggerHook, and
             10 where the run has none.
 
     Raises:
-        ValueError: If ``interval`` is not a positive integer, or the run has no EMAHook.
+        TypeError: If ``interval`` is no integer.
+        ValueError: If ``interval`` is below 1, or the run has no EMAHook.
 
     Example:
         >>> custom_hooks = [  # in a config
@@ -47,19 +49,19 @@ class EMAMonitorHook(Hook):
 
     priority = 55  # after EMAHook (NORMAL, 50) has updated, before LoggerHook (60) writes
 
-    def __init__(self, interval: Optional[int] = None):
-        if interval is not None and (
-            isinstance(interval, bool) or not isinstance(interval, int) or interval < 1
-        ):
-            raise ValueError(f'interval must be a positive integer or None, got {interval!r}')
+    def __init__(self, interval: int | None = None):
+        if interval is not None:
+            check_integer('interval', interval)
         self.interval = interval
 
-    def before_train(self, runner) -> None:
-        """Find the EMAHook, or say that there is none."""
+    def before_train(self, runner: Runner) -> None:
+        """Find the EMAHook and the LoggerHook of the run."""
         self._ema_hook = ema_hook_of(runner)
         self._logger = next((h for h in runner.hooks if isinstance(h, LoggerHook)), None)
 
-    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None
+    ) -> None:
         """Measure, if LoggerHook is about to write."""
         if not self._is_due(runner, batch_idx):
             return
@@ -68,7 +70,7 @@ class EMAMonitorHook(Hook):
         distance = relative_distance(self._ema_hook.ema_model.module, runner.model)
         runner.message_hub.update_scalar('train/ema_distance', distance)
 
-    def _is_due(self, runner, batch_idx: int) -> bool:
+    def _is_due(self, runner: Runner, batch_idx: int) -> bool:
         if self.interval is not None or self._logger is None:
             return self.every_n_inner_iters(batch_idx, self.interval or 10)
         if self.every_n_inner_iters(batch_idx, self._logger.interval):
@@ -79,12 +81,13 @@ class EMAMonitorHook(Hook):
         return last and (short or not self._logger.ignore_last)
 
 
-def state_of(ema_model: nn.Module) -> dict:
+def state_of(ema_model: BaseAveragedModel) -> dict:
     """Return momentum, horizon, steps and restarts of an averaged model, as far as it has them."""
     state = {}
     momentum = getattr(ema_model, 'current_momentum', None)
     if momentum is not None:
-        state.update(momentum=momentum, horizon=round(1 / momentum))
+        # Only every interval-th update blends.
+        state.update(momentum=momentum, horizon=round(ema_model.interval / momentum))
     state['steps'] = int(ema_model.steps)
     if hasattr(ema_model, 'restarts'):
         state['restarts'] = ema_model.restarts
@@ -95,7 +98,7 @@ def state_of(ema_model: nn.Module) -> dict:
 def relative_distance(average: nn.Module, source: nn.Module) -> float:
     """Return ``||average - source|| / ||source||`` over the parameters, each tensor once.
 
-    The only place that waits for the device, once.
+    It waits for the device only once, for the result.
     """
     apart, size = [], []
     for pair, is_buffer in pairs_of(average, unwrapped(source)):

@@ -8,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from toy_runs import ema, loader, make_runner, points
 
+import mmema
 import mmema.hooks.monitor as monitor
 from mmema.hooks.monitor import relative_distance
 from mmema.run import ema_hook_of
@@ -79,6 +80,23 @@ def test_scalars_of_a_run(tmp_path):
     assert text in line
 
 
+def test_the_horizon_counts_updates_of_which_only_some_blend():
+    model = nn.Linear(1, 1)
+    average = mmema.RestartableConstantEMA(model, momentum=0.001, interval=20)
+    average.steps.fill_(20)  # the first update copies
+    horizon = monitor.state_of(average)['horizon']
+    assert horizon == 20_000  # 1 / momentum would be 1,000
+    # From 0 towards 1: what the average holds of its last 20,000 updates, and of its last 1,000.
+    with torch.no_grad():
+        average.module.weight.zero_()
+        model.weight.fill_(1)
+    for updates, share in ((1000, 1 - 0.999**50), (horizon - 1000, 1 - 0.999**1000)):
+        for _ in range(updates):
+            average.update_parameters(model)
+        assert average.module.weight.item() == pytest.approx(share, rel=1e-4)
+    assert share == pytest.approx(0.632, abs=1e-3)
+
+
 def test_tensorboard(tmp_path):
     backends = [dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')]
     visualizer = dict(type='Visualizer', vis_backends=backends)
@@ -143,7 +161,16 @@ def test_without_an_emahook(tmp_path):
         make_runner(tmp_path, [MONITOR]).train()
 
 
-@pytest.mark.parametrize('interval', [0, -1, 2.5, True, '10'])
-def test_bad_interval(interval):
-    with pytest.raises(ValueError, match='interval must be a positive integer or None, got'):
+@pytest.mark.parametrize(
+    'interval, error, message',
+    [
+        (0, ValueError, 'interval must be at least 1, got 0'),
+        (-1, ValueError, 'interval must be at least 1, got -1'),
+        (2.5, TypeError, 'interval must be an integer, got 2.5'),
+        (True, TypeError, 'interval must be an integer, got True'),
+        ('10', TypeError, "interval must be an integer, got '10'"),
+    ],
+)
+def test_bad_interval(interval, error, message):
+    with pytest.raises(error, match=message):
         monitor.EMAMonitorHook(interval=interval)
