@@ -1,18 +1,21 @@
-"""BatchNorm statistics of the average, measured instead of inherited."""
+"""Hook that measures the BatchNorm statistics of the average instead of averaging them."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import List, Optional
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from typing import Callable, Iterable
 
 import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.hooks import EMAHook as StockEMAHook
-from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..arguments import check_integer
+from ..messages import RunError
 from ..registry import HOOKS, register_everywhere
 from ..run import ema_hook_of, kept_rng, last_of, validation_follows
 from ..update.pairs import unwrapped
@@ -45,7 +48,7 @@ class EMARecalibrateHook(Hook):
             computes no loss; 'loss' for models that reach some layers only there.
 
     Raises:
-        TypeError: If ``mode`` is no string.
+        TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range, or this run does not allow it: no EMAHook, no
             validation, no BatchNorm with running statistics, hooks in another order, an average on
             another device, or a train_dataloader that is not a config.
@@ -62,78 +65,79 @@ class EMARecalibrateHook(Hook):
 
     priority = 'LOW'  # after EMAHook has updated or swapped, before CheckpointHook saves
 
-    def __init__(self, batches: int = 100, interval: Optional[int] = None, mode: str = 'tensor'):
-        for name, value in (('batches', batches), ('interval', interval)):
-            if name == 'interval' and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f'{name} must be a positive integer, got {value!r}')
+    def __init__(self, batches: int = 100, interval: int | None = None, mode: str = 'tensor'):
+        check_integer('batches', batches)
+        if interval is not None:
+            check_integer('interval', interval)
         if not isinstance(mode, str):
             raise TypeError(f"mode must be a string such as 'tensor' or 'loss', got {mode!r}")
         self.batches = batches
         self.interval = interval
         self.mode = mode
-        self._of_source: Optional[List[Tensor]] = None
-        self._of_average: Optional[List[Tensor]] = None
+        # The statistics of both models, from a measurement to the end of the next validation.
+        self._of_source: list[Tensor] | None = None
+        self._of_average: list[Tensor] | None = None
 
-    def before_train(self, runner) -> None:
-        """Refuse at the start what could not be right at the end."""
+    def before_train(self, runner: Runner) -> None:
+        """Raise RunError at the start of a run that could not be measured at its end."""
         ema_hook = ema_hook_of(runner)
         if not isinstance(runner.train_loop, (EpochBasedTrainLoop, IterBasedTrainLoop)):
-            raise ValueError(
+            raise RunError(
                 'EMARecalibrateHook must know when validations are due, as in EpochBasedTrainLoop '
                 f'and IterBasedTrainLoop, got a {type(runner.train_loop).__name__}'
             )
         if runner.val_loop is None:
-            raise ValueError(
+            raise RunError(
                 'EMARecalibrateHook works before validations, but this run has none. Set '
                 'val_dataloader, val_cfg and val_evaluator.'
             )
         _refuse_order(runner, self)
         if not isinstance(runner._train_dataloader, dict):
-            raise ValueError(
+            raise RunError(
                 'EMARecalibrateHook builds a dataloader of its own, so train_dataloader must be a '
                 f'config (a dict), got a {type(runner._train_dataloader).__name__}'
             )
         self._average = ema_hook.ema_model.module
         self._source = unwrapped(runner.model)
         if not measurable(self._average):
-            raise ValueError(
+            raise RunError(
                 'the model has no BatchNorm whose running statistics training moves. '
                 'Remove EMARecalibrateHook.'
             )
-        places = [{p.device for p in m.parameters()} for m in (self._average, self._source)]
-        if places[0] != places[1]:
-            raise ValueError(
+        devices = [{p.device for p in m.parameters()} for m in (self._average, self._source)]
+        if devices[0] != devices[1]:
+            raise RunError(
                 f'the average must be on the device of the model to be measured there, but is on '
-                f'{places[0]} and the model on {places[1]}. Leave out device= of EMAHook.'
+                f'{devices[0]} and the model on {devices[1]}. Leave out device= of EMAHook.'
             )
-        self._make_loader(runner)  # what fails should fail now
+        self._build_loader(runner)  # an error of the dataset shows now
 
-    def after_train_epoch(self, runner) -> None:
-        """Measure, if a validation follows that is to have it."""
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Measure, if a validation that is due follows."""
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
             self._measure_if_due(runner, runner.epoch + 1)
 
-    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        """Measure, if a validation follows that is to have it."""
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None
+    ) -> None:
+        """Measure, if a validation that is due follows."""
         if isinstance(runner.train_loop, IterBasedTrainLoop):
             self._measure_if_due(runner, runner.iter + 1)
 
-    def before_val_epoch(self, runner) -> None:
-        """Let the model, which has the averaged weights now, have their statistics too."""
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Give the model, which has the averaged weights now, their statistics too."""
         if self._of_average is not None:
             _copy(statistics(self._source), self._of_average)
 
-    def after_val_epoch(self, runner, metrics=None) -> None:
-        """Give the model its own statistics back, before the best checkpoint is saved."""
+    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        """Restore the statistics of the model, before the best checkpoint is saved."""
         if self._of_average is None:
             return
         _copy(statistics(self._source), self._of_source)
         _copy(statistics(self._average), self._of_average)
         self._of_source = self._of_average = None
 
-    def _measure_if_due(self, runner, now: int) -> None:
+    def _measure_if_due(self, runner: Runner, now: int) -> None:
         # Kept from an earlier validation only if there was an exception in it.
         self._of_source = self._of_average = None
         if not self._is_due(runner.train_loop, now):
@@ -152,48 +156,27 @@ class EMARecalibrateHook(Hook):
         done = sum(validation_follows(loop, step) for step in range(1, now + 1))
         return done % self.interval == 0
 
-    def recalibrate(self, runner) -> None:
+    def recalibrate(self, runner: Runner) -> None:
         """Measure the statistics of the average now."""
-        norms = measurable(self._average)
-        momenta = [norm.momentum for norm in norms]
-        before = [(buffer, buffer.clone()) for buffer in self._average.buffers()]
-        measured: List[nn.Module] = []
-        try:
-            with kept_rng(), torch.no_grad(), _in_train_mode(self._average):
-                for norm in norms:
-                    norm.reset_running_stats()
-                    norm.momentum = None  # torch: the plain mean over all batches
-                number = self._forward_batches(runner)
-                measured = [norm for norm in norms if _finish(norm)]
-        finally:
-            for norm, momentum in zip(norms, momenta):
-                norm.momentum = momentum
-            new = {id(t) for norm in measured for t in (norm.running_mean, norm.running_var)}
-            for buffer, value in before:
-                if id(buffer) not in new:
-                    buffer.copy_(value)
+        with kept_rng():
+            batches = islice(self._build_loader(runner), self.batches)
+            number, measured, others = measure_statistics(
+                self._average,
+                batches,
+                self.mode,
+                lambda: runner.optim_wrapper.optim_context(self._average),
+            )
         runner.logger.info(
-            f'Measured the statistics of {len(measured)} BatchNorm layers of the average on '
-            f'{number} training batches.'
+            f'Measured the statistics of {measured} BatchNorm layers of the average on {number} '
+            'training batches.'
         )
-        if len(measured) < len(norms):
+        if others:
             runner.logger.warning(
-                f'{len(norms) - len(measured)} more keep theirs: no data reached them in '
+                f'{others} more keep theirs: no data reached them in '
                 f'forward(mode={self.mode!r}), or what came was not finite.'
             )
 
-    def _forward_batches(self, runner) -> int:
-        number = 0
-        for number, batch in zip(range(1, self.batches + 1), self._make_loader(runner)):  # noqa: B007
-            batch = self._average.data_preprocessor(batch, True)
-            with runner.optim_wrapper.optim_context(self._average):
-                if isinstance(batch, dict):
-                    self._average(**batch, mode=self.mode)
-                else:
-                    self._average(*batch, mode=self.mode)
-        return number
-
-    def _make_loader(self, runner):
+    def _build_loader(self, runner: Runner):
         # A loader and a copy of the dataset of our own: the training's iterator, its sampler and
         # what transforms such as a cached Mosaic keep in the dataset stay as they are.
         config = dict(runner._train_dataloader)
@@ -205,25 +188,70 @@ class EMARecalibrateHook(Hook):
             return runner.build_dataloader(config, seed=runner.seed)
 
 
-def batch_norms(model: nn.Module) -> List[_BatchNorm]:
+@torch.no_grad()
+def measure_statistics(
+    model: nn.Module, batches: Iterable, mode: str = 'tensor', context: Callable = nullcontext
+) -> tuple[int, int, int]:
+    """Set the running mean and variance of each BatchNorm to their plain mean over batches.
+
+    All other buffers, and the layers that no finite data reached on every rank, stay as they are.
+
+    Args:
+        model: A model of MMEngine, with a ``data_preprocessor``.
+        batches: Batches of a dataloader.
+        mode: The ``mode`` of the model's ``forward``. Defaults to 'tensor'.
+        context: Returns the context manager of a forward, such as autocast. Defaults to none.
+
+    Returns:
+        The number of batches, of layers that were measured, and of those that were not.
+    """
+    norms = measurable(model)
+    momenta = [norm.momentum for norm in norms]
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    number, measured = 0, []
+    try:
+        with _train_mode(model):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # torch: the plain mean over all batches
+            for batch in batches:
+                number += 1
+                batch = model.data_preprocessor(batch, True)
+                with context():
+                    if isinstance(batch, dict):
+                        model(**batch, mode=mode)
+                    else:
+                        model(*batch, mode=mode)
+            measured = [norm for norm in norms if _finish(norm)]
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+        new = {id(tensor) for norm in measured for tensor in (norm.running_mean, norm.running_var)}
+        for buffer, value in before:
+            if id(buffer) not in new:
+                buffer.copy_(value)
+    return number, len(measured), len(norms) - len(measured)
+
+
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     """Return the BatchNorm layers that have running statistics."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     return [norm for norm in norms if norm.running_mean is not None]
 
 
-def statistics(model: nn.Module) -> List[Tensor]:
+def statistics(model: nn.Module) -> list[Tensor]:
     """Return all running means and variances, in the order of the layers."""
     return [t for norm in batch_norms(model) for t in (norm.running_mean, norm.running_var)]
 
 
-def measurable(model: nn.Module) -> List[_BatchNorm]:
-    """Return those that training measures; a backbone with norm_eval keeps the others fixed."""
-    with _in_train_mode(model):
+def measurable(model: nn.Module) -> list[_BatchNorm]:
+    """Return the BatchNorm layers that training measures; norm_eval keeps others fixed."""
+    with _train_mode(model):
         return [norm for norm in batch_norms(model) if norm.training]
 
 
 @contextmanager
-def _in_train_mode(model: nn.Module):
+def _train_mode(model: nn.Module):
     modes = [(module, module.training) for module in model.modules()]
     model.train()
     try:
@@ -234,7 +262,7 @@ def _in_train_mode(model: nn.Module):
 
 
 def _finish(norm: _BatchNorm) -> bool:
-    """Average over the ranks; tell whether there is a result."""
+    """Average over the ranks; return whether there is a result."""
     reached = (norm.num_batches_tracked > 0).long()
     all_reduce(reached, op='min')  # a layer that one rank left out is left out by all
     if not int(reached):
@@ -245,24 +273,24 @@ def _finish(norm: _BatchNorm) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
-def _copy(targets: List[Tensor], values: List[Tensor]) -> None:
+def _copy(targets: list[Tensor], values: list[Tensor]) -> None:
     for target, value in zip(targets, values):
         target.copy_(value)
 
 
-def _clones(tensors: List[Tensor]) -> List[Tensor]:
+def _clones(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.clone() for tensor in tensors]
 
 
-def _refuse_order(runner, own: EMARecalibrateHook) -> None:
-    """The order in which hooks are called decides whose statistics are where."""
+def _refuse_order(runner: Runner, own: EMARecalibrateHook) -> None:
+    """Raise RunError if hooks are called in an order that mixes the statistics up."""
     hooks = runner.hooks
     for position, hook in enumerate(hooks):
         name, late = type(hook).__name__, position > hooks.index(own)
         if (isinstance(hook, StockEMAHook) and late) or (
             isinstance(hook, CheckpointHook) and not late
         ):
-            raise ValueError(
+            raise RunError(
                 f'EMARecalibrateHook must come after EMAHook and before CheckpointHook, but '
                 f'{name} comes {"after" if late else "before"} it. Give the hooks their own '
                 'priorities: leave out priority=.'

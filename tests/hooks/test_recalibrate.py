@@ -10,8 +10,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from toy_runs import Model, ema, loader, make_runner
 
-from mmema.hooks.recalibrate import validation_follows
-from mmema.run import ema_hook_of
+from mmema.run import ema_hook_of, validation_follows
 
 LAST = dict(type='mmema.EMARecalibrateHook')
 STATISTICS = ('norm.running_mean', 'norm.running_var')
@@ -274,9 +273,9 @@ def test_a_loader_that_is_no_config_is_refused(tmp_path):
 @pytest.mark.parametrize(
     'arguments, error, message',
     [
-        (dict(batches=0), ValueError, 'batches must be a positive integer, got 0'),
-        (dict(batches=True), ValueError, 'got True'),
-        (dict(interval=1.5), ValueError, 'interval must be a positive integer, got 1.5'),
+        (dict(batches=0), ValueError, 'batches must be at least 1, got 0'),
+        (dict(batches=True), TypeError, 'batches must be an integer, got True'),
+        (dict(interval=1.5), TypeError, 'interval must be an integer, got 1.5'),
         (dict(mode=None), TypeError, 'mode must be a string'),
     ],
 )
