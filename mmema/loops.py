@@ -1,13 +1,14 @@
-"""The validation loop that evaluates both weights."""
+"""Validation loop that evaluates both the raw and the EMA weights."""
 
 from __future__ import annotations
 
 import numpy as np
 from mmengine.hooks import EMAHook as StockEMAHook
-from mmengine.runner import ValLoop
+from mmengine.runner import Runner, ValLoop
 from mmengine.runner.base_loop import BaseLoop
 
 from .hooks.recalibrate import EMARecalibrateHook
+from .messages import RunError
 from .registry import LOOPS, register_everywhere
 from .run import ema_hook_of, kept_rng
 
@@ -31,7 +32,7 @@ class EMAValLoop(ValLoop):
         dataloader: The validation dataloader or its config.
         evaluator: The evaluator or its config.
         fp16: Whether to evaluate in half precision. Defaults to False.
-        prefix: What the names of the raw metrics begin with, before a slash. Defaults to 'raw'.
+        prefix: Prefix of the raw metrics' names, before a slash. Defaults to 'raw'.
 
     Raises:
         TypeError: If ``prefix`` is no string.
@@ -41,15 +42,17 @@ class EMAValLoop(ValLoop):
         >>> val_cfg = dict(type='mmema.EMAValLoop')  # in a config: coco/bbox_mAP, raw/coco/bbox_mAP
     """
 
-    def __init__(self, runner, dataloader, evaluator, fp16: bool = False, prefix: str = 'raw'):
+    def __init__(
+        self, runner: Runner, dataloader, evaluator, fp16: bool = False, prefix: str = 'raw'
+    ):
         if not isinstance(prefix, str):
             raise TypeError(f'prefix must be a string, got {prefix!r}')
         if not prefix.strip('/'):
             raise ValueError(f'prefix must not be empty, got {prefix!r}')
         try:
             ema_hook_of(runner)
-        except ValueError as error:
-            raise ValueError(f'EMAValLoop evaluates two weights: {error}') from None
+        except RunError as error:
+            raise RunError(f'EMAValLoop evaluates two weights: {error}') from None
         super().__init__(runner, dataloader, evaluator, fp16)
         self.prefix = prefix.strip('/')
 
@@ -59,23 +62,23 @@ class EMAValLoop(ValLoop):
         Returns:
             The metrics of the EMA weights, followed by those of the raw weights.
         """
-        # Without training both hold what was loaded, and one evaluation says it all.
+        # Without training both are the loaded weights, and one evaluation is enough.
         training = isinstance(self.runner._train_loop, BaseLoop)
-        return self._run_with(_EMARun(self.runner, self._run_raw() if training else {}))
+        return self._run_with(_EMARunner(self.runner, self._run_raw() if training else {}))
 
     def _run_raw(self) -> dict:
         self.runner.logger.info('Evaluating the raw weights ...')
         with kept_rng():  # an iterator over a dataloader draws a number
-            metrics = self._run_with(_RawRun(self.runner))
+            metrics = self._run_with(_RawRunner(self.runner))
         self.runner.logger.info('Evaluating the EMA weights ...')
         return {f'{self.prefix}/{name}': value for name, value in metrics.items()}
 
-    def _run_with(self, runner) -> dict:
+    def _run_with(self, runner: _RawRunner) -> dict:
         own, self._runner = self._runner, runner
         try:
             return super().run()
         except BaseException:
-            runner.undo_swap()
+            runner.restore_weights()
             raise
         finally:
             self._runner = own
@@ -83,10 +86,10 @@ class EMAValLoop(ValLoop):
                 metric.results.clear()  # those of a validation that failed halfway
 
 
-class _RawRun:
-    """The runner as the loop sees it while it evaluates the raw weights: its hooks left out."""
+class _RawRunner:
+    """The runner without its hooks, for the evaluation of the raw weights."""
 
-    def __init__(self, runner):
+    def __init__(self, runner: Runner):
         self.runner = runner
 
     def __getattr__(self, name):
@@ -95,14 +98,14 @@ class _RawRun:
     def call_hook(self, name, **kwargs):
         pass
 
-    def undo_swap(self):
+    def restore_weights(self):
         pass
 
 
-class _EMARun(_RawRun):
-    """The runner while the loop evaluates the EMA weights: its hooks get the raw metrics, too."""
+class _EMARunner(_RawRunner):
+    """The runner with its hooks, which receive the raw metrics beside those of the EMA weights."""
 
-    def __init__(self, runner, raw):
+    def __init__(self, runner: Runner, raw: dict):
         super().__init__(runner)
         self.raw = raw
         self.swapped = False
@@ -123,7 +126,7 @@ class _EMARun(_RawRun):
             if isinstance(value, (int, float, np.number)):
                 self.runner.message_hub.update_scalar(f'val/{name}', value)
 
-    def undo_swap(self):
+    def restore_weights(self):
         if not self.swapped:
             return
         for hook in self.runner.hooks:
