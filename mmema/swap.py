@@ -1,4 +1,4 @@
-"""The averaged weights in the place of the trained ones, for a while."""
+"""Swap: a model has its averaged weights for a while, then its own again."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from .update.pairs import Pair, canonical_name, copy_all, named_tensors, pairs_of, sides, unwrapped
+from .update.pairs import Pair, canonical_name, copy_all, named_tensors, pairs_of, unwrapped
+from .update.refusals import refuse_sharded
 
-# Which averages are in a model now. Not an attribute: a deep copy of an average is in none.
+# The averages that are in a model now. Not an attribute: a deep copy of an average is in none.
 _swapped: WeakSet = WeakSet()
 
 
 @contextmanager
 def averaged_weights(model: nn.Module, ema: nn.Module):
-    """Let ``model`` have the averaged weights inside a ``with`` block.
+    """Swap the averaged weights into ``model`` inside a ``with`` block.
 
     The model's tensors point to the memory of the average meanwhile, parameters and buffers; only
     those of another dtype, device or memory layout get a copy. So the average is not touched: its
     state is right at any time, and a float32 average of 16-bit parameters is not rounded. Leaving
-    the block, through an exception too, gives every tensor its own memory back.
+    the block, through an exception too, restores the memory of every tensor.
 
-    If the layers were replaced inside the block, as a switch to deploy form does, there is nothing
-    to give the trained weights back to: the model keeps the averaged ones, in memory of its own.
+    If the layers were replaced inside the block, as a switch to deploy form does, no tensor is left
+    to restore: the model keeps the averaged weights, in memory of its own.
 
     Args:
         model: The model, in a wrapper such as MMDistributedDataParallel or not.
@@ -34,8 +35,8 @@ def averaged_weights(model: nn.Module, ema: nn.Module):
         ``model``.
 
     Raises:
-        RuntimeError: If the average is in a model already. Its update meanwhile raises it, too.
-        ValueError: If model and average do not have the same tensors.
+        RuntimeError: If the average is swapped in already; updating it meanwhile raises it, too.
+        ValueError: If model and average do not have the same tensors, or the model is sharded.
 
     Example:
         >>> import torch
@@ -56,7 +57,7 @@ def averaged_weights(model: nn.Module, ema: nn.Module):
 
 
 def refuse_while_swapped(ema: nn.Module, action: str) -> None:
-    """Raise RuntimeError while the average stands in for a model's own weights."""
+    """Raise RuntimeError while the average is swapped into a model."""
     if ema in _swapped:
         raise RuntimeError(
             f'the model holds the averaged weights now (averaged_weights, or a validation), so it '
@@ -65,10 +66,11 @@ def refuse_while_swapped(ema: nn.Module, action: str) -> None:
 
 
 class Swap:
-    """One exchange: done by the constructor, taken back by :meth:`undo`."""
+    """A swap of the averaged weights into a model, until :meth:`undo` restores the trained ones."""
 
     def __init__(self, model: nn.Module, ema: nn.Module):
         refuse_while_swapped(ema, 'be given them a second time')
+        refuse_sharded(model)
         self.model = unwrapped(model)
         self.ema = ema
         pairs = [pair for pair, _ in pairs_of(ema.module, self.model)]
@@ -83,7 +85,7 @@ class Swap:
             tensor.data = stand_in
 
     def trained_state(self) -> dict:
-        """Return what ``model.state_dict()`` would be without the exchange."""
+        """Return ``model.state_dict()`` with the trained weights."""
         own = {id(tensor): data for tensor, data in self.trained}
         state = self.model.state_dict(keep_vars=True)
         for key, value in state.items():
@@ -92,7 +94,7 @@ class Swap:
         return state
 
     def undo(self) -> bool:
-        """Give every tensor its memory back.
+        """Restore the memory of every tensor.
 
         Returns:
             False if the model has other layers by now; it keeps the averaged weights, as its own.
@@ -107,8 +109,8 @@ class Swap:
         for owner, key, parameter in self.parameters:
             owner[key] = parameter  # the one that the optimizer knows
         for owner, key, buffer in self.buffers:
-            # `.half()` and `.float()` put other tensors there, which hold the averaged values.
-            # Another shape is no conversion but something that the model keeps for itself.
+            # `.half()` and `.float()` put other tensors there, with the averaged values. A tensor
+            # of another shape is no conversion, but a cache of the model.
             placed = owner.get(key)
             if placed is not None and placed is not buffer and placed.shape == buffer.shape:
                 owner[key] = buffer
@@ -116,15 +118,15 @@ class Swap:
 
 
 @torch.no_grad()
-def copy_weights(average: nn.Module, source: nn.Module, only=None) -> None:
-    """Copy every tensor of the source into the average, or those with the names ``only``."""
+def copy_weights(average: nn.Module, source: nn.Module, only: set | None = None) -> None:
+    """Copy the tensors of the source into the average: all, or those with the names ``only``."""
     pairs = [pair for pair, _ in pairs_of(average, unwrapped(source))]
     pairs = [pair for pair in pairs if only is None or pair.name in only]
-    copy_all(*sides(pairs))
+    copy_all([pair.average for pair in pairs], [pair.source for pair in pairs])
 
 
 def non_persistent(model: nn.Module) -> set:
-    """Return the names of the tensors that no state of the model holds."""
+    """Return the names of the non-persistent buffers, which no state of the model holds."""
     names = {name for name, _, _ in named_tensors(model)} - set(model.state_dict())
     return {canonical_name(name) for name in names}
 

@@ -89,6 +89,18 @@ def test_another_model_is_refused_and_left_alone():
         pass
 
 
+def test_a_model_that_was_sharded_after_it_was_averaged_is_refused_and_left_alone():
+    model, ema = trained(ExponentialMovingAverage)
+    own = values(model)
+    model.conv.weight.device_mesh = 'of a DTensor'
+    with pytest.raises(ValueError, match='this one is, by FSDP2'), averaged_weights(model, ema):
+        pass
+    assert_equal(values(model), own)
+    del model.conv.weight.device_mesh
+    with averaged_weights(model, ema):  # nothing is left of the failed one
+        pass
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_sixteen_bits_see_a_rounded_copy_of_a_float32_average(dtype):
     model, ema = trained(model=Toy().to(dtype))
