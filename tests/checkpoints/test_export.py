@@ -135,7 +135,7 @@ def test_nothing_half_written_is_left(run, tmp_path, monkeypatch):
 
 STOCK = (
     ('mmyolo', 'yolov5/yolov5_n-v61_syncbn_fast_8xb16-300e_coco.py'),
-    ('mmdet', 'rtmdet/rtmdet_tiny_8xb32-300e_coco.py'),
+    pytest.param(*('mmdet', 'rtmdet/rtmdet_tiny_8xb32-300e_coco.py'), marks=pytest.mark.extensive),
 )
 
 
