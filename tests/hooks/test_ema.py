@@ -330,15 +330,15 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(tmp_path, warnings_seen)
     # No EMARestartHook is needed. MMEngine opens the file that was cut short, and fails.
     whole = make_runner(tmp_path / 'a', ema=OURS, epochs=3)
     whole.train()
-    make_runner(tmp_path / 'b', ema=OURS, epochs=2).train()
-    cut = tmp_path / 'b/epoch_2.pth'
+    make_runner(tmp_path / 'b', ema=OURS, epochs=3).train()
+    cut = tmp_path / 'b/epoch_3.pth'
     cut.write_bytes(cut.read_bytes()[:-1000])
     with pytest.raises((OSError, RuntimeError)):  # torch 2.13, torch 2.0
         make_runner(tmp_path / 'b', ema=STOCK, epochs=3, resume=True).train()
     rest = make_runner(tmp_path / 'b', ema=OURS, epochs=3, resume=True)
     rest.logger.addHandler(warnings_seen.handler)
     rest.train()
-    assert 'epoch_2.pth is cut short' in warnings_seen.text
+    assert 'epoch_3.pth is cut short' in warnings_seen.text
     assert_same(state_of(whole), state_of(rest))
 
 
