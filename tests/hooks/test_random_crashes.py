@@ -68,6 +68,8 @@ def random_run(chance):
     if by_iter:
         settings['iters'] = 24
     hooks = [random_hook(chance, by_iter) for _ in range(chance.choice([1, 1, 2]))]
+    for hook in hooks[1:]:  # hooks that meet at one iteration may not contradict each other
+        hook.update({name: hooks[0][name] for name in ('steps', 'gamma', 'source')})
     return hooks, settings, chance.choice(['plain', 'plain', 'tied', 'frozen'])
 
 

@@ -649,6 +649,24 @@ def test_a_resume_needs_no_deleted_copy(tmp_path, place, keep):
     assert_resume_changes_nothing(whole, tmp_path / 'cut', hook, settings, Crash(*place))
 
 
+def test_a_resume_from_the_oldest_checkpoint_needs_no_deleted_copy(tmp_path):
+    # The plateau after epoch 2 goes back to the copy of iteration 4; the restart at 12 makes one.
+    hook = restart(
+        milestones=[1, 3], source='best', on_plateau=dict(metric='score', after_restart=True)
+    )
+    script = {1: 0.9, 2: 0.1, 3: 0.5, 4: 0.6, 5: 0.7, 6: 0.8}
+    settings = dict(script=script, checkpoint=dict(max_keep_ckpts=2))
+    whole = make_runner(tmp_path / 'whole', hook, **settings)
+    whole.train()
+    assert restarted_at(whole) == [4, 8, 12]
+    cut = tmp_path / 'cut'
+    with pytest.raises(KeyboardInterrupt):
+        make_runner(cut, hook, Crash(13), **settings).train()
+    resumed = make_runner(cut, hook, resume=True, load_from=str(cut / 'epoch_2.pth'), **settings)
+    resumed.train()
+    assert_same(state_of(whole), state_of(resumed))
+
+
 def test_only_the_best_checkpoint_gets_an_optimizer(tmp_path):
     script = {1: 0.1, 2: 0.5, 3: 0.3, 4: 0.2, 5: 0.9, 6: 0.1}
     hook = restart(milestones=[4], source='best')
@@ -662,13 +680,16 @@ def test_only_the_best_checkpoint_gets_an_optimizer(tmp_path):
     assert 'optimizer' in torch.load(tmp_path / 'best_before_restart_at_iter_16.pth')
 
 
-def test_the_best_checkpoint_after_a_resume_gets_an_optimizer(tmp_path):
+def test_after_a_resume_only_a_new_best_checkpoint_gets_an_optimizer(tmp_path):
     script = {1: 0.1, 2: 0.5, 3: 0.3, 4: 0.2, 5: 0.9, 6: 0.1}
     hook = restart(milestones=[5], source='best')
+    settings = dict(script=script, checkpoint=dict(save_optimizer=False))
     with pytest.raises(KeyboardInterrupt):
-        make_runner(tmp_path, hook, Crash(17), script=script).train()
-    make_runner(tmp_path, hook, script=script, resume=True).train()
+        make_runner(tmp_path, hook, Crash(13), **settings).train()
+    make_runner(tmp_path, hook, resume=True, **settings).train()
     assert 'optimizer' in torch.load(tmp_path / 'best_score_epoch_5.pth')
+    for epoch in (4, 5, 6):
+        assert 'optimizer' not in torch.load(tmp_path / f'epoch_{epoch}.pth')
 
 
 def test_every_metric_of_save_best_gets_an_optimizer(tmp_path):
