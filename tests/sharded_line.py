@@ -1,13 +1,14 @@
 """Train the toy of runs.py in every way that wraps a model: ``sharded_line.py FOLDER``.
 
 Started once on each of two ranks, as a start takes seconds. Each case is a function; rank 0 writes
-the text of its RunError to ``FOLDER/CASE.txt``, or its tensors after training to ``CASE.pth``.
+its tensors after training to ``FOLDER/CASE.pth``, or the text of its error to ``CASE.txt``.
 """
 
 import sys
-from datetime import timedelta
+import traceback
 from pathlib import Path
 
+import forks
 import runs
 import torch
 from mmengine.model import MMDistributedDataParallel
@@ -83,16 +84,16 @@ if hasattr(torch.distributed.fsdp, 'fully_shard'):
 
 def main(folder):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=60))
+    forks.join_ranks()
+    is_first = torch.distributed.get_rank() == 0
     for case in CASES:
         try:
-            state, text = case(folder / case.__name__), None
-        except RunError as error:
-            state, text = None, str(error)
-        if torch.distributed.get_rank() == 0:
-            if text is None:
+            state = case(folder / case.__name__)
+            if is_first:
                 torch.save(state, folder / f'{case.__name__}.pth')
-            else:
+        except Exception as error:
+            if is_first:
+                text = str(error) if isinstance(error, RunError) else traceback.format_exc()
                 (folder / f'{case.__name__}.txt').write_text(text)
         torch.distributed.barrier()
     torch.distributed.destroy_process_group()

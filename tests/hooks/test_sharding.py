@@ -4,12 +4,10 @@ MMEngine 0.10.7 is wrong in silence with most of these, with its own EMAHook and
 of ours in it. The two processes are started once for all tests; see ``sharded_line.py``.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import pytest
 import runs
 import torch
@@ -30,18 +28,9 @@ OURS = dict(EMA, type='mmema.EMAHook')
 def two_ranks(tmp_path_factory):
     """Return the folder in which two ranks have run every case of sharded_line.py."""
     folder = tmp_path_factory.mktemp('two_ranks')
-    job = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone']
-        + ['--nproc-per-node', '2', str(TESTS / 'sharded_line.py'), str(folder)],
-        capture_output=True,
-        timeout=180,
-        env={
-            **os.environ,
-            'PYTHONPATH': os.pathsep.join([str(TESTS), str(TESTS.parent)]),
-            'OMP_NUM_THREADS': '1',
-        },
-    )
-    assert job.returncode == 0, job.stderr.decode()[-3000:]
+    ranks = forks.start_ranks(2, TESTS / 'sharded_line.py', folder, folder=folder)
+    status = [rank.wait() for rank in ranks]
+    assert status == [0, 0], (folder / 'rank_0.txt').read_text()[-3000:]
     return folder
 
 
