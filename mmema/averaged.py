@@ -16,7 +16,7 @@ from .messages import listed, warn
 from .registry import MODELS
 from .schedules import ExpSchedule, Schedule
 from .swap import refuse_while_swapped
-from .update.follower import Follower, follow
+from .update.follower import follow
 from .update.guarded import SkipCounts
 from .update.model_copy import averaged_copy
 from .update.pairs import canonical_name, named_tensors, pairs_of, unwrapped
@@ -103,7 +103,7 @@ class MomentumAveragedModel(BaseAveragedModel):
         # On the CPU wherever the weights are: it is read at every update, and reading it from an
         # accelerator would wait for all that the device has to do.
         self.register_buffer('steps', torch.tensor(0, device='cpu'))
-        self._follower: Follower | None = None
+        self._follower = None  # see update/follower.py; made at the first update
         self._skip_counts = SkipCounts()
         _question_decay(schedule)
 

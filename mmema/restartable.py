@@ -31,10 +31,8 @@ class Restartable(MomentumAveragedModel):
     one of the config that was used then. A warning names both.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.restarts = 0
-        self._changed: set = set()  # live values that are no longer the constructor's
+    restarts = 0
+    _changed: frozenset = frozenset()  # live values that are no longer the constructor's
 
     @property
     def hyperparameters(self) -> dict:
@@ -43,7 +41,7 @@ class Restartable(MomentumAveragedModel):
 
     def _set_live(self, **values) -> None:
         super()._set_live(**values)
-        self._changed.update(values)
+        self._changed = self._changed.union(values)
 
     def check_restart(self, steps: int | None = 0, **changes) -> None:
         """Raise an error if this average cannot be restarted so; change nothing.
@@ -161,21 +159,6 @@ class RestartableExpMomentumEMA(Restartable, ExpMomentumEMA):
         0.5714
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        momentum: float = 0.0002,
-        gamma: float = 2000,
-        interval: int = 1,
-        device: Device = None,
-        update_buffers: bool = False,
-        exclude: Sequence[str] = (),
-        skip_non_finite: bool = False,
-    ) -> None:
-        super().__init__(
-            model, momentum, gamma, interval, device, update_buffers, exclude, skip_non_finite
-        )
-
     def restart(
         self, steps: int | None = 0, momentum: float | None = None, gamma: float | None = None
     ) -> None:
@@ -201,21 +184,8 @@ class RestartableConstantEMA(Restartable):
 
     ``momentum(steps) = momentum``
 
-    Args:
-        model: The model to average.
-        momentum: Weight of the new value, in (0, 1). Defaults to 0.0002.
-        interval, device, update_buffers, exclude, skip_non_finite: As in :class:`ExpMomentumEMA`,
-            errors too.
-
-    Example:
-        >>> import torch
-        >>> model = torch.nn.Linear(1, 1)
-        >>> ema = RestartableConstantEMA(model, momentum=0.1)
-        >>> ema.update_parameters(model)  # the first update copies
-        >>> ema.current_momentum
-        0.1
-
-    Source: :class:`mmema.schedules.ConstantSchedule`.
+    Arguments: the fields of :class:`mmema.schedules.ConstantSchedule`, which has source and
+    example, and the other ones of :class:`ExpMomentumEMA`.
     """
 
     schedule_type = schedules.ConstantSchedule
@@ -246,21 +216,8 @@ class RestartableDebiasedEMA(RestartableConstantEMA):
 
     ``momentum(steps) = momentum / (1 - (1 - momentum) ** (steps / interval + 1))``
 
-    Args:
-        model: The model to average.
-        momentum: Weight of the new value in the long run, in (0, 1). Defaults to 0.0002.
-        interval, device, update_buffers, exclude, skip_non_finite: As in :class:`ExpMomentumEMA`,
-            errors too.
-
-    Example:
-        >>> import torch
-        >>> model = torch.nn.Linear(1, 1)
-        >>> ema = RestartableDebiasedEMA(model, momentum=0.1)
-        >>> ema.update_parameters(model)  # the first update copies
-        >>> round(ema.current_momentum, 4)  # 0.1 / (1 - 0.81)
-        0.5263
-
-    Source: :class:`mmema.schedules.DebiasedSchedule`.
+    Arguments: the fields of :class:`mmema.schedules.DebiasedSchedule`, which has source and
+    example, and the other ones of :class:`ExpMomentumEMA`.
     """
 
     schedule_type = schedules.DebiasedSchedule
@@ -272,24 +229,8 @@ class RestartableThresholdEMA(Restartable):
 
     ``momentum(steps) = max(momentum, (factor - 1) / (factor + steps + offset))``
 
-    Args:
-        model: The model to average.
-        momentum: Least weight of the new value, in (0, 1). Defaults to 0.0002.
-        factor: How slowly the momentum falls, in updates, above 1. Defaults to 10.
-        offset: The count of the first update: 1 (pytorch_ema, D2Go) or 0 (PaddleDetection).
-            Defaults to 1.
-        interval, device, update_buffers, exclude, skip_non_finite: As in :class:`ExpMomentumEMA`,
-            errors too.
-
-    Example:
-        >>> import torch
-        >>> model = torch.nn.Linear(1, 1)
-        >>> ema = RestartableThresholdEMA(model)
-        >>> ema.update_parameters(model)  # the first update copies
-        >>> ema.current_momentum  # 9 / 12
-        0.75
-
-    Source: :class:`mmema.schedules.ThresholdSchedule`.
+    Arguments: the fields of :class:`mmema.schedules.ThresholdSchedule`, which has source and
+    example, and the other ones of :class:`ExpMomentumEMA`.
     """
 
     schedule_type = schedules.ThresholdSchedule
@@ -324,22 +265,8 @@ class RestartableAnnealingEMA(Restartable):
 
     ``momentum(steps) = max(momentum, gamma / (gamma + steps))``
 
-    Args:
-        model: The model to average.
-        momentum: Least weight of the new value, in (0, 1). Defaults to 0.0002.
-        gamma: How slowly the momentum falls, in updates, above 0. Defaults to 100.
-        interval, device, update_buffers, exclude, skip_non_finite: As in :class:`ExpMomentumEMA`,
-            errors too.
-
-    Example:
-        >>> import torch
-        >>> model = torch.nn.Linear(1, 1)
-        >>> ema = RestartableAnnealingEMA(model, gamma=3)
-        >>> ema.update_parameters(model)  # the first update copies
-        >>> ema.current_momentum  # 3 / (3 + 1)
-        0.75
-
-    Source: :class:`mmema.schedules.AnnealingSchedule`.
+    Arguments: the fields of :class:`mmema.schedules.AnnealingSchedule`, which has source and
+    example, and the other ones of :class:`ExpMomentumEMA`.
     """
 
     schedule_type = schedules.AnnealingSchedule
@@ -373,24 +300,8 @@ class RestartablePowerRampEMA(Restartable):
 
     ``momentum(steps) = min(max((1 + steps / gamma) ** -power, momentum), max_momentum)``
 
-    Args:
-        model: The model to average.
-        momentum: Least weight of the new value, in (0, 1). Defaults to 0.0001.
-        gamma: Scale of the ramp in updates, above 0. Defaults to 1.
-        power: How fast the momentum falls, above 0. Defaults to 2/3.
-        max_momentum: Greatest weight of the new value, in (0, 1]. Defaults to 1.0.
-        interval, device, update_buffers, exclude, skip_non_finite: As in :class:`ExpMomentumEMA`,
-            errors too.
-
-    Example:
-        >>> import torch
-        >>> model = torch.nn.Linear(1, 1)
-        >>> ema = RestartablePowerRampEMA(model, power=1)
-        >>> ema.update_parameters(model)  # the first update copies
-        >>> ema.current_momentum  # the mean of two
-        0.5
-
-    Source: :class:`mmema.schedules.PowerRampSchedule`.
+    Arguments: the fields of :class:`mmema.schedules.PowerRampSchedule`, which has source and
+    example, and the other ones of :class:`ExpMomentumEMA`.
     """
 
     schedule_type = schedules.PowerRampSchedule
@@ -432,23 +343,8 @@ class RestartablePowerFunctionEMA(Restartable):
     ``momentum(steps) = 1 - (1 - 1 / t) ** (gamma + 1)`` with ``t = steps / interval + 1`` and
     ``gamma`` from ``sigma_rel``
 
-    Args:
-        model: The model to average.
-        sigma_rel: Width as a share of the updates so far, above 0 and at most ``1 / sqrt(12)`` =
-            0.2887. At 0.10 the last third of the updates has 96 % of the weight. Defaults to 0.10.
-        interval, device, update_buffers, exclude, skip_non_finite: As in :class:`ExpMomentumEMA`,
-            errors too.
-
-    Example:
-        >>> import torch
-        >>> model = torch.nn.Linear(1, 1)
-        >>> ema = RestartablePowerFunctionEMA(model, sigma_rel=0.10)
-        >>> for _ in range(99):
-        ...     ema.update_parameters(model)
-        >>> round(ema.current_momentum, 4)  # 1 - 0.99 ** 7.94
-        0.0767
-
-    Source: :class:`mmema.schedules.PowerFunctionSchedule`.
+    Arguments: the field of :class:`mmema.schedules.PowerFunctionSchedule`, which has source and
+    example, and the other ones of :class:`ExpMomentumEMA`.
     """
 
     schedule_type = schedules.PowerFunctionSchedule
@@ -481,10 +377,7 @@ class RestartableUniformAverage(Restartable):
 
     Begun with a restart in the last part of a training, this is SWA.
 
-    Args:
-        model: The model to average.
-        interval, device, update_buffers, exclude, skip_non_finite: As in :class:`ExpMomentumEMA`,
-            errors too.
+    The arguments, and errors, are those of :class:`ExpMomentumEMA` without momentum and gamma.
 
     Example:
         >>> import torch
@@ -516,14 +409,5 @@ class RestartableUniformAverage(Restartable):
         )
 
     def restart(self, steps: int = 0) -> None:
-        """Restart the mean.
-
-        Args:
-            steps: 0: the mean begins again. Above 0: the average so far counts as so many updates.
-                Defaults to 0.
-
-        Raises:
-            TypeError: If ``steps`` is no integer.
-            ValueError: If it is negative.
-        """
+        """Restart: 0 begins the mean again; above 0 the mean so far counts as so many updates."""
         self._restart(steps)

@@ -179,6 +179,8 @@ TWINS = {
     ('EDM2', 'std=0.10'): edm2(6.937203937601809),  # numpy.roots of its cubic
     ('MMEngine', 'MomentumAnnealingEMA, momentum=0.0002, gamma=100'): 'mmengine',
     ('MMEngine', 'ExponentialMovingAverage, momentum=0.0002'): 'mmengine',
+    ('torch', 'AveragedModel(model)'): lambda k: 1 - 1 / k,
+    ('MMEngine', 'StochasticWeightAverage'): 'mmengine',
     ('MMYOLO, MMDetection', 'ExpMomentumEMA, momentum=0.0002, gamma=2000'): yolov5(0.9998),
 }
 

@@ -155,12 +155,12 @@ def test_the_uniform_schedule_is_the_mean():
         (
             lambda: schedules.ThresholdSchedule(offset=2),
             ValueError,
-            r'offset must be one of \(0, 1\)',
+            'offset must be one of',
         ),
         (
             lambda: schedules.PowerRampSchedule(max_momentum=0),
             ValueError,
-            r'max_momentum must be in',
+            'must be in',
         ),
         (lambda: schedules.PowerFunctionSchedule(0.3), ValueError, r'sigma_rel .* 0.2887'),
         (lambda: schedules.UniformSchedule(0.1), TypeError, 'argument'),

@@ -356,11 +356,11 @@ def measure_parts(names, rounds):
         average = mmema.ExpMomentumEMA(model, MOMENTUM, 1e-3)
         for _ in range(3):
             average.update_parameters(model)
-        pairing = average._pairing
+        follower = average._follower
         parts = {
-            'look': lambda p=pairing: [watch.holds() for watch in p.watches],
-            'blend': lambda p=pairing: p.blend(MOMENTUM),
-            'copy': pairing.copy,
+            'staleness check': follower._check.holds,
+            'blend': lambda f=follower: f._blended.lerp(MOMENTUM),
+            'copy': follower._copied.copy,
             'a whole update': lambda a=average, m=model: a.update_parameters(m),
         }
         found[name] = seconds = {part: [] for part in parts}

@@ -10,7 +10,7 @@ from . import native
 from .blend_plan import BlendPlan
 from .pairs import Pair, memory_of, pairs_of, sides
 from .selection import Selection
-from .staleness import is_script, staleness_check
+from .staleness import Snapshot, StalenessCheck
 
 
 class DirectFollower:
@@ -29,8 +29,14 @@ class DirectFollower:
         blended = selection.blended_in(source)
         self.blended = [pair for pair in pairs if id(pair.source) in blended]
         self.copied = [pair for pair in pairs if id(pair.source) not in blended]
-        compiled = None if is_script(average) or is_script(source) else native.compiled
-        self._check = staleness_check(average, source, *sides(pairs), compiled)
+        snapshot = Snapshot(average, source)
+        dicts = snapshot.filled + snapshot.empty
+        # The modules of TorchScript have none.
+        compiled = native.compiled if all(isinstance(d, dict) for d in dicts) else None
+        if compiled is None:
+            self._check = StalenessCheck(snapshot, *sides(pairs))
+        else:
+            self._check = compiled.StalenessCheck(dicts, *sides(pairs))
         self._blended = BlendPlan(self.blended, compiled)
         self._copied = BlendPlan(self.copied, compiled)
 

@@ -1,13 +1,14 @@
 """Follower: the one object through which an average takes in a source.
 
-A new kind of source is a new follower: a class with the three methods of :class:`Follower`, and a
-line in :func:`follow`.
+It ``holds(average, source)`` while it is of these two models and none of its tensors is stale. It
+can ``update(momentum)``: blend (1: copy; None: leave the blended tensors alone) and copy the rest.
+It can ``finish()`` an update that is still on its way. A new kind of source is a new class with
+these three methods, and a line in :func:`follow`.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Protocol
 
 from torch import nn
 
@@ -17,25 +18,12 @@ from .selection import Selection
 from .staging import StagedFollower, is_far
 
 
-class Follower(Protocol):
-    """The interface of followers."""
-
-    def holds(self, average: nn.Module, source: nn.Module) -> bool:
-        """Return whether this follower is of these two models, and none of its tensors is stale."""
-
-    def update(self, momentum: float | None) -> None:
-        """Blend with a momentum (1: copy; None: leave the blended tensors alone), copy the rest."""
-
-    def finish(self) -> None:
-        """Complete the last update, if it is still on its way."""
-
-
 def follow(
     average: nn.Module,
     source: nn.Module,
     selection: Selection,
     skip_counts: SkipCounts | None = None,
-) -> Follower:
+) -> DirectFollower | StagedFollower:
     """Return a follower for an average and a source.
 
     Args:

@@ -10,7 +10,6 @@ from gc import get_referents
 from operator import attrgetter, is_
 from typing import Callable, List
 
-import torch
 from torch import Tensor, nn
 
 
@@ -62,16 +61,10 @@ class StalenessCheck:
     address would not do: freed memory is used again.
     """
 
-    def __init__(
-        self,
-        average: nn.Module,
-        source: nn.Module,
-        averages: List[Tensor],
-        sources: List[Tensor],
-    ):
+    def __init__(self, snapshot: Snapshot, averages: List[Tensor], sources: List[Tensor]):
         both = averages + sources
         self.checks = [
-            Snapshot(average, source),
+            snapshot,
             Unchanged(Tensor.numel, both),
             Unchanged(attrgetter('dtype'), both),
             Unchanged(Tensor.get_device, both),
@@ -80,22 +73,3 @@ class StalenessCheck:
 
     def holds(self) -> bool:
         return all(check.holds() for check in self.checks)
-
-
-def staleness_check(
-    average: nn.Module,
-    source: nn.Module,
-    averages: List[Tensor],
-    sources: List[Tensor],
-    compiled=None,
-):
-    """Return the staleness check of two models and their paired tensors, compiled if it can be."""
-    if compiled is None:
-        return StalenessCheck(average, source, averages, sources)
-    snapshot = Snapshot(average, source)
-    return compiled.StalenessCheck(snapshot.filled + snapshot.empty, averages, sources)
-
-
-def is_script(model: nn.Module) -> bool:
-    """Return whether a part of a model is TorchScript, whose modules keep no dicts."""
-    return any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
