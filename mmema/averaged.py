@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from fnmatch import fnmatchcase
 from typing import Sequence, Union
 
@@ -20,9 +21,19 @@ from .update.follower import follow
 from .update.guarded import SkipCounts
 from .update.model_copy import averaged_copy
 from .update.pairs import canonical_name, named_tensors, pairs_of, unwrapped
+from .update.refusals import refuse_sharded
 from .update.selection import Selection
 
 Device = Union[torch.device, str, None]
+
+
+def _signature_of(cls: type) -> inspect.Signature:
+    _, model, _, *others = inspect.signature(cls._build).parameters.values()
+    own = [
+        inspect.Parameter(f.name, model.kind, default=f.default, annotation=f.type)
+        for f in fields(cls.schedule_type)
+    ]
+    return inspect.Signature([model, *own, *others])
 
 
 def _live_attribute(name: str) -> property:
@@ -32,7 +43,7 @@ def _live_attribute(name: str) -> property:
     def assign(self, value):
         self._set_live(**{name: value})
 
-    return property(get, assign, doc=f'The live value of ``{name}``; see the schedule.')
+    return property(get, assign)
 
 
 class MomentumAveragedModel(BaseAveragedModel):
@@ -52,32 +63,31 @@ class MomentumAveragedModel(BaseAveragedModel):
       weights on their way. They are taken in at the next update, or as soon as anything of the
       average is read through this object.
 
-    Args:
-        model: The model to average. It is deep-copied; wrappers such as
-            MMDistributedDataParallel are taken off.
-        schedule: The momentum as a function of the step counter.
-        interval: Parameters are blended at every ``interval``-th update. Defaults to 1.
-        device: Where the average is kept. Defaults to None, the device of each tensor.
-        update_buffers: Whether float buffers are blended rather than copied. Defaults to False.
-        exclude: Names of tensors that are copied rather than blended, or patterns with ``*``, ``?``
-            and ``[...]``; ``*`` matches dots, too: ``'backbone.*'``. Defaults to none.
-        skip_non_finite: Whether a source tensor with a NaN or an infinity is left out of that
-            update; the log names it once and ``skipped`` counts it. Defaults to False.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range, a pattern matches nothing, or the model cannot
-            be copied.
+    The arguments of a subclass are the model, the fields of its ``schedule_type``, and the other
+    ones of :class:`ExpMomentumEMA`; ``inspect.signature`` and ``help`` list them. The fields are
+    attributes of the average, too: assigning one changes the next update.
     """
 
     schedule_type: type = Schedule
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
+        cls.__signature__ = _signature_of(cls)
         for name in cls.schedule_type.live_fields():
             setattr(cls, name, _live_attribute(name))
 
-    def __init__(
+    def __init__(self, *args, **kwargs) -> None:
+        try:
+            arguments = self.__signature__.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            takes = ', '.join(self.__signature__.parameters)
+            raise TypeError(f'{type(self).__name__} takes {takes}, but {error}') from None
+        own = {
+            f.name: arguments.pop(f.name) for f in fields(self.schedule_type) if f.name in arguments
+        }
+        self._build(schedule=self.schedule_type(**own), **arguments)
+
+    def _build(
         self,
         model: nn.Module,
         schedule: Schedule,
@@ -91,6 +101,7 @@ class MomentumAveragedModel(BaseAveragedModel):
         nn.Module.__init__(self)
         if not isinstance(model, nn.Module):
             raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}')
+        refuse_sharded(model)
         check_integer('interval', interval)
         check_bool('update_buffers', update_buffers)
         check_bool('skip_non_finite', skip_non_finite)
@@ -293,22 +304,6 @@ class ExpMomentumEMA(MomentumAveragedModel):
     """
 
     schedule_type = ExpSchedule
-
-    def __init__(
-        self,
-        model: nn.Module,
-        momentum: float = 0.0002,
-        gamma: float = 2000,
-        interval: int = 1,
-        device: Device = None,
-        update_buffers: bool = False,
-        exclude: Sequence[str] = (),
-        skip_non_finite: bool = False,
-    ) -> None:
-        schedule = self.schedule_type(momentum, gamma)
-        super().__init__(
-            model, schedule, interval, device, update_buffers, exclude, skip_non_finite
-        )
 
 
 def _question_decay(schedule: Schedule) -> None:

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Sequence
-
 import torch
-from torch import nn
 
 from . import schedules
 from .arguments import check_integer
-from .averaged import (  # noqa: F401
-    Device,
-    ExpMomentumEMA,
-    MomentumAveragedModel,
-    schedule_name,
-    state_keys,
-)
+from .averaged import ExpMomentumEMA, MomentumAveragedModel, state_keys
 from .messages import warn
 from .registry import MODELS, register_everywhere
 
@@ -24,7 +15,7 @@ class Restartable(MomentumAveragedModel):
     """Base of the restartable averages: the restart, and live values in the state.
 
     The fields of the schedule are live attributes of the average: assigning one changes the next
-    update. A subclass lists them in its own ``restart``.
+    update.
 
     A live value that a restart or an assignment has set comes back with a state that is loaded. One
     that came from the constructor does not: the value of the config that is used now wins over the
@@ -47,8 +38,8 @@ class Restartable(MomentumAveragedModel):
         """Raise an error if this average cannot be restarted so; change nothing.
 
         Args:
-            steps: As in ``restart``.
-            **changes: Live values by name; None leaves one as it is.
+            steps: As in :meth:`restart`.
+            **changes: As in :meth:`restart`.
 
         Raises:
             TypeError: If a value has the wrong type.
@@ -72,7 +63,18 @@ class Restartable(MomentumAveragedModel):
             )
         self._schedule_with(**new)
 
-    def _restart(self, steps: int | None, **changes) -> None:
+    def restart(self, steps: int | None = 0, **changes) -> None:
+        """Restart the schedule; everything is checked before anything changes.
+
+        Args:
+            steps: 0, a hard restart: the next update copies the source, then the schedule begins
+                again. Above 0, a soft one: the counter goes there, and part of the average is
+                kept. None: the counter goes on, only live values change. Defaults to 0.
+            **changes: New live values by name; None leaves one as it is.
+
+        Raises:
+            TypeError, ValueError: As :meth:`check_restart`.
+        """
         self.check_restart(steps, **changes)
         if steps is not None:
             self.steps.fill_(steps)
@@ -162,20 +164,11 @@ class RestartableExpMomentumEMA(Restartable, ExpMomentumEMA):
     def restart(
         self, steps: int | None = 0, momentum: float | None = None, gamma: float | None = None
     ) -> None:
-        """Restart the schedule; everything is checked before anything changes.
+        """Restart the schedule; ``momentum`` in (0, 1), ``gamma`` in updates.
 
-        Args:
-            steps: 0, a hard restart: the next update copies the source, then the schedule warms up
-                again. Above 0, a soft one: the counter goes there, and part of the average is
-                kept. None: the counter goes on, only momentum or gamma change. Defaults to 0.
-            momentum: New momentum, in (0, 1). Defaults to None, as it is.
-            gamma: New gamma in updates, above 0. Defaults to None, as it is.
-
-        Raises:
-            TypeError: If an argument has the wrong type.
-            ValueError: If one is out of range, or all are None.
+        The arguments, and errors, are those of :meth:`Restartable.restart`.
         """
-        self._restart(steps, momentum=momentum, gamma=gamma)
+        super().restart(steps, momentum=momentum, gamma=gamma)
 
 
 @register_everywhere(MODELS)
@@ -184,40 +177,21 @@ class RestartableConstantEMA(Restartable):
 
     ``momentum(steps) = momentum``
 
-    Arguments: the fields of :class:`mmema.schedules.ConstantSchedule`, which has source and
-    example, and the other ones of :class:`ExpMomentumEMA`.
+    Arguments: the model, the fields of :class:`mmema.schedules.ConstantSchedule`, which has
+    source and example, and the other ones of :class:`ExpMomentumEMA`.
     """
 
     schedule_type = schedules.ConstantSchedule
 
-    def __init__(
-        self,
-        model: nn.Module,
-        momentum: float = 0.0002,
-        interval: int = 1,
-        device: Device = None,
-        update_buffers: bool = False,
-        exclude: Sequence[str] = (),
-        skip_non_finite: bool = False,
-    ) -> None:
-        schedule = self.schedule_type(momentum)
-        super().__init__(
-            model, schedule, interval, device, update_buffers, exclude, skip_non_finite
-        )
-
-    def restart(self, steps: int | None = 0, momentum: float | None = None) -> None:
-        """Restart; see :meth:`RestartableExpMomentumEMA.restart`."""
-        self._restart(steps, momentum=momentum)
-
 
 @register_everywhere(MODELS)
-class RestartableDebiasedEMA(RestartableConstantEMA):
+class RestartableDebiasedEMA(Restartable):
     """Restartable average that begins as the plain mean and goes over to a constant momentum.
 
     ``momentum(steps) = momentum / (1 - (1 - momentum) ** (steps / interval + 1))``
 
-    Arguments: the fields of :class:`mmema.schedules.DebiasedSchedule`, which has source and
-    example, and the other ones of :class:`ExpMomentumEMA`.
+    Arguments: the model, the fields of :class:`mmema.schedules.DebiasedSchedule`, which has
+    source and example, and the other ones of :class:`ExpMomentumEMA`.
     """
 
     schedule_type = schedules.DebiasedSchedule
@@ -229,34 +203,11 @@ class RestartableThresholdEMA(Restartable):
 
     ``momentum(steps) = max(momentum, (factor - 1) / (factor + steps + offset))``
 
-    Arguments: the fields of :class:`mmema.schedules.ThresholdSchedule`, which has source and
-    example, and the other ones of :class:`ExpMomentumEMA`.
+    Arguments: the model, the fields of :class:`mmema.schedules.ThresholdSchedule`, which has
+    source and example, and the other ones of :class:`ExpMomentumEMA`.
     """
 
     schedule_type = schedules.ThresholdSchedule
-
-    def __init__(
-        self,
-        model: nn.Module,
-        momentum: float = 0.0002,
-        factor: float = 10,
-        offset: int = 1,
-        interval: int = 1,
-        device: Device = None,
-        update_buffers: bool = False,
-        exclude: Sequence[str] = (),
-        skip_non_finite: bool = False,
-    ) -> None:
-        schedule = self.schedule_type(momentum, factor, offset)
-        super().__init__(
-            model, schedule, interval, device, update_buffers, exclude, skip_non_finite
-        )
-
-    def restart(
-        self, steps: int | None = 0, momentum: float | None = None, factor: float | None = None
-    ) -> None:
-        """Restart; see :meth:`RestartableExpMomentumEMA.restart`."""
-        self._restart(steps, momentum=momentum, factor=factor)
 
 
 @register_everywhere(MODELS)
@@ -265,33 +216,11 @@ class RestartableAnnealingEMA(Restartable):
 
     ``momentum(steps) = max(momentum, gamma / (gamma + steps))``
 
-    Arguments: the fields of :class:`mmema.schedules.AnnealingSchedule`, which has source and
-    example, and the other ones of :class:`ExpMomentumEMA`.
+    Arguments: the model, the fields of :class:`mmema.schedules.AnnealingSchedule`, which has
+    source and example, and the other ones of :class:`ExpMomentumEMA`.
     """
 
     schedule_type = schedules.AnnealingSchedule
-
-    def __init__(
-        self,
-        model: nn.Module,
-        momentum: float = 0.0002,
-        gamma: float = 100,
-        interval: int = 1,
-        device: Device = None,
-        update_buffers: bool = False,
-        exclude: Sequence[str] = (),
-        skip_non_finite: bool = False,
-    ) -> None:
-        schedule = self.schedule_type(momentum, gamma)
-        super().__init__(
-            model, schedule, interval, device, update_buffers, exclude, skip_non_finite
-        )
-
-    def restart(
-        self, steps: int | None = 0, momentum: float | None = None, gamma: float | None = None
-    ) -> None:
-        """Restart; see :meth:`RestartableExpMomentumEMA.restart`."""
-        self._restart(steps, momentum=momentum, gamma=gamma)
 
 
 @register_everywhere(MODELS)
@@ -300,40 +229,11 @@ class RestartablePowerRampEMA(Restartable):
 
     ``momentum(steps) = min(max((1 + steps / gamma) ** -power, momentum), max_momentum)``
 
-    Arguments: the fields of :class:`mmema.schedules.PowerRampSchedule`, which has source and
-    example, and the other ones of :class:`ExpMomentumEMA`.
+    Arguments: the model, the fields of :class:`mmema.schedules.PowerRampSchedule`, which has
+    source and example, and the other ones of :class:`ExpMomentumEMA`.
     """
 
     schedule_type = schedules.PowerRampSchedule
-
-    def __init__(
-        self,
-        model: nn.Module,
-        momentum: float = 0.0001,
-        gamma: float = 1,
-        power: float = 2 / 3,
-        max_momentum: float = 1.0,
-        interval: int = 1,
-        device: Device = None,
-        update_buffers: bool = False,
-        exclude: Sequence[str] = (),
-        skip_non_finite: bool = False,
-    ) -> None:
-        schedule = self.schedule_type(momentum, gamma, power, max_momentum)
-        super().__init__(
-            model, schedule, interval, device, update_buffers, exclude, skip_non_finite
-        )
-
-    def restart(
-        self,
-        steps: int | None = 0,
-        momentum: float | None = None,
-        gamma: float | None = None,
-        power: float | None = None,
-        max_momentum: float | None = None,
-    ) -> None:
-        """Restart; see :meth:`RestartableExpMomentumEMA.restart`."""
-        self._restart(steps, momentum=momentum, gamma=gamma, power=power, max_momentum=max_momentum)
 
 
 @register_everywhere(MODELS)
@@ -343,30 +243,11 @@ class RestartablePowerFunctionEMA(Restartable):
     ``momentum(steps) = 1 - (1 - 1 / t) ** (gamma + 1)`` with ``t = steps / interval + 1`` and
     ``gamma`` from ``sigma_rel``
 
-    Arguments: the field of :class:`mmema.schedules.PowerFunctionSchedule`, which has source and
-    example, and the other ones of :class:`ExpMomentumEMA`.
+    Arguments: the model, the fields of :class:`mmema.schedules.PowerFunctionSchedule`, which has
+    source and example, and the other ones of :class:`ExpMomentumEMA`.
     """
 
     schedule_type = schedules.PowerFunctionSchedule
-
-    def __init__(
-        self,
-        model: nn.Module,
-        sigma_rel: float = 0.10,
-        interval: int = 1,
-        device: Device = None,
-        update_buffers: bool = False,
-        exclude: Sequence[str] = (),
-        skip_non_finite: bool = False,
-    ) -> None:
-        schedule = self.schedule_type(sigma_rel)
-        super().__init__(
-            model, schedule, interval, device, update_buffers, exclude, skip_non_finite
-        )
-
-    def restart(self, steps: int | None = 0, sigma_rel: float | None = None) -> None:
-        """Restart; see :meth:`RestartableExpMomentumEMA.restart`."""
-        self._restart(steps, sigma_rel=sigma_rel)
 
 
 @register_everywhere(MODELS)
@@ -375,9 +256,10 @@ class RestartableUniformAverage(Restartable):
 
     ``momentum(steps) = 1 / (1 + steps / interval)``
 
-    Begun with a restart in the last part of a training, this is SWA.
+    Begun with a restart in the last part of a training, this is SWA. A soft restart lets the mean
+    so far count as ``steps`` updates.
 
-    The arguments, and errors, are those of :class:`ExpMomentumEMA` without momentum and gamma.
+    Arguments: the model, and those of :class:`ExpMomentumEMA` after ``gamma``.
 
     Example:
         >>> import torch
@@ -393,21 +275,3 @@ class RestartableUniformAverage(Restartable):
     """
 
     schedule_type = schedules.UniformSchedule
-
-    def __init__(
-        self,
-        model: nn.Module,
-        interval: int = 1,
-        device: Device = None,
-        update_buffers: bool = False,
-        exclude: Sequence[str] = (),
-        skip_non_finite: bool = False,
-    ) -> None:
-        schedule = self.schedule_type()
-        super().__init__(
-            model, schedule, interval, device, update_buffers, exclude, skip_non_finite
-        )
-
-    def restart(self, steps: int = 0) -> None:
-        """Restart: 0 begins the mean again; above 0 the mean so far counts as so many updates."""
-        self._restart(steps)

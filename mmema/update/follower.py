@@ -14,6 +14,7 @@ from torch import nn
 
 from .direct import DirectFollower
 from .guarded import GuardedFollower, SkipCounts
+from .refusals import refuse_sharded
 from .selection import Selection
 from .staging import StagedFollower, is_far
 
@@ -34,7 +35,9 @@ def follow(
 
     Raises:
         ValueError: If the two do not have the same tensors, by name and shape.
+        RunError: If the source is sharded.
     """
+    refuse_sharded(source)
     direct = DirectFollower
     if skip_counts is not None:
         direct = partial(GuardedFollower, skip_counts=skip_counts)
