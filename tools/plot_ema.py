@@ -466,7 +466,7 @@ def mark(axis, curves, run, scale):
         axis.axvline(
             at / scale, color='tab:red', linestyle='--', linewidth=1.2, label=label or None
         )
-    for name, epochs in run.facts.switches.items() if run.by_epoch else ():
+    for name, epochs in run.facts.switches.items():
         for epoch in epochs:
             # Wide and pale, since a restart often stands at the same place.
             axis.axvline(

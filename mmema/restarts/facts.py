@@ -84,7 +84,7 @@ def facts_of(runner: Runner, ema_hook: StockEMAHook) -> RunFacts:
         # OptimWrapperDict does not tell its optimizers where the run ends.
         last_step=not hasattr(runner.optim_wrapper, 'optim_wrappers'),
         begin=begin_epoch * (epoch_length or 0) + begin_iter,
-        switches=switches_of(runner),
+        switches=switches_of(runner) if by_epoch else {},
         hooks=tuple(sorted({type(hook).__name__ for hook in runner.hooks})),
         first_best=first_best,
     )
