@@ -80,14 +80,14 @@ class EMAHook(StockEMAHook):
         super().__init__(ema_type, strict_load, begin_iter, begin_epoch, **averaged_model)
         refuse_unknown_arguments(ema_type, averaged_model)
         check_bool('per_optimizer_step', per_optimizer_step)
-        self.per_optimizer_step = per_optimizer_step  # the planner of restarts asks
+        self.per_optimizer_step = per_optimizer_step
         self.src_model: nn.Module | None = None
         self._average: RunAverage | None = None
         self._made_for: tuple = (None, None)  # weak references to the run and the model
-        self._optimizer_steps = OptimizerSteps() if per_optimizer_step else None
+        self._optimizer_steps = OptimizerSteps()
         self._swap: Swap | None = None
         self._guarded_loops: WeakSet = WeakSet()
-        self._validating = False
+        self._evaluating = False
 
     # --- the average and its source ---------------------------------------------------------------
 
@@ -130,10 +130,10 @@ class EMAHook(StockEMAHook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         """Copy weights that were loaded meanwhile; begin to count the optimizer's steps."""
-        self._validating = False
+        self._evaluating = False
         self._restore()  # if an evaluation without a guard has failed
         self._average.copy(self._source(runner))
-        if self._optimizer_steps is not None:
+        if self.per_optimizer_step:
             self._optimizer_steps.begin_iteration(runner.optim_wrapper)
 
     def after_train_iter(
@@ -142,39 +142,30 @@ class EMAHook(StockEMAHook):
         """Update the average, if an optimizer has made a step."""
         self._average.has_own_weights = True
         steps = self._optimizer_steps
-        if steps is None or steps.end_iteration(runner.optim_wrapper):
+        if not self.per_optimizer_step or steps.end_iteration(runner.optim_wrapper):
             self._average.update(self._source(runner), begun=self._ema_started(runner))
 
     # --- evaluation -------------------------------------------------------------------------------
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Swap the averaged weights into the model."""
-        self._validating = True
-        self._swap_in(runner)
+        average = self._average_of(runner)
+        self._evaluating = True
+        self._restore()
+        self._guard_loops(runner)
+        self._report()
+        if average.has_own_weights:
+            self._swap = Swap(self._source(runner), average.ema_model)
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         """Restore the trained weights."""
         self._restore()
 
     def after_val(self, runner: Runner) -> None:
-        """Note that the validation is over, its best checkpoint saved."""
-        self._validating = False
+        """Note the end of the evaluation; its best checkpoint is saved by now."""
+        self._evaluating = False
 
-    def before_test_epoch(self, runner: Runner) -> None:
-        """Swap the averaged weights into the model."""
-        self._swap_in(runner)
-
-    def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        """Restore the trained weights."""
-        self._restore()
-
-    def _swap_in(self, runner: Runner) -> None:
-        average = self._average_of(runner)
-        self._restore()
-        self._guard_loops(runner)
-        self._report()
-        if average.has_own_weights:
-            self._swap = Swap(self._source(runner), average.ema_model)
+    before_test_epoch, after_test_epoch, after_test = before_val_epoch, after_val_epoch, after_val
 
     def _restore(self) -> None:
         swap, self._swap = self._swap, None
@@ -203,8 +194,7 @@ class EMAHook(StockEMAHook):
         return run_and_restore
 
     def _report(self) -> None:
-        if self._optimizer_steps is not None:
-            self._optimizer_steps.report()
+        self._optimizer_steps.report()
         self._average.report()
 
     # --- checkpoints ------------------------------------------------------------------------------
@@ -214,7 +204,7 @@ class EMAHook(StockEMAHook):
         average = self._average_of(runner)
         self._report()
         if hasattr(runner, 'strategy'):
-            mend_flexible_checkpoint(runner, checkpoint, self._validating)
+            mend_flexible_checkpoint(runner, checkpoint, self._evaluating)
         try:
             average.copy(self._source(runner))
         except ValueError as error:
@@ -277,7 +267,7 @@ def refuse_unsaved(runner: Runner) -> None:
             )
 
 
-def mend_flexible_checkpoint(runner: Runner, checkpoint: dict, validating: bool) -> None:
+def mend_flexible_checkpoint(runner: Runner, checkpoint: dict, evaluating: bool) -> None:
     """Make a checkpoint of FlexibleRunner what Runner saves.
 
     MMEngine 0.10.7 leaves the prefix of the DDP wrapper in the names, and counts the epoch or the
@@ -285,7 +275,7 @@ def mend_flexible_checkpoint(runner: Runner, checkpoint: dict, validating: bool)
     """
     if runner.model is not unwrapped(runner.model):
         checkpoint['state_dict'] = model_weights(checkpoint)
-    if validating:
+    if evaluating:
         checkpoint['meta'].update(epoch=runner.epoch, iter=runner.iter)
 
 

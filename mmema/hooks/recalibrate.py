@@ -74,9 +74,8 @@ class EMARecalibrateHook(Hook):
         self.batches = batches
         self.interval = interval
         self.mode = mode
-        # The statistics of both models, from a measurement to the end of the next validation.
-        self._of_source: list[Tensor] | None = None
-        self._of_average: list[Tensor] | None = None
+        # Statistics of the source and of the average, from a measurement to its validation.
+        self._measured: tuple[list[Tensor], list[Tensor]] | None = None
 
     def before_train(self, runner: Runner) -> None:
         """Raise RunError at the start of a run that could not be measured at its end."""
@@ -126,33 +125,28 @@ class EMARecalibrateHook(Hook):
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Give the model, which has the averaged weights now, their statistics too."""
-        if self._of_average is not None:
-            _copy(statistics(self._source), self._of_average)
+        if self._measured is not None:
+            _copy(statistics(self._source), self._measured[1])
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         """Restore the statistics of the model, before the best checkpoint is saved."""
-        if self._of_average is None:
-            return
-        _copy(statistics(self._source), self._of_source)
-        _copy(statistics(self._average), self._of_average)
-        self._of_source = self._of_average = None
+        if self._measured is not None:
+            for model, values in zip((self._source, self._average), self._measured):
+                _copy(statistics(model), values)
+            self._measured = None
 
     def _measure_if_due(self, runner: Runner, now: int) -> None:
-        # Kept from an earlier validation only if there was an exception in it.
-        self._of_source = self._of_average = None
-        if not self._is_due(runner.train_loop, now):
-            return
-        self.recalibrate(runner)
-        self._of_source = _clones(statistics(self._source))
-        self._of_average = _clones(statistics(self._average))
+        self._measured = None  # that of a validation that failed
+        if self._is_due(runner.train_loop, now):
+            self.recalibrate(runner)
+            models = self._source, self._average
+            self._measured = tuple([t.clone() for t in statistics(model)] for model in models)
 
     def _is_due(self, loop, now: int) -> bool:
         if not validation_follows(loop, now):
             return False
-        if now == last_of(loop):
-            return True
-        if self.interval is None:
-            return False
+        if self.interval is None or now == last_of(loop):
+            return now == last_of(loop)
         done = sum(validation_follows(loop, step) for step in range(1, now + 1))
         return done % self.interval == 0
 
@@ -276,10 +270,6 @@ def _finish(norm: _BatchNorm) -> bool:
 def _copy(targets: list[Tensor], values: list[Tensor]) -> None:
     for target, value in zip(targets, values):
         target.copy_(value)
-
-
-def _clones(tensors: list[Tensor]) -> list[Tensor]:
-    return [tensor.clone() for tensor in tensors]
 
 
 def _refuse_order(runner: Runner, own: EMARecalibrateHook) -> None:
