@@ -123,10 +123,7 @@ class EMARestartHook(Hook):
         return states[place]
 
     def before_train(self, runner: Runner) -> None:
-        """Plan the run, check the values of each restart, and give advice; for all hooks at once.
-
-        The first restart hook of a run acts for all of them, so that they make one restart.
-        """
+        """Plan the run, check it, and give advice; the first restart hook acts for all of them."""
         hooks = restart_hooks_of(runner)
         if self is not hooks[0]:
             return
@@ -233,7 +230,7 @@ class EMARestartHook(Hook):
         After a plateau that is the best one of the stage before, where a moment has ended one.
         """
         users = [progress for progress in progresses if progress.rule.uses_best]
-        if not restart.moments and users[-1].kept and users[-1].done:
+        if restart.iteration < 0 and users[-1].kept and users[-1].done:
             return users[-1].kept[-1]
         name, still_named = on_main(lambda: rewind.keep_best(runner))
         barrier()

@@ -19,14 +19,7 @@ def advice(
     facts: RunFacts,
     ema: MomentumAveragedModel,
 ) -> list:
-    """Return one line for each setting that does not fit, with numbers and a value that would.
-
-    Args:
-        rules: The restart rules of the run.
-        planned: Their plan.
-        facts: Facts of the run.
-        ema: The average, with the schedule that it has before the first restart.
-    """
+    """Return one line for each setting that does not fit, with numbers and a value that would."""
     return [
         *_decays_as_momentum(rules),
         *_beyond_the_end(rules, facts),
@@ -70,7 +63,7 @@ def _switches_without_restart(rules, planned, facts) -> list:
 
 def _before_the_first_best(planned, facts) -> list:
     early = [
-        str(restart.moments[0])
+        restart.causes[0]
         for restart in planned
         if restart.source == 'best' and facts.first_best and restart.iteration < facts.first_best
     ]

@@ -14,31 +14,15 @@ from .rule import FOLLOWED, Moment
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Length of a run, its updates of the average, and its pipeline switches.
-
-    Args:
-        iterations: Iterations in all.
-        epoch_length: Iterations of an epoch; None in a run by iterations. Defaults to None.
-        accumulation: Iterations to one update of the average. Defaults to 1.
-        last_step: Whether the last iteration updates, too, where ``accumulation`` does not divide
-            the run. Defaults to True.
-        begin: Index of the first iteration whose weights are blended rather than copied.
-            Defaults to 0.
-        switches: The epochs at which the hooks of a name switch, for each name that can be followed
-            and is in the run. Defaults to none.
-        hooks: Names of the run's hooks, for messages. Defaults to none.
-        first_best: Iterations before the first best checkpoint; None where none is saved.
-            Defaults to None.
-    """
+    """Length of a run, its updates of the average, and its pipeline switches."""
 
     iterations: int
-    epoch_length: int | None = None
-    accumulation: int = 1
-    last_step: bool = True
-    begin: int = 0
-    switches: dict = field(default_factory=dict)
-    hooks: tuple = ()
-    first_best: int | None = None
+    epoch_length: int | None = None  # None in a run by iterations
+    accumulation: int = 1  # iterations to one update of the average
+    last_step: bool = True  # the last iteration updates, too, where accumulation does not divide
+    begin: int = 0  # first iteration whose weights are blended rather than copied
+    switches: dict = field(default_factory=dict)  # epochs by the name of the hook that switches
+    first_best: int | None = None  # iterations before the first best checkpoint, if there is one
 
     @property
     def by_epoch(self) -> bool:
@@ -85,7 +69,6 @@ def facts_of(runner: Runner, ema_hook: StockEMAHook) -> RunFacts:
         last_step=not hasattr(runner.optim_wrapper, 'optim_wrappers'),
         begin=begin_epoch * (epoch_length or 0) + begin_iter,
         switches=switches_of(runner) if by_epoch else {},
-        hooks=tuple(sorted({type(hook).__name__ for hook in runner.hooks})),
         first_best=first_best,
     )
 

@@ -44,46 +44,27 @@ class RuleProgress:
         """Tell whether to restart at the current ``epoch`` and ``iter``."""
         return self.plateau_due or any(now[unit] >= at for unit, at in self._next.items())
 
-    def due(self, now: dict, momentum: float) -> list:
-        """Return the due restarts; a plateau gives way to a moment.
+    def take_due(self, now: dict, momentum: float) -> list:
+        """Return the due restarts, and mark them done; a plateau gives way to a moment.
 
         Args:
             now: The current ``epoch`` and ``iter``.
             momentum: The average's momentum, to which a plateau adds.
         """
-        rule = self.rule
-        due = {m: value for m, value in self._moments.items() if now[m.unit] >= m.at}
+        rule, plateau = self.rule, self.rule.plateau if self.plateau_due else None
+        due = {m: v for m, v in self._moments.items() if now[m.unit] >= m.at and m not in self.done}
         if rule.every:
             last = min(now[rule.unit], self._facts.end(rule.unit) - 1) // rule.every * rule.every
             if last > self._last_multiple():
                 due[Moment(rule.unit, last)] = rule.momentum
-        restarts = [
-            restart_at(moment, value, rule, self._facts)
-            for moment, value in due.items()
-            if moment not in self.done
-        ]
-        if not restarts and self.plateau_due:
-            return [self._after_plateau(momentum)]
-        return restarts
-
-    def _after_plateau(self, momentum: float) -> Restart:
-        rule, plateau = self.rule, self.rule.plateau
-        return Restart(
-            iteration=-1,  # moments of other rules at the same time come after it
-            update=-1,
-            metric=plateau.metric,
-            rule=rule,
-            steps=rule.steps,
-            momentum=plateau.momentum_after(momentum),
-            gamma=rule.gamma,
-            source=plateau.source or rule.source,
-        )
-
-    def mark_done(self, moments: Sequence[Moment]) -> None:
-        """Note that a restart has done these moments, and what else was due."""
-        self.done += moments
+        self.done += due
         self.plateau_due = False
         self._look_ahead()
+        if plateau is None or due:
+            return [restart_at(moment, value, rule, self._facts) for moment, value in due.items()]
+        value, source = plateau.momentum_after(momentum), plateau.source or rule.source
+        why = (f'{plateau.metric} stopped improving',)
+        return [Restart(-1, -1, why, rule, rule.steps, value, rule.gamma, source)]
 
     def _look_ahead(self) -> None:
         """Forget all but the last multiple of ``every``; note the next moment of each unit."""
@@ -133,18 +114,13 @@ class RuleProgress:
             self.watch.load_state_dict(state['plateau'])
 
 
-def due_restart(progresses: Sequence[RuleProgress], now: dict, momentum: float) -> Restart | None:
-    """Return the one restart that is due by any rule, and mark it done in all of them.
+def due_restart(progresses: Sequence[RuleProgress], now: dict, momentum: float) -> Restart:
+    """Return the one restart that does what is due by these rules, and mark it done.
 
     Args:
-        progresses: The states of the rules of one average.
+        progresses: The states of rules of one average; at least one is due.
         now: The current ``epoch`` and ``iter``.
         momentum: The average's momentum.
     """
-    due = []
-    for progress in progresses:
-        restarts = progress.due(now, momentum)
-        if restarts:
-            progress.mark_done([moment for restart in restarts for moment in restart.moments])
-            due += restarts
-    return merged(sorted(due, key=lambda restart: restart.iteration)) if due else None
+    due = [restart for progress in progresses for restart in progress.take_due(now, momentum)]
+    return merged(sorted(due, key=lambda restart: restart.iteration))

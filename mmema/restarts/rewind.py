@@ -36,10 +36,9 @@ def best_files(runner: Runner) -> list:
 
 
 def complete(runner: Runner, checkpoint: dict) -> None:
-    """Add the optimizer and the parameter schedulers, which CheckpointHook leaves out of its best.
+    """Add the optimizer, which a rewind needs and CheckpointHook leaves out of its best.
 
-    A rewind needs the optimizer. With the schedulers, too, a run can be resumed from the file where
-    a kill has cut the last one short.
+    With the schedulers, too, a run can be resumed from it where a kill has cut the last file short.
     """
     if 'optimizer' not in checkpoint:
         checkpoint['optimizer'] = runner.optim_wrapper.state_dict()
@@ -59,12 +58,12 @@ def keep_best(runner: Runner) -> tuple:
     """Copy the best checkpoint so far to a name of its own, that of the current iteration.
 
     CheckpointHook deletes the best checkpoint when a better one comes, and writes files in place.
-    A run that was killed and resumed from an older checkpoint can find the best one of that time
-    deleted; then the copy that was made at the same iteration before serves again.
+    After a resume from an older checkpoint the best one of that time can be gone; then the copy
+    that was made at the same iteration before serves again.
 
     Returns:
-        The name of the copy, None without a best checkpoint; and the names of the copies that a run
-        resumed from the best checkpoint would go back to.
+        The name of the copy, None without a best checkpoint; and the copies that a run resumed from
+        the best checkpoint would go back to.
 
     Raises:
         RunError: If the best checkpoint is gone.
@@ -74,10 +73,9 @@ def keep_best(runner: Runner) -> tuple:
         return None, []
     work_dir = Path(runner.work_dir)
     kept = work_dir / f'{KEPT}iter_{runner.iter}.pth'
-    for file in (Path(best), work_dir / Path(best).name, kept):  # the folder may have been moved
-        if file.is_file():
-            break
-    else:
+    places = (Path(best), work_dir / Path(best).name, kept)  # the folder may have been moved
+    file = next((file for file in places if file.is_file()), None)
+    if file is None:
         raise RunError(
             f'the restart needs the best checkpoint {best}, but the file is gone. Put it back, or '
             "set source='model'."
@@ -94,7 +92,9 @@ def keep_best(runner: Runner) -> tuple:
         part = kept.with_suffix('.part')
         shutil.copyfile(file, part)
         os.replace(part, kept)
-    return kept.name, [names[-1] for names in map(kept_names, checkpoint['ema_restart']) if names]
+    return kept.name, [
+        name for state in checkpoint['ema_restart'] for name in kept_names(state)[-1:]
+    ]
 
 
 def kept_names(state: dict) -> list:
@@ -104,29 +104,20 @@ def kept_names(state: dict) -> list:
 
 
 def drop_kept(runner: Runner, progresses: list, still_named: list) -> None:
-    """Delete the copies that no resume can need any more.
+    """Cut the lists of kept copies, and delete the copies that no resume can need any more.
 
     A run that is resumed from the oldest checkpoint left does all restarts after it again, and goes
     back to the last copy before it. Checkpoints after it name the same copies, or later ones; only
-    the best checkpoint can be older.
-
-    Args:
-        runner: The runner.
-        progresses: The states of all rules of the run; their lists are cut.
-        still_named: Names that the best checkpoint refers to.
+    the best checkpoint can be older, and names ``still_named``.
     """
     oldest = _oldest_checkpoint(runner)
     before = {name for progress in progresses for name in progress.kept}
     for progress in progresses:
-        if oldest is None:  # every checkpoint is there to resume from, so every copy stays
+        if oldest is None:  # a resume can need every copy; a state needs to name the last alone
             progress.kept = progress.kept[-1:]
             continue
-        last = [name for name in progress.kept if _iteration_of(name) < oldest][-1:]
-        progress.kept = [
-            name
-            for name in progress.kept
-            if name in last or name in still_named or _iteration_of(name) >= oldest
-        ]
+        needed = [name for name in progress.kept if _iteration_of(name) < oldest][-1:] + still_named
+        progress.kept = [n for n in progress.kept if n in needed or _iteration_of(n) >= oldest]
     after = {name for progress in progresses for name in progress.kept}
     if oldest is not None and is_main_process():
         for name in before - after:

@@ -5,13 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Sequence
 
-from ..arguments import (
-    check_bool,
-    check_choice,
-    check_integer,
-    check_momentum,
-    check_positive,
-)
+from ..arguments import check_bool, check_choice, check_integer, check_momentum, check_positive
 from .plateau import SOURCES, Plateau
 
 FOLLOWED = ('PipelineSwitchHook', 'YOLOXModeSwitchHook')
@@ -93,21 +87,18 @@ class RestartRule:
             check_momentum(value)
         number = len(self.milestones or ())
         alone = not (self.every or self.follow)
-        if self.one_momentum_each and not (alone and len(self.momentum) == number):
+        each = isinstance(self.momentum, (list, tuple))
+        if each and not (alone and len(self.momentum) == number):
             raise ValueError(
                 'a list of momentum must have one value for each milestone, and no other trigger '
                 f'but on_plateau, got {len(self.momentum)} values for {number} milestones'
             )
 
     @property
-    def one_momentum_each(self) -> bool:
-        """Whether each milestone has a momentum of its own."""
-        return isinstance(self.momentum, (list, tuple))
-
-    @property
     def momenta(self) -> list:
-        """Every momentum that a planned restart sets; None where it leaves the momentum alone."""
-        return list(self.momentum) if self.one_momentum_each else [self.momentum]
+        """The momentum of each milestone where they differ, else the only one; None if unset."""
+        each = isinstance(self.momentum, (list, tuple))
+        return list(self.momentum) if each else [self.momentum]
 
     @property
     def unit(self) -> str:
@@ -125,13 +116,8 @@ class RestartRule:
         return repr(tuple(self._arguments().values()))
 
     def __str__(self) -> str:
-        defaults = {item.name: item.default for item in fields(self)}
-        given = [
-            f'{name}={value!r}'
-            for name, value in self._arguments().items()
-            if value != defaults[name]
-        ]
-        return f'EMARestartHook({", ".join(given)})'
+        given = {n: v for n, v in self._arguments().items() if v != getattr(RestartRule, n)}
+        return f'EMARestartHook({", ".join(f"{name}={value!r}" for name, value in given.items())})'
 
     def _arguments(self) -> dict:
         return {item.name: getattr(self, item.name) for item in fields(self) if item.init}

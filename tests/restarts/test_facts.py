@@ -117,7 +117,6 @@ def test_switches_are_those_of_a_run_by_epochs(tmp_path):
     switch = dict(type='mmdet.PipelineSwitchHook', switch_epoch=2, switch_pipeline=[])
     facts, _ = trained(tmp_path / 'epochs', switch, epochs=3)
     assert facts.switches == {'PipelineSwitchHook': [2]}
-    assert 'PipelineSwitchHook' in facts.hooks
     hook = dict(type='mmema.EMARestartHook', every=4, by_epoch=False)
     facts, _ = trained(tmp_path / 'iters', switch, hook, iters=8, val_interval=8)
     assert facts.switches == {}

@@ -28,7 +28,7 @@ def run(progress, iterations):
     found = {}
     for iteration in iterations:
         if progress.is_due(at(iteration)):
-            found[iteration] = due_restart([progress], at(iteration), 0.1).causes
+            found[iteration] = [*due_restart([progress], at(iteration), 0.1).causes]
     return found
 
 
@@ -128,10 +128,12 @@ def test_a_moment_comes_before_a_plateau_of_the_same_rule():
     progress = progress_of(**rule)
     progress.plateau_due = True
     restart = due_restart([progress], at(4), 0.25)
-    assert restart.momentum == pytest.approx(0.35) and restart.causes == ['score stopped improving']
+    assert restart.momentum == pytest.approx(0.35) and restart.causes == (
+        'score stopped improving',
+    )
     progress.plateau_due = True
     restart = due_restart([progress], at(8), 0.25)
-    assert restart.momentum == 0.3 and restart.causes == ['epoch 2']
+    assert restart.momentum == 0.3 and restart.causes == ('epoch 2',)
     assert not progress.plateau_due
 
 
@@ -143,5 +145,5 @@ def test_rules_that_are_due_at_one_time_make_one_restart():
     restart = due_restart([late, early, plateau], at(12), 0.1)  # resumed past both moments
     assert (restart.steps, restart.source) == (5, 'ema')
     assert restart.changes == dict(momentum=0.3, gamma=7.0)
-    assert restart.causes == ['epoch 2', 'epoch 3', 'score stopped improving']
+    assert restart.causes == ('score stopped improving', 'epoch 2', 'epoch 3')
     assert not any(progress.is_due(at(12)) for progress in (late, early, plateau))
