@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from mmengine.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / 'tools')]
 
 import plot_ema  # noqa: E402
+from reference import exp_momentum  # noqa: E402
 from toy_runs import ema, make_runner  # noqa: E402
 
 from mmema.restarts.profile import shares  # noqa: E402
@@ -46,6 +48,8 @@ def make_config(tmp_path, hooks, **kwargs):
         ([restart(every=2), restart(milestones=[7], by_epoch=False, steps=None, gamma=5)], {}),
         ([restart(milestones=[3], steps=0)], dict(param_scheduler=[WARM_UP, COSINE])),
         ([], dict(default_hooks=dict(param_scheduler=YOLOV5))),
+        # One restart before iteration 4, with the values of both.
+        ([restart(milestones=[2]), restart(every=4, by_epoch=False, steps=None, gamma=5)], {}),
     ],
 )
 def test_a_run_does_what_was_planned(tmp_path, hooks, settings):
@@ -67,6 +71,39 @@ def test_a_run_does_what_was_planned(tmp_path, hooks, settings):
     if all(hook.get('steps', 0) == 0 for hook in hooks if 'Restart' in hook['type']):
         assert curves.restarts == plan.restarts
         np.testing.assert_allclose(shares(curves.all_momenta), shares(plan.all_momenta))
+
+
+def test_updates_with_accumulation_are_those_of_the_run(tmp_path):
+    # 14 iterations with a step at every fourth and at the last: updates at 3, 7, 11 and 13.
+    wrapper = dict(accumulative_counts=4, optimizer=dict(type='SGD', lr=0.05))
+    hooks = [dict(EMA, type='mmema.EMAHook'), restart(milestones=[4]), MONITOR]
+    settings = dict(optim_wrapper=wrapper, train_cfg=dict(by_epoch=True, max_epochs=7))
+    run = plot_ema.Run(make_config(tmp_path, hooks, **settings), 2)
+    plan = plot_ema.of_config(run)
+    assert list(plan.at) == [3, 7, 11, 13] and plan.restarts == [8]
+    by_hand = [1, exp_momentum(1, 0.1, 3), 1, exp_momentum(1, 0.1, 3)]  # a copy after the restart
+    assert plan.momentum.tolist() == by_hand
+    assert len(plan.lr) == 14
+    make_runner(tmp_path, hooks, epochs=7, optim_wrapper=wrapper).train()
+    curves = plot_ema.of_scalars(run, tmp_path)
+    assert curves.restarts == plan.restarts
+    assert curves.all_momenta.tolist() == pytest.approx(by_hand)
+
+
+def test_the_axis_of_the_horizon_counts_the_interval(monkeypatch, tmp_path):
+    config = make_config(tmp_path, [ema(gamma=3, momentum=0.001, interval=20)])
+    run = plot_ema.Run(config, 100)
+    drawn = []
+    import matplotlib.figure
+
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, 'savefig', lambda self, *_, **__: drawn.append(self)
+    )
+    plot_ema.draw(plot_ema.of_config(run), run, 'nowhere.png')
+    (horizon,) = drawn[0].axes[0].child_axes
+    # At momentum 0.001 the average remembers 20 / 0.001 updates.
+    assert horizon._functions[0](0.001) == pytest.approx(20000)
+    assert horizon._functions[1](20000) == pytest.approx(0.001)
 
 
 def test_the_copy_of_a_hard_restart_is_found_between_two_points():
@@ -166,6 +203,13 @@ def test_draws_a_picture(monkeypatch, tmp_path, leaf):
         ([], None, 'no train_dataloader; give the length of an epoch of one process with'),
         (['--iters-per-epoch', '0'], None, 'must be at least 1, got 0'),
         (['--iters-per-epoch', '3'], '', 'the run must have one EMAHook, got 0'),
+        (
+            ['--iters-per-epoch', '3'],
+            "dict(type='EMAHook', ema_type='mmema.RestartableExpMomentumEMA'), "
+            "dict(type='mmema.EMARestartHook', every=1), "
+            "dict(type='mmema.EMARestartHook', every=2, steps=3)",
+            'two restarts before iteration 6 must agree on steps, got 0 from',
+        ),
         (
             ['--iters-per-epoch', '3'],
             "dict(type='EMAHook', ema_type='StochasticWeightAverage')",

@@ -22,7 +22,7 @@ def test_every_trigger_in_the_order_of_time():
         RestartRule(follow='PipelineSwitchHook'),
     ]
     assert times(plan(rules, facts)) == [(9, 9), (12, 12), (18, 18), (27, 27), (28, 28), (36, 36)]
-    assert [str(restart.moments[0]) for restart in plan(rules[::2], facts)] == [
+    assert [restart.causes[0] for restart in plan(rules[::2], facts)] == [
         'epoch 3',
         'epoch 7',
     ]
