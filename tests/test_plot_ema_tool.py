@@ -94,11 +94,7 @@ def test_the_axis_of_the_horizon_counts_the_interval(monkeypatch, tmp_path):
     config = make_config(tmp_path, [ema(gamma=3, momentum=0.001, interval=20)])
     run = plot_ema.Run(config, 100)
     drawn = []
-    import matplotlib.figure
-
-    monkeypatch.setattr(
-        matplotlib.figure.Figure, 'savefig', lambda self, *_, **__: drawn.append(self)
-    )
+    monkeypatch.setattr(Figure, 'savefig', lambda self, *args, **kwargs: drawn.append(self))
     plot_ema.draw(plot_ema.of_config(run), run, 'nowhere.png')
     (horizon,) = drawn[0].axes[0].child_axes
     # At momentum 0.001 the average remembers 20 / 0.001 updates.

@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from marks import SEED
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 from runs import Clock, Line, LineModel
@@ -114,16 +115,26 @@ def moments(by_epoch, hook):
     return {at for at in times if at < ITERATIONS}
 
 
+SETTINGS = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+DRAWN = given(by_epoch=st.booleans(), ema=EMA, hook=HOOK)
+
+
 @pytest.mark.slow
-@settings(
-    max_examples=2000,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-@given(by_epoch=st.booleans(), ema=EMA, hook=HOOK)
+@settings(max_examples=300, derandomize=True, **SETTINGS)
+@DRAWN
 def test_it_trains_or_says_what_is_wrong(parts, by_epoch, ema, hook):
+    check(parts, by_epoch, ema, hook)
+
+
+@pytest.mark.extensive
+@seed(SEED)
+@settings(max_examples=5000, derandomize=False, **SETTINGS)
+@DRAWN
+def test_many_train_or_say_what_is_wrong(parts, by_epoch, ema, hook):
+    check(parts, by_epoch, ema, hook)
+
+
+def check(parts, by_epoch, ema, hook):
     try:
         average = train(parts, by_epoch, ema, hook)
     except (TypeError, ValueError) as error:

@@ -4,6 +4,7 @@ import contextlib
 import random
 
 import pytest
+from marks import SEED, extensive
 from runs import EMA, Crash, LineModel, assert_same, make_runner, state_of
 from torch import nn
 
@@ -74,7 +75,7 @@ def random_run(chance):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('seed', range(30))
+@pytest.mark.parametrize('seed', [*range(30), *extensive((SEED + i,) for i in range(30, 300))])
 def test_the_same_bits(tmp_path, seed):
     chance = random.Random(seed)
     hooks, settings, kind = random_run(chance)
