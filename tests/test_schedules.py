@@ -150,6 +150,8 @@ def test_the_uniform_schedule_is_the_mean():
             ValueError,
             r'momentum must be in \(0, 1\), got 1',
         ),
+        (lambda: schedules.ExpSchedule(momentum=None), TypeError, 'momentum must be a number'),
+        (lambda: schedules.ExpSchedule(gamma=None), TypeError, 'gamma must be a number, got None'),
         (lambda: schedules.ExpSchedule(gamma='2'), TypeError, "gamma must be a number, got '2'"),
         (lambda: schedules.ThresholdSchedule(factor=1), ValueError, 'factor must be above 1'),
         (

@@ -74,7 +74,8 @@ class RestartRule:
         if self.steps is not None:
             check_integer('steps', self.steps, least=0)
         self._check_momentum()
-        check_positive('gamma', self.gamma)
+        if self.gamma is not None:
+            check_positive('gamma', self.gamma)
         check_choice('source', self.source, SOURCES)
         changes = (self.momentum, self.gamma, self.plateau and self.plateau.momentum_add)
         if self.steps is None and self.source == 'model' and not any(changes):
@@ -84,7 +85,8 @@ class RestartRule:
 
     def _check_momentum(self) -> None:
         for value in self.momenta:
-            check_momentum(value)
+            if value is not None:
+                check_momentum(value)
         number = len(self.milestones or ())
         alone = not (self.every or self.follow)
         each = isinstance(self.momentum, (list, tuple))
