@@ -7,13 +7,16 @@ DIGITS := data/digits
 CONFIG := configs/digits/yolov5_n_digits.py
 WORK_DIR := work_dirs/digits
 ARGS ?=
+JOBS ?= 2
+PYTEST := $(RUN) -m pytest -n $(JOBS) --dist loadgroup
+SEED ?= $(shell date +%s)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test quick clean
+.PHONY: help setup train test quick extensive clean
 
 help:  ## print this list
 	@echo 'usage: make TARGET'
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(READY)  ## make .venv with torch, mmcv, mmdet, mmyolo and mmema (minutes, once)
 
@@ -21,13 +24,16 @@ train: $(READY)  ## train YOLOv5-n with a restartable EMA on digits (to go on: m
 	$(RUN) tools/make_digits.py $(DIGITS)
 	$(RUN) tools/train.py $(CONFIG) --work-dir $(WORK_DIR) $(ARGS)
 
-test: $(READY)  ## check the style and run every test
+test: $(READY)  ## check the style and run the tests: 8 minutes on 2 cores (more cores: JOBS=4)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 quick: $(READY)  ## run the fast tests, for after each edit
-	$(RUN) -m pytest -m 'not slow' -q $(ARGS)
+	$(PYTEST) -m 'not slow and not extensive' -q $(ARGS)
+
+extensive: $(READY)  ## run every test there is, random ones with a new seed (again: SEED=12)
+	MMEMA_SEED=$(SEED) $(PYTEST) -m '' --hypothesis-seed=$(SEED) $(ARGS)
 
 clean:  ## remove .venv, data and caches; keep work_dirs and the compiled mmcv
 	rm -rf $(VENV) data build *.egg-info .pytest_cache .ruff_cache .hypothesis .dist_test

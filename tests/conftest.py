@@ -1,23 +1,30 @@
 """What the tests share: the folder of helpers, both ways through an update, and the log as text."""
 
 import gc
+import os
 import sys
 from functools import lru_cache
 from pathlib import Path
+
+# The workers of pytest-xdist share the cores; torch reads this when it is imported.
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1')
 
 import mmengine.runner.runner
 import pytest
 import torch
 from hypothesis import settings
+from marks import SEED
 from mmengine.logging import MMLogger
 
 from mmema.update import native
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-# The same examples in every run: what fails, fails again.
+# The same examples in every run, so that what fails, fails again; `make extensive` has a new seed.
 settings.register_profile('same', derandomize=True)
-settings.load_profile('same')
+settings.register_profile('new', max_examples=1000, deadline=None, print_blob=True)
+settings.load_profile('new' if SEED else 'same')
 
 # Every Runner logs its environment, for which it asks the compilers: once is enough.
 mmengine.runner.runner.collect_env = lru_cache(None)(mmengine.runner.runner.collect_env)

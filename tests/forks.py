@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 
@@ -45,7 +46,8 @@ class Process:
         return self.returncode
 
     def kill(self):
-        os.kill(self.pid, signal.SIGKILL)
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
 
 
 def start(script, *arguments, folder, out, err=None, **environment):
@@ -58,6 +60,35 @@ def start(script, *arguments, folder, out, err=None, **environment):
         environment={**os.environ, **environment},
     )
     return Process(pid)
+
+
+def start_ranks(count, script, *arguments, folder):
+    """Start the ranks of a distributed job; rank N writes its output to ``rank_N.txt``."""
+    return [
+        start(
+            script,
+            *arguments,
+            folder=folder,
+            out=Path(folder, f'rank_{rank}.txt'),
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(count),
+        )
+        for rank in range(count)
+    ]
+
+
+def join_ranks():
+    """Make the process group of a rank started so; MMEngine's launcher would ask for a GPU."""
+    import torch
+
+    torch.distributed.init_process_group(
+        'gloo',
+        init_method=f'file://{Path.cwd()}/group',
+        rank=int(os.environ['RANK']),
+        world_size=int(os.environ['WORLD_SIZE']),
+        timeout=timedelta(seconds=60),
+    )
 
 
 def ask(**request):
@@ -111,7 +142,8 @@ def become(request):
     os.environ.update(request['environment'])
     os.chdir(request['folder'])
     sys.argv = request['argv']
-    sys.path[0] = str(Path(sys.argv[0]).parent)
+    path = os.environ.get('PYTHONPATH')
+    sys.path[:1] = [str(Path(sys.argv[0]).parent), *(path.split(os.pathsep) if path else ())]
     import numpy
 
     numpy.random.seed(random.SystemRandom().randrange(2**32))

@@ -2,8 +2,8 @@
 
 The settings are those of ``make_runner``, with ``hooks`` for its hooks; ``slow`` is how many
 seconds an iteration lasts at least, ``die`` the [rank, iteration] at which a rank kills itself, and
-with ``only_rank_0_sees`` the metrics of the other ranks are made up. At the end each rank writes
-its tensors to ``final_RANK.pth`` in the work folder.
+with ``only_rank_0_sees`` the metrics of the other ranks are made up. Each iteration adds a byte to
+``pace`` in the work folder, and at the end each rank writes its tensors to ``final_RANK.pth``.
 """
 
 import json
@@ -11,12 +11,13 @@ import os
 import signal
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
+import forks
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import MMDistributedDataParallel
+from mmengine.registry import HOOKS
 from runs import LineModel, make_runner, state_of
 
 import mmema  # noqa: F401
@@ -32,13 +33,16 @@ class MadeUpMetrics(Hook):
             metrics['score'] = -1000.0 - runner.iter * runner.rank
 
 
+@HOOKS.register_module()
 class Pace(Hook):
     """Slows the run down, or ends one rank of it."""
 
-    def __init__(self, slow, die):
+    def __init__(self, slow=0, die=None):
         self.slow, self.die = slow, die
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
+        with open(os.path.join(runner.work_dir, 'pace'), 'ab') as file:
+            file.write(b'.')
         time.sleep(self.slow)
         if self.die == [runner.rank, runner.iter]:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -52,8 +56,7 @@ def main():
         hooks.append(MadeUpMetrics())
     rank = int(os.environ.get('RANK', 0))
     if 'RANK' in os.environ:
-        # MMEngine's launcher would ask for a GPU; with a group that is there it goes on.
-        torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=60))
+        forks.join_ranks()
         settings.update(launcher='pytorch', model=MMDistributedDataParallel(LineModel()))
     runner = make_runner(settings.pop('work_dir'), *hooks, **settings)
     runner.train()
@@ -64,4 +67,7 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    sys.path.insert(0, str(Path(__file__).parents[1] / 'tools'))
+    import _cli
+
+    _cli.run(main)

@@ -82,7 +82,7 @@ def deviation(average, reference, names):
 
 
 # Every model of MMYOLO 0.6.0 that differs in a name or a shape from those before it, and builds
-# without further packages (mmrazor, mmcls, mmrotate, mmpose). Found by tools/model_table.py --find.
+# without further packages (mmrazor, mmcls, mmrotate, mmpose). Found by tests/model_table.py --find.
 MMYOLO = [
     'ppyoloe/ppyoloe_l_fast_8xb20-300e_coco.py',
     'ppyoloe/ppyoloe_m_fast_8xb28-300e_coco.py',
@@ -179,3 +179,35 @@ MMDET = [
     'mask2former/mask2former_r50_8xb2-lsj-50e_coco.py',
     'swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
 ]
+
+# One model for each set of layer types, small where there is a choice; each of MMDetection's has a
+# set of its own.
+ONE_OF_EACH = [
+    'ppyoloe/ppyoloe_s_fast_8xb32-300e_coco.py',
+    'rtmdet/rtmdet-ins_s_syncbn_fast_8xb32-300e_coco.py',
+    'rtmdet/rtmdet_tiny_syncbn_fast_8xb32-300e_coco.py',
+    'yolov5/yolov5_n-v61_syncbn_fast_8xb16-300e_coco.py',
+    'yolov5/yolov5_s-v61_syncbn-detect_8xb16-300e_coco.py',
+    'yolov6/yolov6_l_syncbn_fast_8xb32-300e_coco.py',
+    'yolov6/yolov6_m_syncbn_fast_8xb32-300e_coco.py',
+    'yolov6/yolov6_n_syncbn_fast_8xb32-300e_coco.py',
+    'yolov6/yolov6_v3_l_syncbn_fast_8xb32-300e_coco.py',
+    'yolov6/yolov6_v3_m_syncbn_fast_8xb32-300e_coco.py',
+    'yolov6/yolov6_v3_n_syncbn_fast_8xb32-300e_coco.py',
+    'yolov7/yolov7_e-p6_syncbn_fast_8x16b-300e_coco.py',
+    'yolov7/yolov7_e2e-p6_syncbn_fast_8x16b-300e_coco.py',
+    'yolov7/yolov7_l_syncbn_fast_8x16b-300e_coco.py',
+    'yolov7/yolov7_tiny_syncbn_fast_8x16b-300e_coco.py',
+    'yolov7/yolov7_w-p6_syncbn_fast_8x16b-300e_coco.py',
+    'yolov7/yolov7_x_syncbn_fast_8x16b-300e_coco.py',
+    'yolov8/yolov8_n_mask-refine_syncbn_fast_8xb16-500e_coco.py',
+    'yolox/yolox_nano_fast_8xb32-300e-rtmdet-hyp_coco.py',
+    'yolox/yolox_tiny_fast_8xb32-300e-rtmdet-hyp_coco.py',
+    'yolov5/ins_seg/yolov5_ins_n-v61_syncbn_fast_8xb16-300e_coco_instance.py',
+    'yolov5/yolov5u/yolov5u_n_mask-refine_syncbn_fast_8xb16-300e_coco.py',
+    *MMDET,
+]
+
+
+def layer_types(model):
+    return frozenset(type(module) for module in model.modules())

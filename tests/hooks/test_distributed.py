@@ -1,35 +1,32 @@
 """Real processes with gloo: every rank decides alike, and none waits for ever."""
 
 import json
-import os
-import subprocess
-import sys
-import time
+import signal
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from runs import assert_same
+from tool_runs import ROOT
 
-TRAIN = Path(__file__).parents[1] / 'train_line.py'
-LIMIT = 180
-BOUND = 120  # the group's own limit is 60 seconds, and starting up takes some
+TESTS = Path(__file__).parents[1]
 PLATEAU = dict(metric='score', momentum_add=0.01)
 # By epoch, as rank 0 sees it: plateaus after 2 and 4. The others see a metric that never improves.
 SCRIPT = [None, 0.5, 0.4, 0.6, 0.55, 0.7, 0.8]
 
 
 def launch(work_dir, ranks, **settings):
-    """Start torch's launcher; return the finished job."""
+    """Run a job; return the exit status and the output of each rank."""
     file = work_dir / 'settings.json'
     file.write_text(json.dumps(dict(settings, work_dir=str(work_dir))))
-    return subprocess.run(
-        [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone']
-        + ['--nproc-per-node', str(ranks), str(TRAIN), str(file)],
-        capture_output=True,
-        timeout=LIMIT,
-        env={**os.environ, 'PYTHONPATH': str(TRAIN.parent), 'OMP_NUM_THREADS': '1'},
-    )
+    job = forks.start_ranks(ranks, TESTS / 'train_line.py', file, folder=work_dir)
+    return ended(job, work_dir)
+
+
+def ended(job, folder):
+    status = [process.wait() for process in job]
+    return status, [(folder / f'rank_{rank}.txt').read_text() for rank in range(len(job))]
 
 
 def shared(state):
@@ -49,8 +46,8 @@ def test_all_ranks_end_with_the_same_bits(tmp_path, ranks, source):
         steps=2,
         momentum=0.04,
     )
-    job = launch(tmp_path, ranks, hooks=[hook], script=SCRIPT, only_rank_0_sees=True)
-    assert job.returncode == 0, job.stderr.decode()[-3000:]
+    status, output = launch(tmp_path, ranks, hooks=[hook], script=SCRIPT, only_rank_0_sees=True)
+    assert status == [0] * ranks, '\n'.join(output)[-6000:]
     states = [torch.load(tmp_path / f'final_{rank}.pth') for rank in range(ranks)]
     assert states[0]['ema.restarts'] == 2  # the milestone falls on the first plateau
     for state in states[1:]:
@@ -62,17 +59,71 @@ def test_all_ranks_end_with_the_same_bits(tmp_path, ranks, source):
 def test_a_killed_rank_ends_the_job(tmp_path, rank):
     # Rank 1 is killed before the restart at which rank 0 waits for it, or the other way round.
     hook = dict(type='mmema.EMARestartHook', milestones=[2], source='best')
-    begin = time.monotonic()
-    job = launch(tmp_path, 2, hooks=[hook], die=[rank, 7])
-    assert job.returncode != 0
-    assert time.monotonic() - begin < BOUND
+    status, output = launch(tmp_path, 2, hooks=[hook], die=[rank, 7])
+    assert status[rank] == -signal.SIGKILL
+    assert status[1 - rank] == 1 and 'Traceback' in output[1 - rank]
     assert not list(tmp_path.glob('final_*'))
 
 
 @pytest.mark.slow
 def test_an_error_on_rank_0_is_one_on_every_rank(tmp_path):
     hook = dict(type='mmema.EMARestartHook', on_plateau=dict(metric='wrong'))
-    job = launch(tmp_path, 2, hooks=[hook])
-    assert job.returncode != 0
-    message = b"must be one of the run's metrics, got 'wrong'"
-    assert job.stderr.count(message) == 2
+    status, output = launch(tmp_path, 2, hooks=[hook])
+    assert status == [1, 1]
+    for text in output:
+        assert "must be one of the run's metrics, got 'wrong'" in text
+
+
+# --- tools/train.py ----------------------------------------------------------------------------
+
+CONFIG = """
+custom_imports = dict(imports=['runs', 'train_line'], allow_failed_imports=False)
+default_scope = 'mmengine'
+model = dict(type='LineModel')
+model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None)
+_data = dict(
+    batch_size=6,
+    num_workers=0,
+    dataset=dict(type='Line'),
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    collate_fn=dict(type='default_collate'),
+)
+train_dataloader = val_dataloader = test_dataloader = _data
+train_cfg = dict(by_epoch=True, max_epochs=2)
+val_cfg = test_cfg = dict()
+val_evaluator = test_evaluator = dict(type='Score')
+optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.05))
+custom_hooks = [
+    dict(type='EMAHook', ema_type='mmema.RestartableExpMomentumEMA'),
+    dict(type='Pace'),
+]
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / 'line.py').write_text(CONFIG)
+    return ['line.py', '--launcher', 'pytorch', '--work-dir', 'run']
+
+
+def run_tool(name, *arguments, folder):
+    tool = [ROOT / 'tools' / name, *arguments]
+    job = forks.start_ranks(2, TESTS / 'tool_rank.py', *tool, folder=folder)
+    return ended(job, folder)
+
+
+@pytest.mark.slow
+def test_a_tool_ends_without_its_process_group(config, tmp_path):
+    for tool in (['train.py', *config], ['test.py', *config[:1], 'run/epoch_2.pth', *config[1:]]):
+        status, output = run_tool(*tool, folder=tmp_path)
+        assert status == [0, 0], '\n'.join(output)[-6000:]
+        assert all(text.endswith('process group at exit: False\n') for text in output)
+        (tmp_path / 'group').unlink(missing_ok=True)
+
+
+@pytest.mark.slow
+def test_a_tool_whose_other_rank_died_ends_with_its_error(config, tmp_path):
+    die = ['--cfg-options', 'custom_hooks.1.die=[1,2]']
+    status, output = run_tool('train.py', *config, *die, folder=tmp_path)
+    assert status == [1, -signal.SIGKILL]
+    assert 'Traceback' in output[0]

@@ -1,20 +1,20 @@
 """A training process that is killed again and again ends with the bits of one that was not."""
 
+import contextlib
 import json
-import os
 import random
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 import torch
+from marks import SEED, extensive
 from runs import assert_same
 
 SCRIPT = Path(__file__).parents[1] / 'train_line.py'
-LIMIT = 120  # seconds that a process may take, with much to spare
 
 
 def hook(**arguments):
@@ -41,52 +41,54 @@ def start(work_dir, settings, **more):
     work_dir.mkdir(exist_ok=True)
     file = work_dir / 'settings.json'
     file.write_text(json.dumps(dict(settings, work_dir=str(work_dir), **more)))
-    with (work_dir / 'output.txt').open('ab') as output:
-        return subprocess.Popen(
-            [sys.executable, '-W', 'ignore', SCRIPT, file],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, 'PYTHONPATH': str(SCRIPT.parent)},
-        )
+    return forks.start(SCRIPT, file, folder=work_dir, out=work_dir / 'output.txt')
 
 
 def finish(process, work_dir):
-    assert process.wait(LIMIT) == 0, (work_dir / 'output.txt').read_text()[-3000:]
+    assert process.wait() == 0, (work_dir / 'output.txt').read_text()[-3000:]
     return torch.load(work_dir / 'final_0.pth')
 
 
 def sizes(work_dir, pattern):
-    return {file: file.stat().st_size for file in work_dir.rglob(pattern) if file.exists()}
+    found = {}
+    for file in work_dir.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # removed just now
+            found[file] = file.stat().st_size
+    return found
 
 
 def kill_in_training(process, work_dir, chance):
     """Kill the process at a random moment, half of the time while it writes a checkpoint."""
     at_write = chance.random() < 0.5
-    pattern = '*.pth' if at_write else '*.log'
-    before, deadline = sizes(work_dir, pattern), time.monotonic() + LIMIT
-    writes = chance.randint(1, 4) if at_write else 1
-    while process.poll() is None and writes and time.monotonic() < deadline:
+    pattern, times = ('*.pth', chance.randint(1, 4)) if at_write else ('pace', chance.randint(1, 6))
+    before = sizes(work_dir, pattern)
+    while process.poll() is None and times:
+        time.sleep(0.001)
         now = sizes(work_dir, pattern)
         if any(before.get(file) != size for file, size in now.items()):
-            before, writes = now, writes - 1
+            before, times = now, times - 1
     if not at_write:
-        time.sleep(chance.uniform(0, 1.5))
-    process.send_signal(signal.SIGKILL)
-    return process.wait(LIMIT)
+        time.sleep(chance.uniform(0, 0.03))
+    process.kill()
+    return process.wait() == -signal.SIGKILL
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('seed', [0, 1])
+@pytest.mark.parametrize(
+    'kills, seed', [(6, 0), (6, 1), *extensive((40, SEED + i) for i in range(4))]
+)
 @pytest.mark.parametrize('name', RUNS)
-def test_killed_at_random_moments(tmp_path, name, seed):
+def test_killed_at_random_moments(tmp_path, name, seed, kills):
     settings, chance = RUNS[name], random.Random(seed)
     whole = finish(start(tmp_path / 'whole', settings), tmp_path / 'whole')
     work_dir, killed = tmp_path / 'killed', 0
-    for _ in range(6):
+    while killed < kills:
         process = start(work_dir, settings, resume=True, slow=0.02)
-        killed += kill_in_training(process, work_dir, chance) == -signal.SIGKILL
-        (work_dir / 'final_0.pth').unlink(missing_ok=True)
-    assert killed >= 5
+        if kill_in_training(process, work_dir, chance):
+            killed += 1
+        else:  # it was at its end before
+            assert_same(whole, finish(process, work_dir))
+            shutil.rmtree(work_dir)
     end = finish(start(work_dir, settings, resume=True), work_dir)
     assert_same(whole, end)
 
@@ -97,7 +99,7 @@ def test_killed_while_the_last_checkpoint_was_written(tmp_path):
     settings = RUNS['epochs']
     whole = finish(start(tmp_path / 'whole', settings), tmp_path / 'whole')
     work_dir = tmp_path / 'cut'
-    assert start(work_dir, settings, die=[0, 20]).wait(LIMIT) == -signal.SIGKILL
+    assert start(work_dir, settings, die=[0, 20]).wait() == -signal.SIGKILL
     last = work_dir / 'epoch_5.pth'
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
     assert_same(whole, finish(start(work_dir, settings, resume=True), work_dir))

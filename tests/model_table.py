@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write the table of docs/models.md: how far the averages of stock models are from the reference.
 
-tools/model_table.py docs/models.md        # between the two marks of the file
-tools/model_table.py --find mmyolo         # the configs whose models differ in a name or a shape
+tests/model_table.py docs/models.md        # between the two marks of the file
+tests/model_table.py --find mmyolo         # the configs whose models differ in a name or a shape
 """
 
 import argparse
@@ -13,7 +13,13 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / 'tests'))
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from reference import tensors_of
+from zoo import MMDET, MMYOLO, build, deviation, follow, without_downloads
+
+from mmema import RestartableExpMomentumEMA
 
 BEGIN, END = '<!-- table -->\n', '<!-- end of table -->\n'
 HEAD = (
@@ -41,19 +47,12 @@ def write(file):
     text = file.read_text()
     if BEGIN not in text or END not in text:
         sys.exit(f'{file} must have the lines {BEGIN.strip()} and {END.strip()}')
-    from zoo import MMDET, MMYOLO
-
     lines = [row('mmyolo', name) for name in MMYOLO] + [row('mmdet', name) for name in MMDET]
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     file.write_text(f'{before}{BEGIN}{HEAD}{"".join(lines)}{END}{after}')
 
 
 def row(library, name):
-    from reference import tensors_of
-    from zoo import build, deviation, follow
-
-    from mmema import RestartableExpMomentumEMA
-
     stock = import_module(f'{library}.models.layers').ExpMomentumEMA
     with contextlib.redirect_stdout(io.StringIO()):
         model = build(library, name)
@@ -74,11 +73,6 @@ def row(library, name):
 
 
 def find(library):
-    import torch
-    from mmengine.config import Config
-    from mmengine.registry import MODELS, init_default_scope
-    from zoo import without_downloads
-
     init_default_scope(library)
     folder = Path(import_module(library).__file__).parent / '.mim' / 'configs'
     known = set()
