@@ -3,10 +3,12 @@
 import math
 
 import pytest
+import runs
 import torch
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS
+from mmengine.runner import FlexibleRunner
 from reference import ReferenceEMA, assert_close, blended_names, tensors_of
 from runs import EMA, Crash, LineModel, assert_same, ema_of, log_of, make_runner, seen, state_of
 
@@ -842,6 +844,18 @@ def test_resume_from_the_best_checkpoint_when_the_last_is_cut_short(tmp_path):
     assert seen(resumed)[0][0] == 8
     assert 'so the run is resumed from' in log_of(resumed)
     assert_same(state_of(whole), state_of(resumed))
+
+
+@pytest.mark.parametrize('case', ['soft', 'best', 'stage 2'])
+def test_flexible_runner_restarts_and_resumes_as_the_plain_runner(tmp_path, monkeypatch, case):
+    # FlexibleRunner loads a checkpoint before the hooks' before_run.
+    hook, settings = CASES[case]
+    settings = dict(settings, ema=dict(EMA, type='mmema.EMAHook'))
+    whole = make_runner(tmp_path / 'whole', hook, **settings)
+    whole.train()
+    monkeypatch.setattr(runs, 'Runner', FlexibleRunner)
+    crash = Crash(15, 'before_val_epoch')
+    assert_resume_changes_nothing(whole, tmp_path / 'cut', hook, settings, crash)
 
 
 def test_two_hooks_each_get_their_own_state_back(tmp_path):
