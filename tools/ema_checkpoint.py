@@ -3,7 +3,7 @@
 
 tools/ema_checkpoint.py inspect work_dirs/digits/epoch_50.pth
 tools/ema_checkpoint.py export work_dirs/digits/epoch_50.pth --weights ema -o yolov5_n_digits.pth
-tools/ema_checkpoint.py convert dfine/last.pth --to mmema -o dfine_mmema.pth
+tools/ema_checkpoint.py convert dfine/last.pth -o dfine_mmema.pth
 """
 
 import argparse
@@ -41,24 +41,8 @@ def parse_args():
 
     three = commands.add_parser('convert', help='write a checkpoint that an MMEngine run resumes')
     add_file(three)
-    three.add_argument(
-        '--to',
-        choices=['mmema', 'mmengine'],
-        default='mmema',
-        help='mmema, with the live values of a restartable average, or mmengine, without; '
-        'default: mmema',
-    )
     add_output(three, '.pth or .pt')
     three.add_argument('--steps', type=int, metavar='N', help='updates, if the file does not say')
-    three.add_argument('--momentum', type=float, metavar='M', help='1 - decay, for --to mmema')
-    three.add_argument('--gamma', type=float, metavar='G', help='tau or warmups, for --to mmema')
-    three.add_argument(
-        '--rename',
-        action='append',
-        default=[],
-        metavar='OLD=NEW',
-        help='change the beginning of names, such as model.=backbone. (may be repeated)',
-    )
     return parser.parse_args()
 
 
@@ -79,7 +63,7 @@ def add_output(parser, text):
 def as_options(text):
     """Return an error of the library with options of this tool in the place of arguments."""
     text = re.sub(r'\b(trust|force)=True\b', r'--\1', text)
-    return re.sub(r"\b(weights|steps|to)='?(\w+)'?", r'--\1 \2', text)
+    return re.sub(r"\b(weights|steps)='?(\w+)'?", r'--\1 \2', text)
 
 
 def inspect(args):
@@ -103,31 +87,10 @@ def export(args):
 def convert(args):
     from mmema.checkpoints.convert import convert
 
-    notes = convert(
-        args.file,
-        args.output,
-        args.to,
-        args.steps,
-        args.momentum,
-        args.gamma,
-        renames(args.rename),
-        args.force,
-        args.trust,
-    )
-    print(f'{args.file} as {args.to}: {args.output}')
+    notes = convert(args.file, args.output, args.steps, args.force, args.trust)
+    print(f'{args.file} converted: {args.output}')
     for note in notes:
         print(f'  note: {note}')
-
-
-def renames(given):
-    """Return {old: new} of ``OLD=NEW`` arguments."""
-    found = {}
-    for text in given:
-        old, equals, new = text.partition('=')
-        if not equals or not old:
-            cli.die(f'--rename takes OLD=NEW, got {text!r}')
-        found[old] = new
-    return found
 
 
 if __name__ == '__main__':

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from pathlib import Path
 
 import torch
 
-from .files import check_output, import_safetensors, load, write_whole
-from .formats import CheckpointError, State
+from .files import load, write_whole
+from .formats import CheckpointError, State, with_metadata
 
 
 def export(
@@ -45,44 +44,37 @@ def export(
     out = Path(out)
     if weights not in ('ema', 'raw'):
         raise CheckpointError(f"weights must be 'ema' or 'raw', got {weights!r}")
-    check_output(out, ('.pth', '.safetensors'), force or named_by_hash)
     found = load(path, trust)
-    states = {'ema': found.average, 'raw': found.raw}
-    state = states[weights]
+    state = found.average if weights == 'ema' else found.raw
     if state is None:
-        has = [name for name, state in states.items() if state is not None]
-        if found.kind == 'state_dict':
-            raise CheckpointError(f"{path}: {found.notes[0]}; weights='raw' takes them as they are")
+        other = 'raw' if weights == 'ema' else 'ema'
+        why = f' ({"; ".join(found.notes)})' if found.notes else ''
         raise CheckpointError(
-            f'{path} has no {weights} weights; weights={has[0]!r} takes those that it has'
+            f'{path} has no {weights} weights{why}; weights={other!r} takes those that it has'
         )
-    meta = {**found.meta, 'mmema': {'weights': weights, 'steps': found.steps}}
     state = compact(state)
-    if out.suffix == '.safetensors':
-        write = lambda file: file.write(_safetensors_bytes(state, meta))  # noqa: E731
-    else:
-        write = lambda file: torch.save({'meta': meta, 'state_dict': state}, file)  # noqa: E731
-    return write_whole(out, write, force, named_by_hash)
+    meta = {**found.meta, 'mmema': {'weights': weights, 'steps': found.steps}}
+
+    def write(file):
+        if out.suffix == '.safetensors':
+            file.write(_safetensors_bytes(state, meta))
+        else:
+            torch.save({'meta': meta, 'state_dict': state}, file)
+
+    return write_whole(out, write, ('.pth', '.safetensors'), force, named_by_hash)
 
 
 def compact(state: State) -> State:
     """Return the state with tensors that own their memory, unless several share one whole."""
-    small = OrderedDict(
-        (k, t if t.untyped_storage().nbytes() == t.nbytes else t.clone()) for k, t in state.items()
-    )
-    if hasattr(state, '_metadata'):
-        small._metadata = state._metadata
-    return small
+    whole = {k: t.untyped_storage().nbytes() == t.nbytes for k, t in state.items()}
+    return with_metadata(state, {k: t if whole[k] else t.clone() for k, t in state.items()})
 
 
 def _safetensors_bytes(state: State, meta: dict) -> bytes:
-    safetensors = import_safetensors()
+    from safetensors.torch import save
+
     # The format has neither shared memory nor strides: tied tensors are written once for each name.
     contiguous = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
-    about = {
-        'mmema': meta['mmema'],
-        'dataset_meta': meta.get('dataset_meta'),
-        'cfg': str(meta.get('cfg', '')),
-    }
-    text = json.dumps({k: v for k, v in about.items() if v}, default=str)
-    return safetensors.torch.save(contiguous, metadata={'format': 'pt', 'mmema': text})
+    about = {key: meta[key] for key in ('mmema', 'dataset_meta', 'cfg') if meta.get(key)}
+    text = json.dumps(about, default=str)
+    return save(contiguous, metadata={'format': 'pt', 'mmema': text})

@@ -6,39 +6,27 @@ import math
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
-import torch
-from torch import Tensor
-
 from ..averaged import schedule_name
+from ..messages import listed
 from .files import load
 from .formats import State, Weights
 
 
 class Report(NamedTuple):
-    """Findings of :func:`inspect`.
-
-    Attributes:
-        weights: The content; see :class:`mmema.checkpoints.formats.Weights`.
-        distance: ``||average - raw|| / ||raw||`` over the floating-point tensors that both have,
-            BatchNorm's running statistics apart; None without both.
-        farthest: The three tensors with the largest distance of their own, and that distance.
-        non_finite: Names of tensors with NaN or infinity, by 'average' and 'raw'.
-    """
+    """Findings of :func:`inspect`."""
 
     weights: Weights
-    distance: float | None
-    farthest: list[tuple]
-    non_finite: dict[str, list[str]]
+    distance: float | None  # ||average - raw|| / ||raw||; None without both
+    non_finite: dict[str, list[str]]  # names of tensors with NaN or infinity in 'average' and 'raw'
 
     def lines(self) -> list[tuple]:
         """Return (label, text), a line each."""
         found = self.weights
-        lines = [('made by', found.maker)]
-        for label, state, place in (
-            ('EMA weights', found.average, found.average_at),
-            ('raw weights', found.raw, found.raw_at),
-        ):
-            lines.append((label, 'none' if state is None else f'{place}: {_summary(state)}'))
+        lines = [
+            ('made by', found.maker),
+            ('EMA weights', _summary(found.average, found.average_at)),
+            ('raw weights', _summary(found.raw, found.raw_at)),
+        ]
         if found.average is not None:
             lines.append(('updates', 'not said' if found.steps is None else f'{found.steps:,}'))
         lines += _live_lines(found.live)
@@ -48,79 +36,53 @@ class Report(NamedTuple):
             )
         if self.distance is not None:
             lines.append(('distance', f'{self.distance:.3g} = ||EMA - raw|| / ||raw||'))
-            lines += [('', f'{own:.3g}  {name}') for name, own in self.farthest]
-        for which, names in self.non_finite.items():
-            lines += [('NaN or infinity', f'{which}: {name}') for name in names[:10]]
-            if len(names) > 10:
-                lines.append(('', f'and {len(names) - 10} more'))
-        if not any(self.non_finite.values()):
-            lines.append(('NaN or infinity', 'none'))
+        bad = [f'{which}: {listed(names)}' for which, names in self.non_finite.items() if names]
+        lines += [('NaN or infinity', text) for text in bad or ['none']]
         return lines + [('note', note) for note in found.notes]
 
 
 def inspect(path: str | Path, trust: bool = False) -> Report:
-    """Report on a checkpoint.
-
-    Args:
-        path: The file; see :func:`mmema.checkpoints.files.load`.
-        trust: Whether the file may hold any object; see :func:`mmema.checkpoints.files.load`.
-
-    Returns:
-        The report.
-
-    Raises:
-        CheckpointError: If the file cannot be read.
-    """
+    """Report on a checkpoint; see :func:`mmema.checkpoints.files.load` for arguments and errors."""
     found = load(path, trust)
-    distance, farthest = None, []
-    if found.average is not None and found.raw is not None:
-        distance, farthest = _distances(found.average, found.raw)
-    states = {'average': found.average or {}, 'raw': found.raw or {}}
-    return Report(found, distance, farthest, {k: _non_finite(v) for k, v in states.items()})
+    average, raw = found.average or {}, found.raw or {}
+    non_finite = {'average': _non_finite(average), 'raw': _non_finite(raw)}
+    return Report(found, _distance(average, raw), non_finite)
 
 
-def _distances(average: State, raw: State) -> tuple:
-    """Return the relative distance of all weights, and the three tensors farthest apart."""
-    names = [name for name in raw if _comparable(name, raw[name], average.get(name))]
-    norms = [raw[name].double().norm().item() for name in names]
-    apart = [(average[name].double() - raw[name].double()).norm().item() for name in names]
+def _distance(average: State, raw: State) -> float | None:
+    """Return ``||average - raw|| / ||raw||`` over the floating-point tensors that both have.
+
+    BatchNorm's running statistics, which no optimizer moves, are left out.
+    """
+    names = [
+        name
+        for name, tensor in raw.items()
+        if tensor.is_floating_point()
+        and name in average
+        and average[name].shape == tensor.shape
+        and not name.endswith(('running_mean', 'running_var'))
+    ]
     if not names:
-        return None, []
-    own = [(name, _relative(*pair)) for name, *pair in zip(names, apart, norms)]
-    farthest = sorted((pair for pair in own if pair[1] > 0), key=lambda pair: -pair[1])[:3]
-    return _relative(math.hypot(*apart), math.hypot(*norms)), farthest
-
-
-def _relative(difference: float, norm: float) -> float:
-    if difference == 0:
-        return 0.0  # two tensors of zeros too
-    return difference / norm if norm else math.inf
-
-
-def _comparable(name: str, tensor: Tensor, other: Tensor | None) -> bool:
-    if name.endswith(('running_mean', 'running_var')):
-        return False
-    return tensor.is_floating_point() and other is not None and other.shape == tensor.shape
+        return None
+    norm = math.hypot(*(raw[name].double().norm() for name in names))
+    apart = math.hypot(*((average[name].double() - raw[name].double()).norm() for name in names))
+    if norm == 0:
+        return math.inf if apart else 0.0
+    return apart / norm
 
 
 def _non_finite(state: State) -> list[str]:
-    return [
-        name
-        for name, tensor in state.items()
-        if tensor.is_floating_point() and not _is_finite(tensor)
-    ]
+    # As float64, because torch has no isfinite for float8.
+    floats = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    return [name for name, tensor in floats.items() if not tensor.double().isfinite().all()]
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    if tensor.element_size() == 1:  # torch has no isfinite for float8
-        tensor = tensor.float()
-    return bool(torch.isfinite(tensor).all())
-
-
-def _summary(state: State) -> str:
+def _summary(state: State | None, place: str) -> str:
+    if state is None:
+        return 'none'
     kinds = sorted({str(tensor.dtype)[6:] for tensor in state.values()})
     numbers = sum(tensor.numel() for tensor in state.values())
-    return f'{len(state)} tensors, {numbers:,} numbers, {", ".join(kinds)}'
+    return f'{place}: {len(state)} tensors, {numbers:,} numbers, {", ".join(kinds)}'
 
 
 def _live_lines(live: dict) -> Iterator[tuple]:
@@ -129,5 +91,4 @@ def _live_lines(live: dict) -> Iterator[tuple]:
         yield 'schedule', schedule_name(live)
     for name, value in live.items():
         if value.dim() == 0 and not name.startswith('changed.'):
-            number = value.item()
-            yield name, f'{number:g}' if isinstance(number, float) else str(number)
+            yield name, f'{value.item():g}'

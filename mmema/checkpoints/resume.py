@@ -58,10 +58,9 @@ def checkpoint_to_resume(work_dir: str | Path) -> str | None:
             return str(file)
     state = 'cut short' if named.is_file() else 'gone'
     files = {file for folder in (work_dir, named.parent) for file in folder.glob('*.pth')}
-    # A copy that was kept for a restart is newer than its content.
-    files = [file for file in files if not file.name.startswith(KEPT)]
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
-        if is_whole(file) and 'optimizer' in top_level_keys(file):
+        kept = file.name.startswith(KEPT)  # for a restart; newer than its content
+        if not kept and is_whole(file) and 'optimizer' in top_level_keys(file):
             warn(f'{name} is {state}, so the run is resumed from {file}.')
             return str(file)
     raise RunError(

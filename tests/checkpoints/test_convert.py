@@ -40,15 +40,15 @@ def test_states_of_all_ema_classes_are_read_and_go_into_ours(tmp_path, number, u
     found = load(tmp_path / 'state.pth')
     same(found.average, average.module.state_dict())
     assert found.steps == 3
-    assert found.kind == ('mmema' if cls is RestartableExpMomentumEMA else 'mmengine')
+    assert bool(found.live) == (cls is RestartableExpMomentumEMA)
 
-    convert(tmp_path / 'state.pth', tmp_path / 'ours.pth', 'mmema', momentum=0.05, gamma=50.0)
+    convert(tmp_path / 'state.pth', tmp_path / 'ours.pth')
     content = torch.load(tmp_path / 'ours.pth', weights_only=True)
-    ours = RestartableExpMomentumEMA(model, momentum=0.3)
+    ours = RestartableExpMomentumEMA(model, momentum=0.05, gamma=50)
     swap(content)
     ours.load_state_dict(content['ema_state_dict'])
     same(ours.module.state_dict(), average.module.state_dict())
-    assert (int(ours.steps), ours.momentum, ours.gamma, ours.restarts) == (3, 0.05, 50.0, 0)
+    assert (int(ours.steps), ours.momentum, ours.gamma, ours.restarts) == (3, 0.05, 50, 0)
 
 
 def swap(content):
@@ -64,7 +64,7 @@ def test_every_format_becomes_a_checkpoint_of_ours(tmp_path, kind):
     average, raw = pair()
     torch.save(files_of_others()[kind], tmp_path / 'theirs.pth')
     steps = 123 if kind in WITHOUT_STEPS else None
-    notes = convert(tmp_path / 'theirs.pth', tmp_path / 'ours.pth', 'mmema', steps=steps)
+    notes = convert(tmp_path / 'theirs.pth', tmp_path / 'ours.pth', steps=steps)
     content = torch.load(tmp_path / 'ours.pth', weights_only=True)
     assert int(content['ema_state_dict']['steps']) == 123
     same(content['state_dict'], average)
@@ -74,16 +74,16 @@ def test_every_format_becomes_a_checkpoint_of_ours(tmp_path, kind):
 
 
 def test_a_runner_goes_on_from_a_converted_file(run, tmp_path):
-    """The same next update as the average that was left: real weights, counter and schedule."""
+    """The same next update as the average that was left: real weights and counter."""
     runner, average, file = run
     weights = {'raw': runner.model.state_dict(), 'average': average.module.state_dict()}
     content = {'model': weights['raw'], 'ema': {'module': weights['average'], 'updates': 4}}
     torch.save(content, tmp_path / 'dfine.pth')
-    convert(tmp_path / 'dfine.pth', tmp_path / 'ours.pth', 'mmema', momentum=0.3, gamma=3.0)
+    convert(tmp_path / 'dfine.pth', tmp_path / 'ours.pth')
     again = make_runner(
         tmp_path / 'work',
         epochs=1,
-        ema={**EMA, 'update_buffers': True, 'momentum': 0.2, 'gamma': 100.0},
+        ema={**EMA, 'update_buffers': True, 'momentum': 0.3, 'gamma': 3.0},
         load_from=str(tmp_path / 'ours.pth'),
         resume=True,
     )
@@ -109,21 +109,32 @@ def test_a_runner_goes_on_from_a_converted_file(run, tmp_path):
     assert (seen['steps'], seen['epoch']) == (4, 0)
 
 
-def test_stock_classes_load_what_is_converted_to_mmengine(run, tmp_path):
-    notes = convert(run[2], tmp_path / 'stock.pth', 'mmengine')
-    assert notes == ['mmengine keeps no schedule: live values and restarts are left out']
-    content = torch.load(tmp_path / 'stock.pth', weights_only=True)
-    swap(content)
-    stock = ExponentialMovingAverage(run[0].model, update_buffers=True)
-    stock.load_state_dict(content['ema_state_dict'], strict=True)
-    same(stock.module.state_dict(), run[1].module.state_dict())
+def test_stock_classes_load_what_is_converted(run, tmp_path):
+    _, average, file = run
+    raw, mean = run[0].model.state_dict(), average.module.state_dict()
+    torch.save({'model': raw, 'ema': {'module': mean, 'updates': 4}}, tmp_path / 'dfine.pth')
+    for number, (theirs, beside) in enumerate(
+        [
+            (tmp_path / 'dfine.pth', set()),
+            (file, {'restarts', 'schedule', 'momentum', 'gamma'}),
+        ]
+    ):
+        assert convert(theirs, tmp_path / f'{number}.pth') == []
+        content = torch.load(tmp_path / f'{number}.pth', weights_only=True)
+        swap(content)
+        stock = ExponentialMovingAverage(run[0].model, update_buffers=True)
+        done = stock.load_state_dict(content['ema_state_dict'], strict=False)  # as EMAHook does
+        assert done.missing_keys == []
+        assert {k for k in done.unexpected_keys if not k.startswith('changed.')} == beside
+        same(stock.module.state_dict(), mean)
+        assert int(stock.steps) == 4
 
 
 def test_live_values_of_another_schedule_stay(tmp_path):
     average = RestartableAnnealingEMA(Toy(), momentum=0.1, gamma=7)
     average.restart(momentum=0.2)
     torch.save(average.state_dict(), tmp_path / 'x.pth')
-    convert(tmp_path / 'x.pth', tmp_path / 'y.pth', 'mmema')
+    convert(tmp_path / 'x.pth', tmp_path / 'y.pth')
     again = RestartableAnnealingEMA(Toy(), momentum=0.1, gamma=7)
     again.load_state_dict(torch.load(tmp_path / 'y.pth', weights_only=True)['ema_state_dict'])
     assert (again.momentum, again.gamma, again.restarts) == (0.2, 7, 1)
@@ -140,22 +151,10 @@ def test_torchvision_without_the_raw_weights(tmp_path):
         torch.save(content, tmp_path / 'x.pth')
         found = inspect(tmp_path / 'x.pth').weights
         same(found.average, average)
-        assert (found.kind, found.raw, found.steps) == ('torchvision', None, 123)
+        assert (found.maker, found.raw, found.steps) == ('torchvision reference', None, 123)
         same(load_state(export(tmp_path / 'x.pth', tmp_path / f'{raw}.pth')), average)
-        notes = convert(tmp_path / 'x.pth', tmp_path / 'y.pth', 'mmema', force=True)
+        notes = convert(tmp_path / 'x.pth', tmp_path / 'y.pth', force=True)
         assert any('training goes on from the average' in note for note in notes)
-
-
-def test_rename(tmp_path):
-    torch.save(files_of_others()['dfine'], tmp_path / 'x.pth')
-    rename = {'conv.': 'backbone.stem.', '': 'model.'}
-    convert(tmp_path / 'x.pth', tmp_path / 'y.pth', 'mmema', rename=rename)
-    names = list(load(tmp_path / 'y.pth').average)
-    assert names[:3] == ['model.anchors', 'model.calls', 'backbone.stem.weight']
-    with pytest.raises(CheckpointError, match="no name begins with 'convv.'"):
-        convert(tmp_path / 'x.pth', tmp_path / 'z.pth', 'mmema', rename={'convv.': 'a.'})
-    with pytest.raises(CheckpointError, match="two tensors would be called 'conv.weight'"):
-        convert(tmp_path / 'x.pth', tmp_path / 'z.pth', 'mmema', rename={'tied.': 'conv.'})
 
 
 def test_numbers_that_are_missing_or_wrong(tmp_path):
@@ -168,8 +167,12 @@ def test_numbers_that_are_missing_or_wrong(tmp_path):
 
     refused('does not say how many updates .*give steps=N')
     refused('steps must be at least 0, got -1', steps=-1)
-    refused('momentum and gamma are given together', steps=1, momentum=0.1)
-    refused("only with to='mmema'", steps=1, momentum=0.1, gamma=1.0, to='mmengine')
-    refused(r'momentum must be in \(0, 1\), got 1.0', steps=1, momentum=1.0, gamma=1.0)
-    refused('gamma must be above 0 and finite, got 0', steps=1, momentum=0.1, gamma=0.0)
-    refused("to must be one of mmema, mmengine, got 'dfine'", to='dfine')
+
+
+def test_sets_of_weights_that_differ_in_names(tmp_path):
+    average, raw = pair()
+    del raw['conv.bias']
+    torch.save({'model': raw, 'ema': {'module': average, 'updates': 5}}, tmp_path / 'x.pth')
+    with pytest.raises(CheckpointError, match="the same names, but 1 differ, such as 'conv.bias'"):
+        convert(tmp_path / 'x.pth', tmp_path / 'y.pth')
+    assert not (tmp_path / 'y.pth').exists()

@@ -28,7 +28,7 @@ def test_truncated_at_many_places(run, tmp_path):
 @pytest.mark.parametrize(
     ('content', 'match'),
     [
-        (b'', r'is empty \(0 bytes\)'),
+        (b'', r'damaged, cut short or no checkpoint at all \(0 bytes'),
         (b'<html>Not found</html>', 'damaged, cut short or no checkpoint'),
         (os.urandom(5000), 'damaged, cut short or no checkpoint'),
         (b'PK\x03\x04' + bytes(500), 'damaged, cut short or no checkpoint'),
@@ -58,13 +58,10 @@ def test_safetensors_with_metadata_of_something_else(tmp_path, text):
 
 
 def test_places_that_are_no_files(tmp_path):
-    with pytest.raises(CheckpointError, match='does not exist'):
-        load(tmp_path / 'no.pth')
-    with pytest.raises(CheckpointError, match='is a folder'):
-        load(tmp_path)
     os.mkfifo(tmp_path / 'pipe')
-    with pytest.raises(CheckpointError, match='no ordinary file'):
-        load(tmp_path / 'pipe')
+    for path in (tmp_path / 'no.pth', tmp_path, tmp_path / 'pipe'):
+        with pytest.raises(CheckpointError, match=rf'{path} is no file \(seen from '):
+            load(path)
 
 
 def test_hostile_pickle_is_not_run(tmp_path):

@@ -18,7 +18,7 @@ def test_inspect_a_run_with_our_average(run):
     found = report.weights
     same(found.average, average.module.state_dict())
     same(found.raw, runner.model.state_dict())
-    assert (found.kind, found.steps, int(found.live['restarts'])) == ('mmema', 4, 1)
+    assert (found.steps, int(found.live['restarts'])) == (4, 1)
     assert found.live['momentum'].item() == 0.3
     assert found.live['gamma'].item() == 3.0
     assert 'MMEngine 0.10' in found.maker
@@ -51,7 +51,6 @@ def test_distance_by_hand(tmp_path):
     torch.save({'model': raw, 'ema': {'module': average, 'updates': 7}}, tmp_path / 'x.pth')
     report = inspect(tmp_path / 'x.pth')
     assert report.distance == pytest.approx(1.0)  # sqrt(3^2 + 4^2) / sqrt(3^2 + 4^2)
-    assert report.farthest == [('a', 1.0), ('b', 1.0)]
 
 
 def test_non_finite_tensors_are_named(tmp_path):
@@ -61,18 +60,18 @@ def test_non_finite_tensors_are_named(tmp_path):
     torch.save({'model': raw, 'ema': {'module': average, 'updates': 7}}, tmp_path / 'x.pth')
     report = inspect(tmp_path / 'x.pth')
     assert report.non_finite == {'average': ['norm.weight'], 'raw': ['conv.bias']}
-    assert ('NaN or infinity', 'average: norm.weight') in report.lines()
+    assert ('NaN or infinity', "average: 'norm.weight'") in report.lines()
+    assert ('NaN or infinity', "raw: 'conv.bias'") in report.lines()
 
 
 def test_distance_of_zeros(tmp_path):
     def distance(average, raw):
         content = {'model': {'a': raw}, 'ema': {'module': {'a': average}, 'updates': 7}}
         torch.save(content, tmp_path / 'x.pth')
-        report = inspect(tmp_path / 'x.pth')
-        return report.distance, report.farthest
+        return inspect(tmp_path / 'x.pth').distance
 
-    assert distance(torch.zeros(2), torch.zeros(2)) == (0.0, [])
-    assert distance(torch.ones(2), torch.zeros(2)) == (math.inf, [('a', math.inf)])
+    assert distance(torch.zeros(2), torch.zeros(2)) == 0
+    assert distance(torch.ones(2), torch.zeros(2)) == math.inf
 
 
 def test_a_state_without_steps_is_reported(run, tmp_path):
@@ -103,5 +102,5 @@ def test_a_run_without_ema(tmp_path):
     assert report.weights.average is None
     same(report.weights.raw, runner.model.state_dict())
     assert 'a run without EMAHook' in dict(report.lines())['note']
-    with pytest.raises(CheckpointError, match="no ema weights; weights='raw' takes"):
+    with pytest.raises(CheckpointError, match="no ema weights .*; weights='raw' takes"):
         export(tmp_path / 'epoch_1.pth', tmp_path / 'out.pth')
