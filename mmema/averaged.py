@@ -337,7 +337,12 @@ def state_keys(ema: BaseAveragedModel) -> list[str]:
 def schedule_name(state: dict, prefix: str = '') -> str | None:
     """Return the name of the schedule in an EMA state; None if the state does not say."""
     encoded = state.get(f'{prefix}schedule')
-    return None if encoded is None else bytes(encoded.tolist()).decode()
+    if encoded is None:
+        return None
+    try:
+        return bytes(encoded.tolist()).decode()
+    except (AttributeError, TypeError, ValueError):  # of another library
+        return 'an unknown one'
 
 
 def as_device(device: Device) -> torch.device | None:
