@@ -75,9 +75,8 @@ class Swap:
         self.ema = ema
         pairs = [pair for pair, _ in pairs_of(ema.module, self.model)]
         self.shapes = _shapes(self.model)
-        modules = [*self.model.modules()]
-        self.parameters = _places([module._parameters for module in modules])
-        self.buffers = _places([module._buffers for module in modules])
+        dicts = [d for m in self.model.modules() for d in (m._parameters, m._buffers)]
+        self.places = [(d, key, t) for d in dicts for key, t in d.items() if t is not None]
         self.trained = [(pair.source, pair.source.data) for pair in pairs]
         stand_ins = [_stand_in(pair) for pair in pairs]  # all copies before the first change
         _swapped.add(ema)
@@ -106,14 +105,12 @@ class Swap:
             return False
         for tensor, data in self.trained:
             tensor.data = data
-        for owner, key, parameter in self.parameters:
-            owner[key] = parameter  # the one that the optimizer knows
-        for owner, key, buffer in self.buffers:
+        for owner, key, tensor in self.places:
             # `.half()` and `.float()` put other tensors there, with the averaged values. A tensor
             # of another shape is no conversion, but a cache of the model.
             placed = owner.get(key)
-            if placed is not None and placed is not buffer and placed.shape == buffer.shape:
-                owner[key] = buffer
+            if placed is not None and placed.shape == tensor.shape:
+                owner[key] = tensor
         return True
 
 
@@ -133,11 +130,6 @@ def non_persistent(model: nn.Module) -> set:
 
 def _shapes(model: nn.Module) -> dict:
     return {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
-
-
-def _places(dicts: list) -> list:
-    """Return (dict, key, tensor) for every tensor in the dicts of some modules."""
-    return [(d, key, tensor) for d in dicts for key, tensor in d.items() if tensor is not None]
 
 
 def _stand_in(pair: Pair) -> Tensor:

@@ -28,9 +28,8 @@ class EMAMonitorHook(Hook):
     - ``ema_restarts``: how many restarts there have been;
     - ``ema_distance``: ``||average - source|| / ||source||`` over all parameters.
 
-    Momentum and horizon are left out for averaged models without ``current_momentum``, and restarts
-    for those without ``restarts``. The scalars are measured at the iterations at which LoggerHook
-    writes; at all others the hook costs nothing.
+    What an averaged model does not have is left out. The scalars are measured at the iterations at
+    which LoggerHook writes; at all others the hook costs nothing.
 
     Args:
         interval: Iterations between two measurements. Defaults to None: those of LoggerHook, and
@@ -96,10 +95,7 @@ def state_of(ema_model: BaseAveragedModel) -> dict:
 
 @torch.no_grad()
 def relative_distance(average: nn.Module, source: nn.Module) -> float:
-    """Return ``||average - source|| / ||source||`` over the parameters, each tensor once.
-
-    It waits for the device only once, for the result.
-    """
+    """Return ``||average - source|| / ||source||`` over the parameters, each tensor once."""
     apart, size = [], []
     for pair, is_buffer in pairs_of(average, unwrapped(source)):
         if not is_buffer and is_number(pair.source):

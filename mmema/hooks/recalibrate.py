@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from typing import Callable, Iterable
 
@@ -18,7 +19,7 @@ from ..arguments import check_integer
 from ..messages import RunError
 from ..registry import HOOKS, register_everywhere
 from ..run import ema_hook_of, kept_rng, last_of, validation_follows
-from ..update.pairs import unwrapped
+from ..update.pairs import copy_all, unwrapped
 
 
 @register_everywhere(HOOKS)
@@ -30,13 +31,11 @@ class EMARecalibrateHook(Hook):
     ``torch.optim.swa_utils.update_bn`` does for models that it can feed: every running mean and
     variance becomes the plain mean of its values over the batches, and over the ranks.
 
-    It runs at the end of a training epoch (or iteration) that a validation follows, before the
-    checkpoint is saved. So the validation, the checkpoint of that epoch and the best one all have
-    the new statistics, whether or not the average blends its buffers. Nothing else changes: weights
-    and statistics of the source, gradients, other buffers of the average, the order of the training
-    data, random numbers. Training goes on from there as it always does: with
-    ``update_buffers=False`` the next update copies the statistics of the source again, with True it
-    blends the source's into the new ones.
+    It runs at the end of a training epoch (or iteration) that a validation follows, so the
+    validation, the checkpoint of that epoch and the best one have the new statistics. Nothing else
+    changes: neither the source, gradients and other buffers, nor training data and random numbers.
+    The next update copies the source's statistics again, or with ``update_buffers=True`` blends
+    them into the new ones.
 
     Args:
         batches: Training batches to measure on, for each rank; fewer if the set has fewer.
@@ -49,9 +48,7 @@ class EMARecalibrateHook(Hook):
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range, or this run does not allow it: no EMAHook, no
-            validation, no BatchNorm with running statistics, hooks in another order, an average on
-            another device, or a train_dataloader that is not a config.
+        ValueError: If an argument is out of range, or the run does not allow it.
 
     Example:
         >>> custom_hooks = [  # in a config
@@ -90,7 +87,7 @@ class EMARecalibrateHook(Hook):
                 'EMARecalibrateHook works before validations, but this run has none. Set '
                 'val_dataloader, val_cfg and val_evaluator.'
             )
-        _refuse_order(runner, self)
+        _refuse_order(runner.hooks, runner.hooks.index(self))
         if not isinstance(runner._train_dataloader, dict):
             raise RunError(
                 'EMARecalibrateHook builds a dataloader of its own, so train_dataloader must be a '
@@ -126,19 +123,19 @@ class EMARecalibrateHook(Hook):
     def before_val_epoch(self, runner: Runner) -> None:
         """Give the model, which has the averaged weights now, their statistics too."""
         if self._measured is not None:
-            _copy(statistics(self._source), self._measured[1])
+            copy_all(statistics(self._source), self._measured[1])
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         """Restore the statistics of the model, before the best checkpoint is saved."""
         if self._measured is not None:
             for model, values in zip((self._source, self._average), self._measured):
-                _copy(statistics(model), values)
+                copy_all(statistics(model), values)
             self._measured = None
 
     def _measure_if_due(self, runner: Runner, now: int) -> None:
         self._measured = None  # that of a validation that failed
         if self._is_due(runner.train_loop, now):
-            self.recalibrate(runner)
+            self._measure(runner)
             models = self._source, self._average
             self._measured = tuple([t.clone() for t in statistics(model)] for model in models)
 
@@ -150,16 +147,12 @@ class EMARecalibrateHook(Hook):
         done = sum(validation_follows(loop, step) for step in range(1, now + 1))
         return done % self.interval == 0
 
-    def recalibrate(self, runner: Runner) -> None:
-        """Measure the statistics of the average now."""
+    def _measure(self, runner: Runner) -> None:
+        average = self._average
         with kept_rng():
             batches = islice(self._build_loader(runner), self.batches)
-            number, measured, others = measure_statistics(
-                self._average,
-                batches,
-                self.mode,
-                lambda: runner.optim_wrapper.optim_context(self._average),
-            )
+            context = partial(runner.optim_wrapper.optim_context, average)
+            number, measured, others = measure_statistics(average, batches, self.mode, context)
         runner.logger.info(
             f'Measured the statistics of {measured} BatchNorm layers of the average on {number} '
             'training batches.'
@@ -211,11 +204,9 @@ def measure_statistics(
             for batch in batches:
                 number += 1
                 batch = model.data_preprocessor(batch, True)
+                args, kwargs = ((), batch) if isinstance(batch, dict) else (batch, {})
                 with context():
-                    if isinstance(batch, dict):
-                        model(**batch, mode=mode)
-                    else:
-                        model(*batch, mode=mode)
+                    model(*args, **kwargs, mode=mode)
             measured = [norm for norm in norms if _finish(norm)]
     finally:
         for norm, momentum in zip(norms, momenta):
@@ -227,21 +218,18 @@ def measure_statistics(
     return number, len(measured), len(norms) - len(measured)
 
 
-def batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    """Return the BatchNorm layers that have running statistics."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    return [norm for norm in norms if norm.running_mean is not None]
-
-
 def statistics(model: nn.Module) -> list[Tensor]:
     """Return all running means and variances, in the order of the layers."""
-    return [t for norm in batch_norms(model) for t in (norm.running_mean, norm.running_var)]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    tensors = [t for norm in norms for t in (norm.running_mean, norm.running_var)]
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def measurable(model: nn.Module) -> list[_BatchNorm]:
     """Return the BatchNorm layers that training measures; norm_eval keeps others fixed."""
     with _train_mode(model):
-        return [norm for norm in batch_norms(model) if norm.training]
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    return [norm for norm in norms if norm.running_mean is not None]
 
 
 @contextmanager
@@ -267,21 +255,13 @@ def _finish(norm: _BatchNorm) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
-def _copy(targets: list[Tensor], values: list[Tensor]) -> None:
-    for target, value in zip(targets, values):
-        target.copy_(value)
-
-
-def _refuse_order(runner: Runner, own: EMARecalibrateHook) -> None:
+def _refuse_order(hooks: list, place: int) -> None:
     """Raise RunError if hooks are called in an order that mixes the statistics up."""
-    hooks = runner.hooks
-    for position, hook in enumerate(hooks):
-        name, late = type(hook).__name__, position > hooks.index(own)
-        if (isinstance(hook, StockEMAHook) and late) or (
-            isinstance(hook, CheckpointHook) and not late
-        ):
-            raise RunError(
-                f'EMARecalibrateHook must come after EMAHook and before CheckpointHook, but '
-                f'{name} comes {"after" if late else "before"} it. Give the hooks their own '
-                'priorities: leave out priority=.'
-            )
+    early = [hook for hook in hooks[:place] if isinstance(hook, CheckpointHook)]
+    late = [hook for hook in hooks[place:] if isinstance(hook, StockEMAHook)]
+    for hook in early + late:
+        raise RunError(
+            'EMARecalibrateHook must come after EMAHook and before CheckpointHook, but '
+            f'{type(hook).__name__} comes {"before" if early else "after"} it. Give the hooks '
+            'their own priorities: leave out priority=.'
+        )
