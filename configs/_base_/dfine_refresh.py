@@ -1,4 +1,4 @@
-# What D-FINE's second stage was meant to do, and does not (its decay never changes: D-FINE 331).
+# D-FINE's second stage as it was meant (in D-FINE itself the decay never changes: issue 331).
 # At the switch: back to the best checkpoint so far, and on with the decay `ema_restart_decay`.
 # After each validation that does not improve: 1e-4 less decay, and back to the same one again.
 

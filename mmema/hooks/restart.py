@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Callable, Sequence
+from typing import Sequence
 
-from mmengine.dist import barrier, broadcast_object_list, is_main_process
+from mmengine.dist import barrier
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from mmengine.runner.base_loop import BaseLoop
@@ -16,10 +16,11 @@ from ..restartable import Restartable
 from ..restarts import rewind
 from ..restarts.advice import advice
 from ..restarts.facts import facts_of
+from ..restarts.live import catch_up, check_rule, log_restart, momentum_of, on_main, values_of
 from ..restarts.planner import Restart, plan
 from ..restarts.progress import RuleProgress, due_restart
 from ..restarts.rule import RestartRule
-from ..run import ema_hook_of, now_of, validation_follows, what_loads
+from ..run import ema_hook_of, now_of, what_loads
 from ..update.pairs import unwrapped
 
 CURRENT_WEIGHTS = 'the current weights'
@@ -85,8 +86,6 @@ class EMARestartHook(Hook):
             milestones, every, by_epoch, follow, on_plateau, steps, momentum, gamma, source
         )
         self.progress = RuleProgress(self.rule)
-        self.validated: int | None = None  # when the last validation was, in the loop's time
-        self._just_resumed = False
         self._progresses: list = []  # of all restart hooks, in the first of them
         self._best_files: list = []
 
@@ -105,11 +104,8 @@ class EMARestartHook(Hook):
         if ema is not None:  # FlexibleRunner loads before the average is made
             check_ema_state(checkpoint, ema, file)
         state = self._own_state(runner, checkpoint.get('ema_restart', []))
-        if state is None:
-            return
-        self.progress.load_state_dict(state)
-        self.validated = state['validated']
-        self._just_resumed = True
+        if state is not None:
+            self.progress.load_state_dict(state)
 
     def _own_state(self, runner: Runner, states: list) -> dict | None:
         """Return the state of this hook's rule, else the one in its place, of a changed config."""
@@ -136,31 +132,14 @@ class EMARestartHook(Hook):
         for progress in self._progresses:
             progress.begin(facts)
         self._best_files = rewind.best_files(runner)
-        lines = advice(rules, planned, facts, ema)
-        if any(rule.uses_best for rule in rules) and not rewind.saves_best(runner):
-            lines.append(
-                "source='best' finds no best checkpoint in this run, so restarts go on from the "
-                'current weights. Set default_hooks.checkpoint.save_best.'
-            )
-        for line in lines:
+        for line in advice(rules, planned, facts, ema):
             runner.logger.warning(f'EMARestartHook: {line}')
 
     # --- training -------------------------------------------------------------------------------
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Catch up on a validation which the resumed checkpoint was saved before.
-
-        Its result decides about a plateau and the best checkpoint; MMEngine would leave it out.
-        """
-        if not self._just_resumed:
-            return
-        self._just_resumed = False
-        wanted = self.rule.plateau or self.rule.uses_best
-        now = now_of(runner)
-        missed = self.validated != now and validation_follows(runner.train_loop, now)
-        if wanted and missed and runner.val_loop is not None:
-            runner.logger.info('EMARestartHook: the validation before the resume comes first')
-            runner.val_loop.run()
+        """Catch up on a validation which the resumed checkpoint was saved before."""
+        catch_up(runner, self.progress)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         """Restart if a trigger of any hook is due and not yet done."""
@@ -170,18 +149,13 @@ class EMARestartHook(Hook):
             self._restart(runner, due, now)
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        """Decide on rank 0 about a plateau, and tell the other ranks."""
-        if not isinstance(runner._train_loop, BaseLoop):
-            return  # a validation outside of training
-        self.validated = now_of(runner)
-        if self.rule.plateau is not None:
-            due = on_main(lambda: self.progress.see_validation(metrics or {}))
-            self.progress.plateau_due |= due
+        """Decide about a plateau, unless the validation is outside of training."""
+        if isinstance(runner._train_loop, BaseLoop):
+            self.progress.see_validation(metrics or {}, now_of(runner))
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Save the state of the rule, and complete the best checkpoint."""
-        state = dict(self.progress.state_dict(), validated=self.validated)
-        checkpoint.setdefault('ema_restart', []).append(state)
+        checkpoint.setdefault('ema_restart', []).append(self.progress.state_dict())
         # CheckpointHook notes the name of a new best file, then saves it before any other.
         best_files = rewind.best_files(runner)
         if best_files != self._best_files and any(p.rule.uses_best for p in self._progresses):
@@ -192,22 +166,13 @@ class EMARestartHook(Hook):
 
     def _restart(self, runner: Runner, progresses: list, now: dict) -> None:
         ema = restartable_of(runner)
-        before = {'steps': int(ema.steps), **ema.hyperparameters}
+        before = values_of(ema)
         restart = due_restart(progresses, now, momentum_of(ema))
         gone_on_from = self._go_on_from(runner, ema, restart, progresses)
         if gone_on_from != CURRENT_WEIGHTS:
             unwrapped(runner.model).zero_grad()  # half accumulated, for weights that are gone
         restart.apply(ema)
-        after = {'steps': int(ema.steps), **ema.hyperparameters}
-        changes = ', '.join(f'{name} {before[name]:g} -> {after[name]:g}' for name in after)
-        runner.logger.info(
-            f'EMA restart {ema.restarts} at epoch {runner.epoch}, iter {runner.iter} (due: '
-            f'{", ".join(restart.causes)}): {changes}; training goes on from '
-            f'{gone_on_from}'
-        )
-        runner.message_hub.update_scalar('train/ema_restarts', ema.restarts)
-        for name, value in ema.hyperparameters.items():
-            runner.message_hub.update_scalar(f'train/ema_set_{name}', float(value))
+        log_restart(runner, ema, restart, before, end=f'; training goes on from {gone_on_from}')
 
     def _go_on_from(
         self, runner: Runner, ema: Restartable, restart: Restart, progresses: list
@@ -259,36 +224,3 @@ def restartable_of(runner: Runner) -> Restartable:
             "ema_type='mmema.RestartableExpMomentumEMA' in the EMAHook."
         )
     return ema
-
-
-def check_rule(rule: RestartRule, ema: Restartable) -> None:
-    """Check that an average can be restarted as a rule says.
-
-    Raises:
-        RunError: If it lacks a value, or a value is out of its range.
-    """
-    after_plateau = rule.plateau and rule.plateau.momentum_after(momentum_of(ema))
-    for momentum in (*rule.momenta, after_plateau):
-        try:
-            ema.check_restart(momentum=momentum, gamma=rule.gamma)
-        except ValueError as error:
-            raise RunError(str(error)) from None
-
-
-def momentum_of(ema: Restartable) -> float:
-    """Return the average's own momentum; for one without, any: a change of it is refused."""
-    return ema.hyperparameters.get('momentum', 0.5)
-
-
-def on_main(decide: Callable):
-    """Return on every rank what ``decide()`` returns, or raises, on rank 0."""
-    answer = [None, None]
-    if is_main_process():
-        try:
-            answer[0] = decide()
-        except Exception as error:  # the other ranks wait for an answer, so they get this one
-            answer[1] = error
-    broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]

@@ -24,7 +24,7 @@ def advice(
         *_decays_as_momentum(rules),
         *_beyond_the_end(rules, facts),
         *_switches_without_restart(rules, planned, facts),
-        *_before_the_first_best(planned, facts),
+        *_without_a_best(rules, planned, facts),
         *_updates_left(planned, facts, ema),
     ]
 
@@ -61,19 +61,22 @@ def _switches_without_restart(rules, planned, facts) -> list:
     ]
 
 
-def _before_the_first_best(planned, facts) -> list:
-    early = [
-        restart.causes[0]
-        for restart in planned
-        if restart.source == 'best' and facts.first_best and restart.iteration < facts.first_best
-    ]
+def _without_a_best(rules, planned, facts) -> list:
+    if facts.first_best is None:
+        if not any(rule.uses_best for rule in rules):
+            return []
+        return [
+            "source='best' finds no best checkpoint in this run, so restarts go on from the "
+            'current weights. Set default_hooks.checkpoint.save_best.'
+        ]
+    best = [restart for restart in planned if restart.source == 'best']
+    early = [restart.causes[0] for restart in best if restart.iteration < facts.first_best]
     if not early:
         return []
-    one = len(early) == 1
+    subject = f'restarts {listed(early)} come' if early[1:] else f'restart {early[0]!r} comes'
     return [
-        f'the restart{"" if one else "s"} {listed(early)} come{"s" if one else ""} before the '
-        f'first validation, after {facts.first_best} iterations, so there is no best checkpoint '
-        'yet: training goes on from the current weights'
+        f'the {subject} before the first validation, after {facts.first_best} iterations, so there '
+        'is no best checkpoint yet: training goes on from the current weights'
     ]
 
 

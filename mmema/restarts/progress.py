@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Sequence
 
 from .facts import RunFacts
+from .live import on_main
 from .planner import Restart, explicit_moments, merged, restart_at
 from .plateau import PlateauWatch
 from .rewind import kept_names
@@ -27,6 +28,8 @@ class RuleProgress:
         self.done: list = []
         self.plateau_due = False
         self.kept: list = []  # names of kept best checkpoints; plateaus go back to the last
+        self.validated: int | None = None  # when the last validation was, in the loop's time
+        self.just_resumed = False
         self._moments: dict = {}  # explicit ones, with the momentum that each sets
         self._next: dict = {}  # time of the next moment by unit
 
@@ -90,10 +93,12 @@ class RuleProgress:
         rule = self.rule
         return bool(rule.every) and moment.unit == rule.unit and moment.at % rule.every == 0
 
-    def see_validation(self, metrics: dict) -> bool:
-        """Take in the metrics of a validation; return whether a plateau is due after it."""
-        counting = bool(self.done) or not self.rule.plateau.after_restart
-        return self.watch.see(metrics, counting)
+    def see_validation(self, metrics: dict, now: int) -> None:
+        """Take in the metrics of a validation; rank 0 decides about a plateau for all ranks."""
+        self.validated = now
+        if self.watch is not None:
+            counting = bool(self.done) or not self.rule.plateau.after_restart
+            self.plateau_due |= on_main(lambda: self.watch.see(metrics, counting))
 
     def state_dict(self) -> dict:
         """Return the state for a checkpoint, of plain values."""
@@ -103,6 +108,7 @@ class RuleProgress:
             'plateau_due': self.plateau_due,
             'plateau': self.watch.state_dict() if self.watch else None,
             'kept': list(self.kept),
+            'validated': self.validated,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -110,6 +116,8 @@ class RuleProgress:
         self.done = [Moment.parse(text) for text in state['done']]
         self.plateau_due = state['plateau_due']
         self.kept = kept_names(state)
+        self.validated = state['validated']
+        self.just_resumed = True
         if self.watch and state['plateau']:
             self.watch.load_state_dict(state['plateau'])
 
