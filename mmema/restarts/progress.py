@@ -116,7 +116,7 @@ class RuleProgress:
         self.done = [Moment.parse(text) for text in state['done']]
         self.plateau_due = state['plateau_due']
         self.kept = kept_names(state)
-        self.validated = state['validated']
+        self.validated = state.get('validated')
         self.just_resumed = True
         if self.watch and state['plateau']:
             self.watch.load_state_dict(state['plateau'])
