@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw what a config's EMA will do over the run, before any training, or what a run's EMA did.
+"""Draw the schedule of a config's EMA over the run, before any training, or that of a run after it.
 
 tools/plot_ema.py configs/digits/yolov5_n_digits.py -o plan.png
 tools/plot_ema.py configs/digits/yolov5_n_digits.py --work-dir work_dirs/digits -o run.png
@@ -64,7 +64,7 @@ def parse_args():
         '--work-dir',
         dest='from_run',
         metavar='D',
-        help='draw what the run in this folder wrote, which had an EMAMonitorHook',
+        help='draw the scalars of the run in this folder, which had an EMAMonitorHook',
     )
     parser.add_argument(
         '--iters-per-epoch',
@@ -219,7 +219,7 @@ def averaged_model(hook):
 
 
 def planned_restarts(run, ema):
-    """Return the plan of the run's restart hooks, and say what it leaves out."""
+    """Return the plan of the run's restart hooks; notes name the parts that it leaves out."""
     from mmema.hooks.restart import EMARestartHook, check_rule
     from mmema.restartable import Restartable
     from mmema.restarts.planner import plan
@@ -233,7 +233,7 @@ def planned_restarts(run, ema):
             cli.note('note: restarts on a plateau cannot be known before the run')
         if rule.source != 'model':
             cli.note(
-                f'note: the shares do not show what source={rule.source!r} does to the weights'
+                f'note: the shares do not show the effect of source={rule.source!r} on the weights'
             )
     return plan(rules, run.facts)
 
@@ -328,7 +328,7 @@ def read_points(folder):
             if 'loss' not in point:
                 validations.append((max(train, default=0), point))
                 continue
-            if begin:  # what an earlier part did from here on was done again
+            if begin:  # an earlier part was done again from here on
                 train = {at: p for at, p in train.items() if at < point['step']}
                 validations = [(at, p) for at, p in validations if at < point['step']]
                 begin = False

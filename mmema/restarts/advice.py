@@ -101,7 +101,7 @@ def _updates_left(planned, facts, ema) -> list:
             f'{ema.interval / values["momentum"]:.0f} updates, but {since}; '
             f'momentum={momentum:.2g} would fit'
         )
-    if isinstance(schedule, ExpSchedule):  # counts updates, whatever the interval
+    if isinstance(schedule, ExpSchedule):  # counts updates, blended or not
         warm_up = values['gamma'] * -math.log(momentum)
         if warm_up - counter > left:
             fits = max(1, int(left / -math.log(momentum)))

@@ -98,10 +98,11 @@ def restart_at(
 
 
 def merged(restarts: Sequence[Restart]) -> Restart:
-    """Return the one restart that does what several would do one after the other.
+    """Return one restart with the effect of several, one after the other.
 
-    A later one wins where it sets a value, by the order given; what it leaves alone is taken from
-    the one before. The counter is left alone by ``steps=None``, the weights by ``source='model'``.
+    A later one wins where it sets a value, by the order given; a value that it leaves alone is
+    taken from the one before. The counter is left alone by ``steps=None``, the weights by
+    ``source='model'``.
     """
     result = restarts[0]
     for after in restarts[1:]:

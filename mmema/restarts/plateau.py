@@ -115,7 +115,7 @@ class PlateauWatch:
         return due
 
     def state_dict(self) -> dict:
-        """Return what a resumed run needs, and the metric and rule that it belongs to."""
+        """Return best value and count, and the metric and rule that they belong to."""
         return {
             'metric': self.plateau.metric,
             'rule': self.plateau.rule,

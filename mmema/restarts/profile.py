@@ -23,7 +23,7 @@ def momenta(
     up afterwards. 1 stands for a copy, 0 for an update that ``interval`` leaves out.
 
     Args:
-        ema: An averaged model of mmema, of whatever layers, before its first update.
+        ema: An averaged model of mmema, of any layers, before its first update.
         updates: Number of updates, at least 0.
         restarts: The plan of the run, in the order of time. Defaults to none.
         begin: Updates before this one copy and are not counted, as EMAHook's ``begin_iter``.

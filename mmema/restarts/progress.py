@@ -123,7 +123,7 @@ class RuleProgress:
 
 
 def due_restart(progresses: Sequence[RuleProgress], now: dict, momentum: float) -> Restart:
-    """Return the one restart that does what is due by these rules, and mark it done.
+    """Return one restart for all that is due by these rules, and mark it done.
 
     Args:
         progresses: The states of rules of one average; at least one is due.
