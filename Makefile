@@ -8,7 +8,7 @@ CONFIG := configs/digits/yolov5_n_digits.py
 WORK_DIR := work_dirs/digits
 ARGS ?=
 JOBS ?= 2
-PYTEST := $(RUN) -m pytest -n $(JOBS) --dist loadgroup
+PYTEST := $(RUN) -m pytest -n $(JOBS) --dist loadfile
 SEED ?= $(shell date +%s)
 
 .DEFAULT_GOAL := help

@@ -2,9 +2,10 @@
 
 The commands and the Python of docs/checkpoints.md need checkpoints of several codes;
 test_ema_checkpoint_tool.py has them and runs that page. The table of docs/migration.md is run by
-test_variants.py.
+test_restartable.py.
 """
 
+import argparse
 import ast
 import doctest
 import importlib
@@ -17,19 +18,18 @@ import subprocess
 import sys
 from math import exp
 from pathlib import Path
+from unittest.mock import patch
 
+import forks
 import pytest
+import runs
 import torch
+import toy_runs
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
-from tool_runs import ROOT
+from tool_runs import ROOT, call_here, call_tool
 
 import mmema
-
-sys.path[:0] = [str(ROOT / 'tools')]
-
-import runs  # noqa: E402
-import toy_runs  # noqa: E402
 
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
@@ -67,8 +67,8 @@ def blocks():
     for page, text in PAGES.items():
         for line, language, content in blocks_of(text):
             if language not in RUN_ELSEWHERE.get(page, ()):
-                slow = [pytest.mark.slow] if language in SLOW and '<-' not in content else []
                 name = f'{page}:{line}:{language}'
+                slow = [pytest.mark.slow] if language in SLOW and '<-' not in content else []
                 yield pytest.param(page, language, content, id=name, marks=slow)
 
 
@@ -138,7 +138,8 @@ def bash_block(page, content, folder, request):
             parse_only(arguments)
         elif [program, *arguments[:1]] == ['python', 'tools/plot_ema.py']:
             done = request.getfixturevalue('shown_run')
-            call(sys.executable, *arguments, folder=done.folder)
+            plotted = call_tool('plot_ema.py', *arguments[1:], folder=done.folder)
+            assert plotted.returncode == 0, plotted.stderr
             drawn = done.folder / arguments[arguments.index('-o') + 1]
             assert drawn.read_bytes().startswith(b'\x89PNG')
         else:
@@ -147,21 +148,17 @@ def bash_block(page, content, folder, request):
 
 def call(*command, folder, **environment):
     """Run a command that succeeds; return what it printed."""
-    done = run(*command, folder=folder, **environment)
-    assert done.returncode == 0, done.stdout[-3000:]
-    return done.stdout
-
-
-def run(*command, folder, **environment):
-    return subprocess.run(
+    done = subprocess.run(
         list(map(str, command)),
         cwd=folder,
         env={**os.environ, 'OMP_NUM_THREADS': '1', **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=400,
+        timeout=forks.LIMIT,
     )
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
 
 
 def install(folder):
@@ -178,23 +175,17 @@ def install(folder):
     assert (target / 'mmema' / 'update' / 'native.cpp').is_file()
 
 
-PARSE_ONLY = """
-import argparse, os, runpy, sys
-parse = argparse.ArgumentParser.parse_args
-def parse_and_stop(*arguments):
-    parse(*arguments)
-    sys.exit('parsed')
-argparse.ArgumentParser.parse_args = parse_and_stop
-sys.argv = sys.argv[1:]
-sys.path[0] = os.path.dirname(sys.argv[0])  # as for a script
-runpy.run_path(sys.argv[0], run_name='__main__')
-"""
-
-
 def parse_only(arguments):
     """Let a tool parse the arguments of a run that takes long, and no more."""
-    done = run(sys.executable, '-c', PARSE_ONLY, *arguments, folder=ROOT)
-    assert done.stdout.rstrip().endswith('parsed'), done.stdout
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(*arguments):
+        parse(*arguments)
+        raise InterruptedError
+
+    stopped = pytest.raises(InterruptedError)
+    with stopped, patch('argparse.ArgumentParser.parse_args', parse_and_stop):
+        call_here(Path(arguments[0]).name, *arguments[1:], folder=ROOT)
     for argument in arguments[1:]:
         if argument.startswith('configs/'):
             assert (ROOT / argument).is_file(), argument
@@ -251,16 +242,17 @@ def shown_run(tmp_path_factory):
     page = 'docs/monitoring.md'
     content = next(c for _, language, c in blocks_of(PAGES[page]) if language == 'python')
     load_config(page, content, folder)
-    (folder / 'tools').symlink_to(ROOT / 'tools')
-    make_digits.make_digits(folder / 'data' / 'digits', train=32, val=8)
+    make_digits.make_digits(folder / 'data' / 'digits', train=32, val=8, test=1)
     options = (
         'train_cfg.max_epochs=2 train_cfg.val_interval=1 custom_hooks.1.switch_epoch=1 '
         'default_hooks.param_scheduler.max_epochs=2 '
         'train_dataloader.num_workers=0 train_dataloader.persistent_workers=False'
     )
-    command = 'tools/train.py docs/monitoring.py --work-dir work_dirs/digits --cfg-options'
-    text = call(sys.executable, *command.split(), *options.split(), folder=folder)
-    return Shown(folder, re.sub(r'memory: \d+ +', '', text))  # a column of GPUs
+    command = 'docs/monitoring.py --work-dir work_dirs/digits --cfg-options'
+    done = call_tool('train.py', *command.split(), *options.split(), folder=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = re.sub(r'memory: \d+ +', '', done.stdout + done.stderr)  # a column of GPUs
+    return Shown(folder, text)
 
 
 @pytest.fixture(scope='module')

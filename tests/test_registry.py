@@ -3,53 +3,74 @@
 import subprocess
 import sys
 
+import forks
 import pytest
 
-pytestmark = pytest.mark.slow  # each starts an interpreter that imports the libraries
+from mmema import RestartableExpMomentumEMA
 
-BUILD = """
-from mmengine.registry import MODELS, DefaultScope
+pytestmark = pytest.mark.slow  # these start processes
+
+START = """
+import sys
 import torch
-{before}
-model = torch.nn.Linear(1, 1)
-scope = {scope!r}
-if scope:
-    DefaultScope.get_instance('test', scope_name=scope)
-ema = MODELS.build(dict(type={name!r}), default_args=dict(model=model))
-print(type(ema).__module__, type(ema).__name__)
+from mmengine.registry import MODELS, DefaultScope
+
+
+def build(name, scope=None):
+    if scope:
+        DefaultScope.get_instance(scope, scope_name=scope)
+    ema = MODELS.build(dict(type=name), default_args=dict(model=torch.nn.Linear(1, 1)))
+    print(type(ema).__module__, type(ema).__name__)
+
+
+assert 'mmema' not in sys.modules
 """
-
-
-def built(name, scope=None, before=''):
-    """Build in a fresh interpreter, which has imported nothing before."""
-    code = BUILD.format(name=name, scope=scope, before=before)
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()[-800:]
-    return done.stdout.decode().splitlines()[-1]
-
-
+NAME = 'RestartableExpMomentumEMA'
+OURS = f'{RestartableExpMomentumEMA.__module__} {NAME}'
 SCOPES = [None, 'mmdet', 'mmyolo']
 
 
-@pytest.mark.parametrize('scope', SCOPES)
-def test_scoped_name_needs_no_import(scope):
-    if scope:
-        pytest.importorskip(scope)
-    name = 'RestartableExpMomentumEMA'
-    assert built(f'mmema.{name}', scope) == f'mmema.averaged {name}'
+def run(folder, code):
+    """Run code in a fork that has the libraries but not mmema; return the lines it prints."""
+    (folder / 'code.py').write_text(START + code)
+    process = forks.start(folder / 'code.py', folder=folder, out=folder / 'out')
+    assert process.wait() == 0, (folder / 'out').read_text()
+    return (folder / 'out').read_text().splitlines()
 
 
 @pytest.mark.parametrize('scope', SCOPES)
-def test_bare_name_after_import(scope):
-    if scope:
-        pytest.importorskip(scope)
-    name = 'RestartableExpMomentumEMA'
-    assert built(name, scope, 'import mmema') == f'mmema.averaged {name}'
+def test_scoped_name_needs_no_import(tmp_path, scope):
+    lines = run(tmp_path, f"build('mmema.{NAME}', {scope!r})")
+    assert lines[-1] == OURS
 
 
-def test_bare_names_of_the_libraries_stay_theirs():
-    pytest.importorskip('mmyolo')
-    before = 'import mmema'
-    assert built('ExpMomentumEMA', 'mmyolo', before) == 'mmyolo.models.layers.ema ExpMomentumEMA'
-    assert built('ExpMomentumEMA', 'mmdet', before) == 'mmdet.models.layers.ema ExpMomentumEMA'
-    assert built('mmema.ExpMomentumEMA', 'mmyolo') == 'mmema.averaged ExpMomentumEMA'
+@pytest.mark.parametrize('scope', SCOPES)
+def test_bare_name_after_import(tmp_path, scope):
+    lines = run(tmp_path, f'import mmema\nbuild({NAME!r}, {scope!r})')
+    assert lines[-1] == OURS
+
+
+LIBRARIES = """
+build('ExpMomentumEMA', 'mmyolo')
+build('ExpMomentumEMA', 'mmdet')
+build('mmema.ExpMomentumEMA', 'mmyolo')
+"""
+THEIRS = [
+    'mmyolo.models.layers.ema ExpMomentumEMA',
+    'mmdet.models.layers.ema ExpMomentumEMA',
+    'mmema.averaged ExpMomentumEMA',
+]
+
+
+def test_bare_names_of_the_libraries_stay_theirs(tmp_path):
+    assert run(tmp_path, f'import mmema{LIBRARIES}')[-3:] == THEIRS
+
+
+def test_in_a_new_interpreter_that_imports_the_libraries_after_mmema():
+    code = f"{START}build('mmema.{NAME}')\nbuild({NAME!r})\nassert 'mmdet' not in sys.modules"
+    code += f"{LIBRARIES}build({NAME!r}, 'mmyolo')"
+    command = [sys.executable, '-W', 'ignore', '-c', code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=forks.LIMIT)
+    assert done.returncode == 0, done.stderr[-800:]
+    built = [line for line in done.stdout.splitlines() if line.endswith('EMA')]
+    assert built == [OURS, OURS, *THEIRS, OURS]
