@@ -14,8 +14,9 @@ from .registry import MODELS, register_everywhere
 class Restartable(MomentumAveragedModel):
     """Base of the restartable averages: the restart, and live values in the state.
 
-    The fields of the schedule are live attributes of the average: assigning one changes the next
-    update.
+    The arguments of each class are the model, the fields of its schedule (whose docstring has source
+    and example), and those of :class:`ExpMomentumEMA` after ``gamma``. The fields are attributes of
+    the average, too: assigning one changes the next update.
 
     A live value that a restart or an assignment has set comes back with a state that is loaded. One
     that came from the constructor does not: the value of the config that is used now wins over the
@@ -176,9 +177,6 @@ class RestartableConstantEMA(Restartable):
     """Restartable average with a constant momentum.
 
     ``momentum(steps) = momentum``
-
-    Arguments: the model, the fields of :class:`mmema.schedules.ConstantSchedule`, which has
-    source and example, and the other ones of :class:`ExpMomentumEMA`.
     """
 
     schedule_type = schedules.ConstantSchedule
@@ -189,9 +187,6 @@ class RestartableDebiasedEMA(Restartable):
     """Restartable average that begins as the plain mean and goes over to a constant momentum.
 
     ``momentum(steps) = momentum / (1 - (1 - momentum) ** (steps / interval + 1))``
-
-    Arguments: the model, the fields of :class:`mmema.schedules.DebiasedSchedule`, which has
-    source and example, and the other ones of :class:`ExpMomentumEMA`.
     """
 
     schedule_type = schedules.DebiasedSchedule
@@ -202,9 +197,6 @@ class RestartableThresholdEMA(Restartable):
     """Restartable average whose momentum falls like one over the counter, as TensorFlow has it.
 
     ``momentum(steps) = max(momentum, (factor - 1) / (factor + steps + offset))``
-
-    Arguments: the model, the fields of :class:`mmema.schedules.ThresholdSchedule`, which has
-    source and example, and the other ones of :class:`ExpMomentumEMA`.
     """
 
     schedule_type = schedules.ThresholdSchedule
@@ -215,9 +207,6 @@ class RestartableAnnealingEMA(Restartable):
     """Restartable average whose momentum falls like gamma over the counter, as MMEngine has it.
 
     ``momentum(steps) = max(momentum, gamma / (gamma + steps))``
-
-    Arguments: the model, the fields of :class:`mmema.schedules.AnnealingSchedule`, which has
-    source and example, and the other ones of :class:`ExpMomentumEMA`.
     """
 
     schedule_type = schedules.AnnealingSchedule
@@ -228,9 +217,6 @@ class RestartablePowerRampEMA(Restartable):
     """Restartable average whose momentum falls like a power of the counter, as diffusers has it.
 
     ``momentum(steps) = min(max((1 + steps / gamma) ** -power, momentum), max_momentum)``
-
-    Arguments: the model, the fields of :class:`mmema.schedules.PowerRampSchedule`, which has
-    source and example, and the other ones of :class:`ExpMomentumEMA`.
     """
 
     schedule_type = schedules.PowerRampSchedule
@@ -242,9 +228,6 @@ class RestartablePowerFunctionEMA(Restartable):
 
     ``momentum(steps) = 1 - (1 - 1 / t) ** (gamma + 1)`` with ``t = steps / interval + 1`` and
     ``gamma`` from ``sigma_rel``
-
-    Arguments: the model, the fields of :class:`mmema.schedules.PowerFunctionSchedule`, which has
-    source and example, and the other ones of :class:`ExpMomentumEMA`.
     """
 
     schedule_type = schedules.PowerFunctionSchedule
@@ -258,8 +241,6 @@ class RestartableUniformAverage(Restartable):
 
     Begun with a restart in the last part of a training, this is SWA. A soft restart lets the mean
     so far count as ``steps`` updates.
-
-    Arguments: the model, and those of :class:`ExpMomentumEMA` after ``gamma``.
 
     Example:
         >>> import torch

@@ -14,13 +14,7 @@ from .staleness import Snapshot, StalenessCheck
 
 
 class DirectFollower:
-    """An average that takes in a source by operators on both, at once.
-
-    Args:
-        average: The averaged copy.
-        source: The model being trained.
-        selection: The tensors that are blended.
-    """
+    """An average that takes in a source by operators on both, at once."""
 
     def __init__(self, average: nn.Module, source: nn.Module, selection: Selection):
         self.average = average
@@ -41,7 +35,6 @@ class DirectFollower:
         self._copied = BlendPlan(self.copied, compiled)
 
     def holds(self, average: nn.Module, source: nn.Module) -> bool:
-        """Return whether this follower is of these two models, and none of its tensors is stale."""
         return (
             average is self.average
             and source is self.source
@@ -50,7 +43,6 @@ class DirectFollower:
         )
 
     def update(self, momentum: float | None) -> None:
-        """Blend with a momentum (1: copy; None: leave the blended tensors alone), copy the rest."""
         if momentum == 1:
             self._blended.copy()
         elif momentum is not None:
@@ -58,7 +50,7 @@ class DirectFollower:
         self._copied.copy()
 
     def finish(self) -> None:
-        """Do nothing: an update is complete when it returns."""
+        pass  # an update is complete when it returns
 
 
 def _without_aliases(pairs: List[Pair]) -> Tuple[List[Pair], List[Tuple[Tensor, Tensor]]]:

@@ -25,13 +25,7 @@ def follow(
     selection: Selection,
     skip_counts: SkipCounts | None = None,
 ) -> DirectFollower | StagedFollower:
-    """Return a follower for an average and a source.
-
-    Args:
-        average: The averaged copy.
-        source: The model being trained.
-        selection: The tensors that are blended.
-        skip_counts: Counts of the tensors that were left out; None: none is left out.
+    """Return a follower for an average and a source; with ``skip_counts``, a guarded one.
 
     Raises:
         ValueError: If the two do not have the same tensors, by name and shape.

@@ -58,11 +58,7 @@ class GuardedFollower(DirectFollower):
     """
 
     def __init__(
-        self,
-        average: nn.Module,
-        source: nn.Module,
-        selection: Selection,
-        skip_counts: SkipCounts,
+        self, average: nn.Module, source: nn.Module, selection: Selection, skip_counts: SkipCounts
     ):
         super().__init__(average, source, selection)
         self._skip_counts = skip_counts

@@ -12,15 +12,10 @@ from .pairs import canonical_name, memory_of, named_tensors
 
 
 class Selection(NamedTuple):
-    """Rules that tell blended from copied tensors; they hold for any source.
-
-    Attributes:
-        update_buffers: Whether float buffers are blended.
-        exclude: Patterns of names that are copied.
-    """
+    """Rules that tell blended from copied tensors; they hold for any source."""
 
     update_buffers: bool
-    exclude: Tuple[str, ...] = ()
+    exclude: Tuple[str, ...] = ()  # patterns of names
 
     def blended_in(self, source: nn.Module) -> set:
         """Return the ids of the tensors of ``source`` that are blended.

@@ -28,13 +28,7 @@ class StagedFollower:
     :meth:`update` puts copies into the stream of the GPU: they read the weights as they are at that
     point, whatever training makes of them next. :meth:`finish` waits until they have arrived, and
     blends.
-
-    Args:
-        average: The averaged copy, in main memory.
-        source: The model being trained, on a GPU.
-        selection: The tensors that are blended.
-        follow_staged: Makes the follower of the average and the staged copy from the two and the
-            selection.
+    ``follow_staged`` makes the follower of the average and the staged copy.
     """
 
     def __init__(
@@ -59,7 +53,6 @@ class StagedFollower:
         self._average_changed = False
 
     def holds(self, average: nn.Module, source: nn.Module) -> bool:
-        """Return whether this follower is of these two models, and none of its tensors is stale."""
         return (
             average is self.average
             and source is self.source
@@ -69,7 +62,6 @@ class StagedFollower:
         )
 
     def update(self, momentum: float | None) -> None:
-        """Send the source on its way; the tensors that are blended only if there is a momentum."""
         for transfer in self._transfers:
             if momentum is not None or not transfer.is_blended:
                 transfer.send()
@@ -78,7 +70,6 @@ class StagedFollower:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Wait for the update that is on its way, and take it into the average."""
         if not self._pending:
             return
         self.wait()  # where Ctrl-C arrives: nothing has changed yet
@@ -89,7 +80,6 @@ class StagedFollower:
         self._inner.update(momentum)
 
     def wait(self) -> None:
-        """Wait until the copies have arrived in ``staged``."""
         for arrival in self._arrivals:
             arrival.synchronize()
 
