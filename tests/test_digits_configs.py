@@ -18,14 +18,14 @@ sys.path.insert(0, str(ROOT / 'tools'))
 
 import make_digits  # noqa: E402
 
-LEAVES = sorted(path.stem for path in (ROOT / 'configs' / 'digits').glob('*.py'))
+LEAVES = sorted(path.stem for path in (ROOT / 'configs' / 'digits').glob('*_digits.py'))
 EPOCHS = 3
 
 
 @pytest.fixture(scope='module')
 def tiny_set(tmp_path_factory):
     out = tmp_path_factory.mktemp('digits') / 'set'
-    make_digits.make_digits(out, train=8, val=4)
+    make_digits.make_digits(out, train=8, val=4, test=2)
     return f'{out}/'
 
 
@@ -81,7 +81,9 @@ def test_what_a_config_says(leaf, monkeypatch, tmp_path):
         assert dataset.metainfo.classes == tuple('0123456789')
     for name in ('val', 'test'):
         annotations = Path(config[f'{name}_evaluator'].ann_file).resolve()
-        assert annotations == ROOT / 'data' / 'digits' / 'annotations' / 'val.json'
+        assert annotations == ROOT / 'data' / 'digits' / 'annotations' / f'{name}.json'
+        assert config[f'{name}_dataloader'].dataset.ann_file == f'annotations/{name}.json'
+        assert config[f'{name}_dataloader'].dataset.data_prefix.img == f'{name}/'
     assert config.model.bbox_head.head_module.num_classes == 10
     assigner = config.model.get('train_cfg', {}).get('assigner', {})
     assert assigner.get('num_classes', 10) == 10

@@ -1,9 +1,11 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import cv2
@@ -16,13 +18,13 @@ sys.path.insert(0, str(TOOLS))
 
 import make_digits as digits  # noqa: E402
 
-TRAIN, VAL = 12, 5
+TRAIN, VAL, TEST = 12, 5, 4
 
 
 @pytest.fixture(scope='module')
 def small_set(tmp_path_factory):
     out = tmp_path_factory.mktemp('digits') / 'set'
-    assert digits.make_digits(out, train=TRAIN, val=VAL, seed=3)
+    assert digits.make_digits(out, train=TRAIN, val=VAL, test=TEST, seed=3)
     return out
 
 
@@ -65,14 +67,14 @@ def drawn_scenes(monkeypatch, out, **settings):
 
 
 def test_same_settings_give_the_same_bytes(small_set, tmp_path):
-    digits.make_digits(tmp_path / 'again', train=TRAIN, val=VAL, seed=3)
+    digits.make_digits(tmp_path / 'again', train=TRAIN, val=VAL, test=TEST, seed=3)
     first, second = contents(small_set), contents(tmp_path / 'again')
     assert list(first) == list(second)
     assert first == second
 
 
 def test_another_seed_gives_other_scenes(small_set, tmp_path):
-    digits.make_digits(tmp_path / 'other', train=TRAIN, val=VAL, seed=4)
+    digits.make_digits(tmp_path / 'other', train=TRAIN, val=VAL, test=TEST, seed=4)
     first, second = contents(small_set), contents(tmp_path / 'other')
     assert not any(first[name] == second[name] for name in first if name.endswith('.png'))
     # The places of the digits are others too, not only the digits.
@@ -84,7 +86,7 @@ def test_another_seed_gives_other_scenes(small_set, tmp_path):
 
 
 def test_a_larger_set_begins_with_the_smaller_one(small_set, tmp_path):
-    digits.make_digits(tmp_path / 'larger', train=TRAIN + 2, val=VAL, seed=3)
+    digits.make_digits(tmp_path / 'larger', train=TRAIN + 2, val=VAL, test=TEST, seed=3)
     small = {name: data for name, data in contents(small_set).items() if '0.png' in name}
     larger = contents(tmp_path / 'larger')
     assert small and all(larger[name] == data for name, data in small.items())
@@ -94,10 +96,11 @@ def test_layout_and_coco_fields(small_set):
     assert sorted(path.name for path in small_set.iterdir()) == [
         'annotations',
         'contact_sheet.png',
+        'test',
         'train',
         'val',
     ]
-    for split, count in (('train', TRAIN), ('val', VAL)):
+    for split, count in (('train', TRAIN), ('val', VAL), ('test', TEST)):
         coco = annotations(small_set, split)
         assert [c['name'] for c in coco['categories']] == list('0123456789')
         assert [c['id'] for c in coco['categories']] == list(range(1, 11))
@@ -122,17 +125,24 @@ def test_pycocotools_reads_it(small_set, capsys):
 
 
 def test_splits_share_neither_digit_nor_photograph(monkeypatch, tmp_path):
-    scenes = drawn_scenes(monkeypatch, tmp_path / 'set', train=4, val=4, seed=0)
-    photos = load_sample_images().images
-    pools = {}
-    for split, part, photo in (('train', scenes[:4], photos[0]), ('val', scenes[4:], photos[1])):
-        assert all(np.array_equal(scene[0], photo) for scene in part)
-        pools[split] = {image.tobytes() for scene in part for image in scene[1]}
-    assert not np.array_equal(photos[0][:400, :400], photos[1][:400, :400])
+    scenes = drawn_scenes(monkeypatch, tmp_path / 'set', train=4, val=4, test=4, seed=0)
+    first, second = load_sample_images().images
+    photos = (first, second[:, :320], second[:, 320:])  # 640 pixels wide
+    pools = []
+    for part, photo in zip((scenes[:4], scenes[4:8], scenes[8:]), photos):
+        assert len(part) == 4 and all(np.array_equal(scene[0], photo) for scene in part)
+        pools.append({image.tobytes() for scene in part for image in scene[1]})
+    assert not np.array_equal(first[:400, :400], second[:400, :400])
     # scikit-learn's digits hold no picture twice, so equal pixels mean the same digit.
     assert len({image.tobytes() for image in load_digits().images}) == 1797
-    assert not pools['train'] & pools['val']
-    assert len(pools['train']) + len(pools['val']) == 1797
+    assert len(set.union(*pools)) == sum(map(len, pools)) == 1797
+
+
+def test_training_pictures_are_those_of_the_first_generator(tmp_path):
+    # What was trained before there was a test set could be trained again.
+    digits.make_digits(tmp_path / 'set', train=2, val=1, test=1)
+    pixels = [cv2.imread(str(tmp_path / 'set' / 'train' / f'{k:06d}.png')) for k in range(2)]
+    assert [zlib.crc32(picture.tobytes()) for picture in pixels] == [842588993, 2789284382]
 
 
 def test_split_shares_out_every_class():
@@ -140,12 +150,14 @@ def test_split_shares_out_every_class():
     parts = digits.split_digits(labels, seed=0)
     for digit in range(10):
         count = (labels == digit).sum()
-        assert (labels[parts['val']] == digit).sum() == count // 5
-        assert (labels[parts['train']] == digit).sum() == count - count // 5
+        held_out = count // 5
+        assert (labels[parts['val']] == digit).sum() == held_out // 2
+        assert (labels[parts['test']] == digit).sum() == held_out - held_out // 2
+        assert (labels[parts['train']] == digit).sum() == count - held_out
 
 
 def test_boxes_fit_the_ink_of_their_digit(monkeypatch, tmp_path):
-    scenes = drawn_scenes(monkeypatch, tmp_path / 'set', train=30, val=1, seed=1)
+    scenes = drawn_scenes(monkeypatch, tmp_path / 'set', train=30, val=1, test=1, seed=1)
     coco = annotations(tmp_path / 'set', 'train')
     found = 0
     for index, (_, _, _, objects, masks) in enumerate(scenes[:30]):
@@ -165,13 +177,12 @@ def test_boxes_fit_the_ink_of_their_digit(monkeypatch, tmp_path):
 def test_ink_is_where_the_mask_says(monkeypatch, tmp_path):
     # The first digit of a scene alone on it: outside its mask and a soft edge nothing changes.
     monkeypatch.setattr(digits, 'DIGITS_PER_SCENE', (1, 1))
-    for photo, _, picture, objects, (mask,) in drawn_scenes(
-        monkeypatch, tmp_path / 'set', train=20, val=1, seed=2
+    for _, _, picture, objects, (mask,) in drawn_scenes(
+        monkeypatch, tmp_path / 'set', train=20, val=1, test=1, seed=2
     ):
         assert len(objects) == 1
         # The photograph is darkened to 0.45 * 255 = 115; a digit has at least 0.5 * 0.75 of 170.
         assert picture[mask].mean() > 115 > picture[~mask].mean()
-        assert photo.shape[:2] == (427, 640)
 
 
 def test_class_is_that_of_the_digit():
@@ -189,7 +200,9 @@ def test_class_is_that_of_the_digit():
 
 def test_digits_hide_little_of_each_other(monkeypatch, tmp_path):
     overlapping = 0
-    for _, _, _, _, masks in drawn_scenes(monkeypatch, tmp_path / 's', train=40, val=1, seed=0):
+    for _, _, _, _, masks in drawn_scenes(
+        monkeypatch, tmp_path / 's', train=40, val=1, test=1, seed=0
+    ):
         for k, mask in enumerate(masks):
             above = [other & mask for other in masks[k + 1 :]]
             below = [other & mask for other in masks[:k]]
@@ -202,7 +215,7 @@ def test_digits_hide_little_of_each_other(monkeypatch, tmp_path):
 
 def test_sizes_rotations_and_colours_vary(monkeypatch, tmp_path):
     monkeypatch.setattr(digits, 'DIGITS_PER_SCENE', (1, 1))
-    scenes = drawn_scenes(monkeypatch, tmp_path / 'set', train=60, val=1, seed=0)
+    scenes = drawn_scenes(monkeypatch, tmp_path / 'set', train=60, val=1, test=1, seed=0)
     heights = [objects[0][1][3] for *_, objects, _ in scenes]
     assert min(heights) < 32 and max(heights) > 48
     colours = [np.median(picture[mask], axis=0) for _, _, picture, _, (mask,) in scenes]
@@ -221,14 +234,14 @@ def test_render_digit_turns_it():
 
 
 def test_contact_sheet_shows_the_boxes(small_set):
-    # Three rows of pictures at twice their size, two titles; the validation row is half empty.
+    # Four rows of pictures at twice their size, three titles; the test row is half empty.
     sheet = cv2.imread(str(small_set / 'contact_sheet.png'))[..., ::-1]
-    assert sheet.shape == (2 * 28 + 3 * 256, 8 * 256, 3)
+    assert sheet.shape == (3 * 28 + 4 * 256, 8 * 256, 3)
     first = annotations(small_set, 'train')['annotations'][0]
     x, y, width, height = (2 * value for value in first['bbox'])
     bottom = sheet[28 + y + height - 1, x : x + width]
     assert np.mean(np.all(bottom == (255, 220, 0), axis=1)) > 0.5
-    assert (sheet[-100:, -3 * 256 :] == 255).all()
+    assert (sheet[-100:, -4 * 256 :] == 255).all()
 
 
 # Calls --------------------------------------------------------------------------------------
@@ -236,7 +249,7 @@ def test_contact_sheet_shows_the_boxes(small_set):
 
 def test_a_finished_set_is_left_as_it_is(small_set):
     before = {path: path.stat().st_mtime_ns for path in small_set.rglob('*')}
-    assert digits.make_digits(small_set, train=TRAIN, val=VAL, seed=3) is False
+    assert digits.make_digits(small_set, train=TRAIN, val=VAL, test=TEST, seed=3) is False
     assert {path: path.stat().st_mtime_ns for path in small_set.rglob('*')} == before
 
 
@@ -245,6 +258,7 @@ def test_a_finished_set_is_left_as_it_is(small_set):
     [
         (dict(train=0), '--train must be at least 1 picture, got 0'),
         (dict(val=-4), '--val must be at least 1 picture, got -4'),
+        (dict(test=0), '--test must be at least 1 picture, got 0'),
         (dict(seed=-1), '--seed must not be negative, got -1'),
         (dict(size=63), '--size must be 64 to 320 pixels, got 63'),
         (dict(size=321), '--size must be 64 to 320 pixels, got 321'),
@@ -258,7 +272,7 @@ def test_bad_settings(tmp_path, settings, message):
 
 @pytest.mark.parametrize('size', [64, 320])
 def test_smallest_and_largest_size(tmp_path, size):
-    digits.make_digits(tmp_path / 'set', train=3, val=1, size=size)
+    digits.make_digits(tmp_path / 'set', train=3, val=1, test=1, size=size)
     for annotation in annotations(tmp_path / 'set', 'train')['annotations']:
         x, y, width, height = annotation['bbox']
         assert 0 <= x < x + width <= size and 0 <= y < y + height <= size
@@ -266,32 +280,42 @@ def test_smallest_and_largest_size(tmp_path, size):
 
 def test_other_settings_are_refused(small_set):
     with pytest.raises(digits.UsageError, match=f'train {TRAIN} instead of 7, seed 3 instead of 0'):
-        digits.make_digits(small_set, train=7, val=VAL)
+        digits.make_digits(small_set, train=7, val=VAL, test=TEST)
     assert len(list((small_set / 'train').iterdir())) == TRAIN
 
 
 def test_foreign_content_is_refused_and_kept(tmp_path):
     (tmp_path / 'thesis.txt').write_text('mine')
     with pytest.raises(digits.UsageError, match='is not a digits set'):
-        digits.make_digits(tmp_path, train=1, val=1)
+        digits.make_digits(tmp_path, train=1, val=1, test=1)
     with pytest.raises(digits.UsageError, match='is not a digits set'):
-        digits.make_digits(tmp_path / 'thesis.txt', train=1, val=1)
+        digits.make_digits(tmp_path / 'thesis.txt', train=1, val=1, test=1)
     assert (tmp_path / 'thesis.txt').read_text() == 'mine'
 
 
 def test_a_damaged_set_is_named(tmp_path):
-    digits.make_digits(tmp_path / 'set', train=2, val=1)
+    digits.make_digits(tmp_path / 'set', train=2, val=1, test=1)
     (tmp_path / 'set' / 'train' / '000001.png').unlink()
     with pytest.raises(digits.UsageError, match='damaged'):
-        digits.make_digits(tmp_path / 'set', train=2, val=1)
+        digits.make_digits(tmp_path / 'set', train=2, val=1, test=1)
     (tmp_path / 'set' / 'annotations' / 'val.json').write_text('{"info": ')
     with pytest.raises(digits.UsageError, match='is not a digits set'):
-        digits.make_digits(tmp_path / 'set', train=2, val=1)
+        digits.make_digits(tmp_path / 'set', train=2, val=1, test=1)
+
+
+def test_a_set_of_an_earlier_version_is_named(tmp_path):
+    digits.make_digits(tmp_path / 'set', train=1, val=1, test=1)
+    file = tmp_path / 'set' / 'annotations' / 'train.json'
+    file.write_text(file.read_text().replace('"generator": 2', '"generator": 1'))
+    shutil.rmtree(tmp_path / 'set' / 'test')
+    (tmp_path / 'set' / 'annotations' / 'test.json').unlink()
+    with pytest.raises(digits.UsageError, match='generator 1 instead of 2.*make it again'):
+        digits.make_digits(tmp_path / 'set', train=1, val=1, test=1)
 
 
 def test_an_empty_folder_is_filled(tmp_path):
     (tmp_path / 'set').mkdir()
-    assert digits.make_digits(tmp_path / 'set', train=1, val=1)
+    assert digits.make_digits(tmp_path / 'set', train=1, val=1, test=1)
 
 
 def test_an_error_on_the_way_leaves_nothing(monkeypatch, tmp_path):
@@ -300,17 +324,17 @@ def test_an_error_on_the_way_leaves_nothing(monkeypatch, tmp_path):
 
     monkeypatch.setattr(digits, 'contact_sheet', full)
     with pytest.raises(OSError, match='disk full'):
-        digits.make_digits(tmp_path / 'set', train=1, val=1)
+        digits.make_digits(tmp_path / 'set', train=1, val=1, test=1)
     assert not any(tmp_path.iterdir())
 
 
 def test_command_line(tmp_path):
-    result = run_tool('set', '--train', 2, '--val', 1, cwd=tmp_path)
+    result = run_tool('set', '--train', 2, '--val', 1, '--test', 3, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout == (
-        'set: 2 training and 1 validation pictures, look at set/contact_sheet.png\n'
+        'set: 2 training, 1 validation and 3 test pictures, look at set/contact_sheet.png\n'
     )
-    result = run_tool('set', '--train', 2, '--val', 3, cwd=tmp_path)
+    result = run_tool('set', '--train', 2, '--val', 3, '--test', 3, cwd=tmp_path)
     assert result.returncode == 1 and result.stdout == ''
     assert result.stderr.startswith('make_digits: ') and len(result.stderr.splitlines()) == 1
 
@@ -325,7 +349,8 @@ def test_bad_command_lines(tmp_path, monkeypatch, options):
 
 
 def test_second_call_says_that_all_is_there(small_set, capsys):
-    digits.main([str(small_set), '--train', str(TRAIN), '--val', str(VAL), '--seed', '3'])
+    counts = ['--train', str(TRAIN), '--val', str(VAL), '--test', str(TEST)]
+    digits.main([str(small_set), *counts, '--seed', '3'])
     assert capsys.readouterr().out == f'{small_set} is there already\n'
 
 

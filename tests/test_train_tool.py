@@ -20,6 +20,9 @@ def small_run(data, epochs):
             'train_dataloader.num_workers': 0,
             'train_dataloader.persistent_workers': False,
             'train_cfg.max_epochs': epochs,
+            # tools/test.py shall see what the validations saw.
+            'test_dataloader.dataset.ann_file': 'annotations/val.json',
+            'test_dataloader.dataset.data_prefix.img': 'val/',
             'train_cfg.val_interval': 1,
             'default_hooks.checkpoint.interval': 1,
             'default_hooks.logger.interval': 2,
@@ -35,7 +38,7 @@ def small_run(data, epochs):
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp('digits') / 'set'
-    tool('make_digits.py').make_digits(folder, train=16, val=8)
+    tool('make_digits.py').make_digits(folder, train=16, val=8, test=1)
     return folder
 
 

@@ -3,8 +3,8 @@
 
 Everything real comes inside scikit-learn: 1,797 handwritten digits (``load_digits``) and two
 photographs (``load_sample_images``). The training set uses the first photograph and four fifths of
-the digits of each class, the validation set the other photograph and the other digits. Nothing is
-downloaded, and the same settings give the same bytes.
+the digits of each class. Validation and test set each use a half of the other photograph and a half
+of the other digits. Nothing is downloaded, and the same settings give the same bytes.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from sklearn.datasets import load_digits, load_sample_images
 from tqdm import tqdm
 
 # Part of the settings: raise it when a scene of the same seed looks different.
-GENERATOR = 1
-SPLITS = ('train', 'val')
+GENERATOR = 2  # 1 had no test set; its training pictures are the same
+SPLITS = ('train', 'val', 'test')
 CLASSES = tuple(str(digit) for digit in range(10))
 
-VAL_SHARE = 5  # one digit in five is kept for validation
+HELD_OUT = 5  # one digit in five is kept from training: half for validation, half for the test
 DIGITS_PER_SCENE = (2, 6)
 DIGIT_SIDES = (0.19, 0.44)  # of the side of the picture
 MAX_ROTATION = 20.0  # degrees; a 6 must not become a 9
@@ -38,7 +38,7 @@ ATTEMPTS = 20  # to find a place for a digit
 
 SIZES = (64, 320)
 SHEET_COLUMNS = 8
-SHEET_ROWS = {'train': 2, 'val': 1}
+SHEET_ROWS = {'train': 2, 'val': 1, 'test': 1}
 SHEET_ZOOM = 2
 
 
@@ -46,32 +46,40 @@ class UsageError(Exception):
     """What the person who called has to change, in one line."""
 
 
-def check_settings(train, val, seed, size):
+def check_settings(train, val, test, seed, size):
     """Return the settings of a set as a dict.
 
     Raises:
         UsageError: If a number is out of its range.
     """
-    for name, value in (('--train', train), ('--val', val)):
+    for name, value in (('--train', train), ('--val', val), ('--test', test)):
         if value < 1:
             raise UsageError(f'{name} must be at least 1 picture, got {value}')
     if seed < 0:
         raise UsageError(f'--seed must not be negative, got {seed}')
     if not SIZES[0] <= size <= SIZES[1]:
         raise UsageError(f'--size must be {SIZES[0]} to {SIZES[1]} pixels, got {size}')
-    return dict(generator=GENERATOR, train=train, val=val, seed=seed, size=size)
+    return dict(generator=GENERATOR, train=train, val=val, test=test, seed=seed, size=size)
 
 
 def split_digits(labels, seed):
     """Return the indices of the digits of each split; every class is shared out alike."""
-    rng = np.random.default_rng([seed, len(SPLITS)])
+    rng = np.random.default_rng([seed, 2])
     shares = {split: [] for split in SPLITS}
     for digit in range(len(CLASSES)):
         shuffled = rng.permutation(np.flatnonzero(labels == digit))
-        cut = len(shuffled) // VAL_SHARE
-        shares['val'].append(shuffled[:cut])
-        shares['train'].append(shuffled[cut:])
+        held_out = len(shuffled) // HELD_OUT
+        shares['val'].append(shuffled[: held_out // 2])
+        shares['test'].append(shuffled[held_out // 2 : held_out])
+        shares['train'].append(shuffled[held_out:])
     return {split: np.concatenate(parts) for split, parts in shares.items()}
+
+
+def photo_of(split):
+    """Return the photograph, or the half of it, on which a split has its digits."""
+    first, second = load_sample_images().images
+    middle = second.shape[1] // 2
+    return {'train': first, 'val': second[:, :middle], 'test': second[:, middle:]}[split]
 
 
 def crop_photo(photo, size, rng):
@@ -168,7 +176,7 @@ def make_split(split, folder, settings, progress):
     digits = load_digits()
     mine = split_digits(digits.target, settings['seed'])[split]
     images, labels = digits.images[mine], digits.target[mine]
-    photo = load_sample_images().images[number]
+    photo = photo_of(split)
     coco = dict(
         info=dict(description=f'mmema digits, {split}', **settings),
         images=[],
@@ -206,7 +214,7 @@ def write_png(path, picture):
 
 
 def contact_sheet(folder, annotations):
-    """Return one RGB picture of the first scenes of both splits, with boxes and classes."""
+    """Return one RGB picture of the first scenes of each split, with boxes and classes."""
     bands = []
     for split in SPLITS:
         coco = annotations[split]
@@ -259,6 +267,12 @@ def found_settings(out):
         return None
     foreign = UsageError(f'{out} is there and is not a digits set: move it away, or name another')
     try:
+        info = json.loads(annotation_file(out, 'train').read_text())['info']
+        if info['generator'] != GENERATOR:
+            raise UsageError(
+                f'{out} is a digits set of an earlier version of this tool (generator '
+                f'{info["generator"]} instead of {GENERATOR}): remove it and make it again'
+            )
         info = [json.loads(annotation_file(out, split).read_text())['info'] for split in SPLITS]
         settings = [
             {name: part[name] for name in ('generator', *SPLITS, 'seed', 'size')} for part in info
@@ -266,7 +280,9 @@ def found_settings(out):
         counts = {split: len(list((out / split).glob('*.png'))) for split in SPLITS}
     except (OSError, ValueError, KeyError, TypeError):
         raise foreign from None
-    if settings[0] != settings[1] or any(settings[0][split] != counts[split] for split in SPLITS):
+    if any(other != settings[0] for other in settings) or any(
+        settings[0][split] != counts[split] for split in SPLITS
+    ):
         raise UsageError(f'{out} is a damaged digits set: remove it and make it again')
     return settings[0]
 
@@ -276,13 +292,14 @@ def annotation_file(folder, split):
     return folder / 'annotations' / f'{split}.json'
 
 
-def make_digits(out, train=512, val=128, seed=0, size=128):
+def make_digits(out, train=512, val=128, test=512, seed=0, size=128):
     """Make the set at ``out``, whole or not at all.
 
     Args:
         out: Folder to make; a finished set of the same settings is left as it is.
         train: Number of training pictures.
         val: Number of validation pictures.
+        test: Number of test pictures.
         seed: What everything random is drawn from.
         size: Side of the pictures in pixels.
 
@@ -293,11 +310,11 @@ def make_digits(out, train=512, val=128, seed=0, size=128):
         UsageError: If an argument is out of range, or ``out`` holds anything else.
 
     Example:
-        >>> make_digits('data/digits', train=512, val=128, seed=0)
+        >>> make_digits('data/digits', train=512, val=128, test=512, seed=0)
         True
     """
     out = Path(out).absolute()
-    settings = check_settings(train, val, seed, size)
+    settings = check_settings(train, val, test, seed, size)
     found = found_settings(out)
     if found == settings:
         return False
@@ -338,6 +355,7 @@ def parse_args(argv=None):
     parser.add_argument('out', type=Path, help='folder to make, for example data/digits')
     parser.add_argument('--train', type=int, default=512, help='training pictures (512)')
     parser.add_argument('--val', type=int, default=128, help='validation pictures (128)')
+    parser.add_argument('--test', type=int, default=512, help='test pictures (512)')
     parser.add_argument('--seed', type=int, default=0, help='what all is drawn from (0)')
     parser.add_argument('--size', type=int, default=128, help='side of a picture in pixels (128)')
     return parser.parse_args(argv)
@@ -346,14 +364,14 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        made = make_digits(args.out, args.train, args.val, args.seed, args.size)
+        made = make_digits(args.out, args.train, args.val, args.test, args.seed, args.size)
     except (UsageError, OSError) as error:
         sys.exit(f'make_digits: {error}')
     except KeyboardInterrupt:
         sys.exit('make_digits: interrupted, nothing was kept')
     if made:
-        print(f'{args.out}: {args.train} training and {args.val} validation pictures,', end=' ')
-        print(f'look at {args.out / "contact_sheet.png"}')
+        counts = f'{args.train} training, {args.val} validation and {args.test} test pictures'
+        print(f'{args.out}: {counts}, look at {args.out / "contact_sheet.png"}')
     else:
         print(f'{args.out} is there already')
 

@@ -45,9 +45,9 @@ train_dataloader = dict(
     dataset=dict(**_base_.digits_train_set, pipeline=mosaic_pipeline),
 )
 val_dataloader = _base_.digits_val_dataloader
-test_dataloader = val_dataloader
+test_dataloader = _base_.digits_test_dataloader
 val_evaluator = _base_.digits_evaluator
-test_evaluator = val_evaluator
+test_evaluator = _base_.digits_test_evaluator
 
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-5, by_epoch=False, begin=0, end=100),

@@ -28,9 +28,9 @@ train_dataloader = dict(
     dataset=dict(**_base_.digits_train_set, pipeline=_base_.digits_mosaic_pipeline),
 )
 val_dataloader = _base_.digits_val_dataloader
-test_dataloader = val_dataloader
+test_dataloader = _base_.digits_test_dataloader
 val_evaluator = _base_.digits_evaluator
-test_evaluator = val_evaluator
+test_evaluator = _base_.digits_test_evaluator
 
 optim_wrapper = dict(optimizer=_base_.digits_adamw)
 default_hooks = dict(**_base_.digits_hooks, param_scheduler=_base_.digits_yolo_schedule)

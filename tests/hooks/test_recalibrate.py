@@ -294,7 +294,7 @@ def test_a_real_detector(tmp_path):
     sys.path.append(str(root / 'tools'))
     import make_digits
 
-    make_digits.make_digits(tmp_path / 'set', train=8, val=4)
+    make_digits.make_digits(tmp_path / 'set', train=8, val=4, test=1)
     config = Config.fromfile(root / 'configs' / 'digits' / 'yolov5_n_digits.py')
     config.work_dir = str(tmp_path / 'work')
     config.visualizer.name = str(tmp_path)
