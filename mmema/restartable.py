@@ -14,7 +14,7 @@ from .registry import MODELS, register_everywhere
 class Restartable(MomentumAveragedModel):
     """Base of the restartable averages: the restart, and live values in the state.
 
-    The arguments of each class are the model, the fields of its schedule (whose docstring has source
+    The arguments of each class: the model, the fields of its schedule (whose docstring has source
     and example), and those of :class:`ExpMomentumEMA` after ``gamma``. The fields are attributes of
     the average, too: assigning one changes the next update.
 
