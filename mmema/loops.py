@@ -1,29 +1,39 @@
-"""Validation loop that evaluates both the raw and the EMA weights."""
+"""Validation loop that evaluates the raw weights and all averages."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Sequence
+
 import numpy as np
 from mmengine.hooks import EMAHook as StockEMAHook
-from mmengine.runner import Runner, ValLoop
+from mmengine.runner import IterBasedTrainLoop, Runner, ValLoop
 from mmengine.runner.base_loop import BaseLoop
 
+from .hooks.ema import EMAHook
 from .hooks.recalibrate import EMARecalibrateHook
-from .messages import RunError
+from .messages import RunError, warn
 from .registry import LOOPS, register_everywhere
-from .run import ema_hook_of, kept_rng
+from .run import averages_of, ema_hook_of, kept_rng, last_of, now_of
+from .scores import chosen_metric, raw_ahead, table
+from .swap import averaged_weights
 
 
 @register_everywhere(LOOPS)
 class EMAValLoop(ValLoop):
-    """:class:`mmengine.runner.ValLoop` that evaluates the raw weights beside the EMA weights.
+    """:class:`mmengine.runner.ValLoop` that evaluates all weights of a run.
 
-    The metrics of the EMA weights keep their names and stand first, so ``save_best``, early
-    stopping and schedulers see no change; those of the raw weights follow with a prefix. The raw
-    weights are evaluated first, without any hook: pictures are drawn and progress is logged only
-    for the EMA weights. Training goes on exactly as with MMEngine's loop, random numbers included.
+    The metrics of the main average keep their names and stand first, so ``save_best``, early
+    stopping and schedulers see no change; those of the raw weights and of the averages in ``also``
+    follow, with the name of the weights as a prefix: ``save_best='short/coco/bbox_mAP'`` works. The
+    others are evaluated first, without any hook: pictures are drawn and progress is logged only for
+    the main average. Training goes on exactly as with MMEngine's loop, random numbers included.
 
-    Where the EMA weights give no metric at all, as CocoMetric does without a single detection, the
-    raw ones go to the log only: hooks still find nothing and skip that validation.
+    The last validation logs a table of the best and the last score of all weights; a warning tells
+    when the main average has been worse than the raw weights three times in a row.
+
+    Where the main average gives no metric at all, as CocoMetric does without a single detection,
+    the other metrics go to the log only: hooks still find nothing and skip that validation.
 
     If a validation fails or is interrupted, the raw weights are put back into the model.
 
@@ -33,47 +43,79 @@ class EMAValLoop(ValLoop):
         evaluator: The evaluator or its config.
         fp16: Whether to evaluate in half precision. Defaults to False.
         prefix: Prefix of the raw metrics' names, before a slash. Defaults to 'raw'.
+        weights: Weights to evaluate beside the main average: 'raw' and names in ``also``. Defaults
+            to None, all.
 
     Raises:
         TypeError: If ``prefix`` is no string.
-        ValueError: If ``prefix`` is empty, or the run has no EMAHook.
+        ValueError: If ``prefix`` is empty or the name of an average, the run has no EMAHook, or
+            ``weights`` has another name.
 
     Example:
         >>> val_cfg = dict(type='mmema.EMAValLoop')  # in a config: coco/bbox_mAP, raw/coco/bbox_mAP
     """
 
     def __init__(
-        self, runner: Runner, dataloader, evaluator, fp16: bool = False, prefix: str = 'raw'
+        self,
+        runner: Runner,
+        dataloader,
+        evaluator,
+        fp16: bool = False,
+        prefix: str = 'raw',
+        weights: Sequence[str] | None = None,
     ):
+        try:
+            others = [name for name in averages_of(ema_hook_of(runner)) if name]
+        except RunError as error:
+            raise RunError(f'EMAValLoop evaluates several weights: {error}') from None
         if not isinstance(prefix, str):
             raise TypeError(f'prefix must be a string, got {prefix!r}')
-        if not prefix.strip('/'):
-            raise ValueError(f'prefix must not be empty, got {prefix!r}')
-        try:
-            ema_hook_of(runner)
-        except RunError as error:
-            raise RunError(f'EMAValLoop evaluates two weights: {error}') from None
+        if not prefix.strip('/') or prefix.strip('/') in others:
+            raise ValueError(f'prefix must not be empty or the name of an average, got {prefix!r}')
+        known = ['raw', *others]
+        wrong = [name for name in weights or () if name not in known]
+        if wrong or isinstance(weights, str):
+            raise ValueError(f'weights must be a list of names out of {known}, got {weights!r}')
         super().__init__(runner, dataloader, evaluator, fp16)
         self.prefix = prefix.strip('/')
+        self.weights = known if weights is None else list(weights)
+        self.results: dict[str, dict] = {}  # metrics of the last validation by name of the weights
 
     def run(self) -> dict:
-        """Evaluate the raw weights, then the EMA weights.
+        """Evaluate the raw weights and the averages in ``also``, then the main average.
 
         Returns:
-            The metrics of the EMA weights, followed by those of the raw weights.
+            The metrics of the main average, followed by those of the others.
         """
-        # Without training both are the loaded weights, and one evaluation is enough.
+        self.results = {}
+        # Without training all of them are the loaded weights, and one evaluation is enough.
         training = isinstance(self.runner._train_loop, BaseLoop)
-        return self._run_with(_EMARunner(self.runner, self._run_raw() if training else {}))
+        if training:
+            averages = averages_of(ema_hook_of(self.runner))
+            for name in self.weights:
+                self.results[name] = self._run_other(name, averages.get(name))
+            self.runner.logger.info('Evaluating the EMA weights ...')
+        metrics = self._run_with(_MainRunner(self.runner, self._prefixed()))
+        if training:
+            self._compare({k: v for k, v in metrics.items() if k not in self._prefixed()})
+        return metrics
 
-    def _run_raw(self) -> dict:
-        self.runner.logger.info('Evaluating the raw weights ...')
-        with kept_rng():  # an iterator over a dataloader draws a number
-            metrics = self._run_with(_RawRunner(self.runner))
-        self.runner.logger.info('Evaluating the EMA weights ...')
-        return {f'{self.prefix}/{name}': value for name, value in metrics.items()}
+    def _run_other(self, name: str, average) -> dict:
+        self.runner.logger.info(f'Evaluating the {name} weights ...')
+        model = self.runner.model
+        # An iterator over a dataloader draws a number.
+        with kept_rng(), averaged_weights(model, average) if average else nullcontext():
+            return self._run_with(_QuietRunner(self.runner))
 
-    def _run_with(self, runner: _RawRunner) -> dict:
+    def _prefixed(self) -> dict:
+        prefixes = {name: self.prefix if name == 'raw' else name for name in self.results}
+        return {
+            f'{prefixes[name]}/{key}': value
+            for name, metrics in self.results.items()
+            for key, value in metrics.items()
+        }
+
+    def _run_with(self, runner: _QuietRunner) -> dict:
         own, self._runner = self._runner, runner
         try:
             return super().run()
@@ -85,9 +127,27 @@ class EMAValLoop(ValLoop):
             for metric in self.evaluator.metrics:
                 metric.results.clear()  # those of a validation that failed halfway
 
+    def _compare(self, main: dict) -> None:
+        """Keep the scores of a validation in the checkpoints; log what they tell."""
+        runner, loop = self.runner, self.runner.train_loop
+        if not main:
+            return
+        metric, less = chosen_metric(runner, main)
+        scores = runner.message_hub.runtime_info.get('ema_scores', {})
+        for name, metrics in {'ema': main, **self.results}.items():
+            if metric in metrics:
+                scores.setdefault(name, []).append((now_of(runner), float(metrics[metric])))
+        runner.message_hub.update_info('ema_scores', scores)
+        line = raw_ahead(scores, metric, less)
+        if line:
+            warn(line)
+        if now_of(runner) == last_of(loop) or getattr(loop, 'stop_training', False):
+            unit = 'iter' if isinstance(loop, IterBasedTrainLoop) else 'epoch'
+            runner.logger.info(table(scores, metric, less, unit))
 
-class _RawRunner:
-    """The runner without its hooks, for the evaluation of the raw weights."""
+
+class _QuietRunner:
+    """The runner without its hooks, for the evaluation of other weights than the main ones."""
 
     def __init__(self, runner: Runner):
         self.runner = runner
@@ -102,27 +162,27 @@ class _RawRunner:
         pass
 
 
-class _EMARunner(_RawRunner):
-    """The runner with its hooks, which receive the raw metrics beside those of the EMA weights."""
+class _MainRunner(_QuietRunner):
+    """The runner with its hooks, which receive the metrics of the other weights, too."""
 
-    def __init__(self, runner: Runner, raw: dict):
+    def __init__(self, runner: Runner, others: dict):
         super().__init__(runner)
-        self.raw = raw
+        self.others = others
         self.swapped = False
 
     def call_hook(self, name, **kwargs):
         if name == 'after_val_epoch':
             self.swapped = False
-            self._add_raw(kwargs['metrics'])
+            self._add_others(kwargs['metrics'])
         self.runner.call_hook(name, **kwargs)
         if name == 'before_val_epoch':
             self.swapped = True
 
-    def _add_raw(self, metrics):
+    def _add_others(self, metrics):
         if metrics:
-            metrics.update(self.raw)
+            metrics.update(self.others)
             return
-        for name, value in self.raw.items():
+        for name, value in self.others.items():
             if isinstance(value, (int, float, np.number)):
                 self.runner.message_hub.update_scalar(f'val/{name}', value)
 
@@ -130,5 +190,6 @@ class _EMARunner(_RawRunner):
         if not self.swapped:
             return
         for hook in self.runner.hooks:
-            if isinstance(hook, (StockEMAHook, EMARecalibrateHook)):
+            stock = isinstance(hook, StockEMAHook) and not isinstance(hook, EMAHook)
+            if stock or isinstance(hook, EMARecalibrateHook):
                 hook.after_val_epoch(self.runner, metrics={})

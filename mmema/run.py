@@ -24,10 +24,21 @@ def ema_hook_of(runner: Runner) -> StockEMAHook:
     found = [hook for hook in runner.hooks if isinstance(hook, StockEMAHook)]
     if len(found) != 1:
         raise RunError(
-            f'the run must have one EMAHook, got {len(found)}. Add to custom_hooks: '
-            "dict(type='EMAHook', ema_type='mmema.RestartableExpMomentumEMA')"
+            f'the run must have one EMAHook, got {len(found)}. '
+            + (
+                'For several averages give the others in also: '
+                "dict(type='mmema.EMAHook', also=dict(short=dict(momentum=0.001)))"
+                if found
+                else 'Add to custom_hooks: '
+                "dict(type='EMAHook', ema_type='mmema.RestartableExpMomentumEMA')"
+            )
         )
     return found[0]
+
+
+def averages_of(ema_hook: StockEMAHook) -> dict:
+    """Return the averages of an EMAHook by name: the main one, without a name, and the others."""
+    return {'': getattr(ema_hook, 'ema_model', None), **getattr(ema_hook, 'also', {})}
 
 
 def what_loads(runner: Runner) -> tuple[str, bool]:

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import OrderedDict
 from functools import wraps
 from weakref import WeakSet, ref
 
 from mmengine.hooks import EMAHook as StockEMAHook
 from mmengine.model import BaseAveragedModel
-from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from mmengine.runner.base_loop import BaseLoop
 from mmengine.runner.checkpoint import weights_to_cpu
 from torch import nn
 
-from ..arguments import check_bool
+from ..arguments import check_bool, check_integer
 from ..checkpoints.resume import check_ema_state, choose_checkpoint
 from ..messages import RunError, listed, warn
 from ..registry import HOOKS
-from ..run import what_loads
+from ..restarts.facts import facts_of
+from ..run import ema_hook_of, what_loads
 from ..swap import Swap
 from ..update.pairs import canonical_name, unwrapped
 from ..update.refusals import refuse_sharded
+from .average_config import AverageConfig, also_configs
 from .optimizer_steps import OptimizerSteps
 from .run_average import RunAverage
+from .units import Horizon, auto_scale_base, batch_scale, settle
 
 
 @HOOKS.register_module()
@@ -47,6 +48,9 @@ class EMAHook(StockEMAHook):
     - Validations and checkpoints report which tensors of the average are not finite.
     - ``FlexibleRunner`` trains, saves and resumes as ``Runner`` does, with ``SingleDeviceStrategy``
       and ``DDPStrategy``. Sharded models are refused.
+    - Further averages can follow the same training, each as if it were alone. The main one is
+      evaluated and saved as ``state_dict``; the others are saved in ``ema_also``, and evaluated by
+      :class:`mmema.EMAValLoop`. A rewind of the training to its best checkpoint leaves them alone.
 
     Args:
         ema_type: Averaged model in the registry, or its class. Defaults to
@@ -58,14 +62,26 @@ class EMAHook(StockEMAHook):
         begin_epoch: The same in epochs; only one of the two can be set. Defaults to 0.
         per_optimizer_step: Whether updates follow the optimizer's steps rather than iterations.
             Defaults to True.
+        also: Further averages by name, each a dict of ``ema_type``, ``horizon`` and arguments of
+            the averaged model, which are otherwise those of the main one; and ``restart``, a dict
+            of arguments of :class:`mmema.EMARestartHook` without ``source``. Defaults to None.
+        horizon: In place of ``momentum``: ``'2 epochs'``, ``'500 updates'``, or 0.01, a share of
+            the run. The momentum is ``interval / horizon`` in updates. Defaults to None.
+        base_batch_size: Batch size that momentum and gamma are chosen for. In a run with k times
+            that batch, all ranks and accumulated iterations counted, they become
+            ``1 - (1 - momentum) ** k`` and ``gamma / k``, but for values of restarts. Defaults to
+            None: that of ``auto_scale_lr`` where it is enabled, else they stay.
         **averaged_model: Arguments of the averaged model, such as ``momentum``.
 
     Raises:
         AssertionError: If ``begin_iter`` or ``begin_epoch`` is negative, or both are set.
         TypeError: If an argument is none of the hook's and none of the averaged model's.
+        ValueError: If a value is out of range.
 
     Example:
-        >>> custom_hooks = [dict(type='mmema.EMAHook', momentum=0.0002)]  # in a config
+        >>> custom_hooks = [  # in a config
+        ...     dict(type='mmema.EMAHook', momentum=0.0002, also=dict(short=dict(momentum=0.001))),
+        ... ]
     """
 
     def __init__(
@@ -75,14 +91,23 @@ class EMAHook(StockEMAHook):
         begin_iter: int = 0,
         begin_epoch: int = 0,
         per_optimizer_step: bool = True,
+        also: dict | None = None,
+        horizon: str | float | None = None,
+        base_batch_size: int | None = None,
         **averaged_model,
     ):
         super().__init__(ema_type, strict_load, begin_iter, begin_epoch, **averaged_model)
-        refuse_unknown_arguments(ema_type, averaged_model)
         check_bool('per_optimizer_step', per_optimizer_step)
+        if base_batch_size is not None:
+            check_integer('base_batch_size', base_batch_size)
         self.per_optimizer_step = per_optimizer_step
+        self.base_batch_size = base_batch_size
+        horizon = None if horizon is None else Horizon(horizon)
+        main = AverageConfig(ema_type, averaged_model, horizon)
+        self._configs = {'': main, **also_configs(also, main)}  # by name; the main one has none
         self.src_model: nn.Module | None = None
-        self._average: RunAverage | None = None
+        self._averages: dict[str, RunAverage] = {}
+        self._settled = False
         self._made_for: tuple = (None, None)  # weak references to the run and the model
         self._optimizer_steps = OptimizerSteps()
         self._swap: Swap | None = None
@@ -93,26 +118,48 @@ class EMAHook(StockEMAHook):
 
     @property
     def ema_model(self) -> BaseAveragedModel | None:
-        """The averaged model; None before the run."""
-        return self._average and self._average.ema_model
+        """The main averaged model; None before the run."""
+        return self._averages[''].ema_model if self._averages else None
+
+    @property
+    def also(self) -> dict[str, BaseAveragedModel | None]:
+        """The other averaged models by name; None before the run."""
+        averages = {**dict.fromkeys(self._configs), **self._averages}
+        return {name: one and one.ema_model for name, one in averages.items() if name}
 
     def before_run(self, runner: Runner) -> None:
-        """Make the average, unless this run has one of this model already."""
+        """Make the averages, unless this run has those of this model already."""
+        ema_hook_of(runner)  # refuses a second one
         self._restore()
         choose_checkpoint(runner)
         source = self._source(runner)
-        if self._average is None or [made() for made in self._made_for] != [runner, source]:
+        if not self._averages or [made() for made in self._made_for] != [runner, source]:
             refuse_sharded(runner.model)
-            ema_model = MODELS.build(self.ema_cfg, default_args=dict(model=source))
-            self._average = RunAverage(ema_model)
+            self._averages = {n: RunAverage(c, source, n) for n, c in self._configs.items()}
             self._made_for = ref(runner), ref(source)
+            self._settled = False
+        if not self._settled and isinstance(runner._train_loop, BaseLoop):
+            self._settle(runner)
         self._guard_loops(runner)
 
-    def _average_of(self, runner: Runner) -> RunAverage:
-        """Return the average; make it if a loop, a load or a save came before the run."""
-        if self._average is None:
+    def _settle(self, runner: Runner) -> None:
+        """Work out momentum and gamma, now that the run is known."""
+        self._settled = True
+        base = self.base_batch_size or auto_scale_base(runner)
+        if base is None and not any(config.horizon for config in self._configs.values()):
+            return
+        facts = facts_of(runner, self)
+        scale = base and batch_scale(runner, base, facts)
+        for average in self._averages.values():
+            text = settle(average.ema_model, average.config.horizon, scale, facts)
+            if text:
+                runner.logger.info(f'EMAHook, {average.label}: {text}')
+
+    def _averages_of(self, runner: Runner) -> list[RunAverage]:
+        """Return the averages; make them if a loop, a load or a save came before the run."""
+        if not self._averages:
             self.before_run(runner)
-        return self._average
+        return [*self._averages.values()]
 
     def _source(self, runner: Runner) -> nn.Module:
         model = unwrapped(runner.model)
@@ -125,31 +172,42 @@ class EMAHook(StockEMAHook):
         """Copy the model; ``init_weights`` has run and the weights are loaded by now."""
         super().before_train(runner)
         refuse_unsaved(runner)
-        if self._average is not None:
-            self._average.copy(self._source(runner))
+        for average in self._averages.values():
+            average.copy(self._source(runner))
+            average.begin(runner, self)
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Catch up on a validation that decides about a plateau, after a resume."""
+        for average in self._averages.values():
+            average.catch_up(runner)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         """Copy weights that were loaded meanwhile; begin to count the optimizer's steps."""
         self._evaluating = False
         self._restore()  # if an evaluation without a guard has failed
-        self._average.copy(self._source(runner))
+        source = self._source(runner)
+        for average in self._averages.values():
+            average.copy(source)
+            average.restart_if_due(runner)
         if self.per_optimizer_step:
             self._optimizer_steps.begin_iteration(runner.optim_wrapper)
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None
     ) -> None:
-        """Update the average, if an optimizer has made a step."""
-        self._average.has_own_weights = True
-        steps = self._optimizer_steps
-        if not self.per_optimizer_step or steps.end_iteration(runner.optim_wrapper):
-            self._average.update(self._source(runner), begun=self._ema_started(runner))
+        """Update the averages, if an optimizer has made a step."""
+        steps, source = self._optimizer_steps, self._source(runner)
+        stepped = not self.per_optimizer_step or steps.end_iteration(runner.optim_wrapper)
+        for average in self._averages.values():
+            average.has_own_weights = True
+            if stepped:
+                average.update(source, begun=self._ema_started(runner))
 
     # --- evaluation -------------------------------------------------------------------------------
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Swap the averaged weights into the model."""
-        average = self._average_of(runner)
+        average = self._averages_of(runner)[0]
         self._evaluating = True
         self._restore()
         self._guard_loops(runner)
@@ -158,6 +216,13 @@ class EMAHook(StockEMAHook):
             self._swap = Swap(self._source(runner), average.ema_model)
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        """Restore the trained weights; decide about restarts of averages of ``also``."""
+        self._restore()
+        if isinstance(runner._train_loop, BaseLoop):
+            for average in self._averages.values():
+                average.see_validation(runner)
+
+    def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         """Restore the trained weights."""
         self._restore()
 
@@ -165,12 +230,13 @@ class EMAHook(StockEMAHook):
         """Note the end of the evaluation; its best checkpoint is saved by now."""
         self._evaluating = False
 
-    before_test_epoch, after_test_epoch, after_test = before_val_epoch, after_val_epoch, after_val
+    before_test_epoch, after_test = before_val_epoch, after_val
 
     def _restore(self) -> None:
         swap, self._swap = self._swap, None
         if swap is not None and not swap.undo():
-            self._average.has_own_weights = False
+            for average in self._averages.values():
+                average.has_own_weights = False
             warn(
                 'the layers of the model were changed while it held the averaged weights (as '
                 'switch_to_deploy does): it keeps them, and cannot be trained on.'
@@ -195,62 +261,59 @@ class EMAHook(StockEMAHook):
 
     def _report(self) -> None:
         self._optimizer_steps.report()
-        self._average.report()
+        for average in self._averages.values():
+            average.report()
 
     # --- checkpoints ------------------------------------------------------------------------------
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Save the averaged weights as ``state_dict``, the trained ones in ``ema_state_dict``."""
-        average = self._average_of(runner)
+        averages = self._averages_of(runner)
         self._report()
         if hasattr(runner, 'strategy'):
             mend_flexible_checkpoint(runner, checkpoint, self._evaluating)
         try:
-            average.copy(self._source(runner))
+            if self._swap is None:
+                for average in averages:
+                    average.copy(self._source(runner))
         except ValueError as error:
             warn(f'the checkpoint is saved without an EMA state: {error}')
             return
         if self._swap is not None:
             checkpoint['state_dict'] = weights_to_cpu(self._swap.trained_state())
-        checkpoint['ema_state_dict'] = weights_to_cpu(average.ema_model.state_dict())
+        checkpoint['ema_state_dict'] = weights_to_cpu(self.ema_model.state_dict())
         exchange_weights(checkpoint)
+        if self.also:
+            checkpoint['ema_also'] = {average.name: average.state() for average in averages[1:]}
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Resume the average, or let it be a copy of the loaded model."""
-        average = self._average_of(runner)
+        """Resume the averages, or let them be copies of the loaded model."""
+        main, *others = self._averages_of(runner)
         self._restore()
         file, resumes = what_loads(runner)
-        if resumes and 'ema_state_dict' in checkpoint:
-            check_ema_state(checkpoint, average.ema_model, file)
-            exchange_weights(checkpoint)
-            average.resume(checkpoint['ema_state_dict'], self._source(runner), self.strict_load)
+        source, strict = self._source(runner), self.strict_load
+        if not resumes or 'ema_state_dict' not in checkpoint:
+            if resumes:
+                warn(
+                    'There is no `ema_state_dict` in checkpoint. `EMAHook` will make a copy of '
+                    f'`state_dict` as the initial `ema_state_dict` ({file})'
+                )
+            for average in (main, *others):
+                average.load(model_weights(checkpoint), strict)
             return
-        if resumes:
-            warn(
-                'There is no `ema_state_dict` in checkpoint. `EMAHook` will make a copy of '
-                f'`state_dict` as the initial `ema_state_dict` ({file})'
-            )
-        average.load(model_weights(checkpoint), self.strict_load)
-
-
-def refuse_unknown_arguments(ema_type: str | type, arguments: dict) -> None:
-    """Raise TypeError for arguments that the averaged model does not have, if it is known yet."""
-    cls = ema_type
-    if not isinstance(ema_type, type):
-        with MODELS.switch_scope_and_registry(None) as registry:
-            cls = registry.get(ema_type)
-    if cls is None:
-        return  # imported later; building it fails then
-    known = inspect.signature(cls).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-        return
-    names = [name for name in known if name != 'model']
-    wrong = [name for name in arguments if name not in names]
-    if wrong:
-        raise TypeError(
-            f'EMAHook passes its other arguments to {cls.__name__}, which takes '
-            f'({", ".join(names)}), got {listed(wrong)}'
-        )
+        check_ema_state(checkpoint, main.ema_model, file)
+        exchange_weights(checkpoint)
+        main.resume(checkpoint['ema_state_dict'], source, strict)
+        saved = checkpoint.get('ema_also', {})
+        for average in others:
+            if average.name in saved:
+                average.resume_from(saved[average.name], source, strict, file)
+            else:
+                warn(f'{file} has no average {average.name!r}: it begins as a copy of the weights')
+                average.load(model_weights(checkpoint), strict)
+        dropped = [name for name in saved if name not in self._configs]
+        if dropped:
+            warn(f'{file} has averages that the config lacks; they are dropped: {listed(dropped)}')
 
 
 def refuse_unsaved(runner: Runner) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..arguments import check_integer
 from ..registry import HOOKS, register_everywhere
-from ..run import ema_hook_of
+from ..run import averages_of, ema_hook_of
 from ..update.finite import is_number
 from ..update.pairs import pairs_of, unwrapped
 
@@ -28,7 +28,8 @@ class EMAMonitorHook(Hook):
     - ``ema_restarts``: how many restarts there have been;
     - ``ema_distance``: ``||average - source|| / ||source||`` over all parameters.
 
-    What an averaged model does not have is left out. The scalars are measured at the iterations at
+    Those of the averages in ``also`` have their names: ``ema_short_momentum``. What an averaged
+    model does not have is left out. The scalars are measured at the iterations at
     which LoggerHook writes; at all others the hook costs nothing.
 
     Args:
@@ -64,10 +65,11 @@ class EMAMonitorHook(Hook):
         """Measure, if LoggerHook is about to write."""
         if not self._is_due(runner, batch_idx):
             return
-        for name, value in state_of(self._ema_hook.ema_model).items():
-            runner.message_hub.update_scalar(f'train/ema_{name}', value)
-        distance = relative_distance(self._ema_hook.ema_model.module, runner.model)
-        runner.message_hub.update_scalar('train/ema_distance', distance)
+        for name, average in averages_of(self._ema_hook).items():
+            prefix = f'train/ema_{name}_' if name else 'train/ema_'
+            distance = relative_distance(average.module, runner.model)
+            for key, value in {**state_of(average), 'distance': distance}.items():
+                runner.message_hub.update_scalar(f'{prefix}{key}', value)
 
     def _is_due(self, runner: Runner, batch_idx: int) -> bool:
         if self.interval is not None or self._logger is None:

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..arguments import check_integer
 from ..messages import RunError
 from ..registry import HOOKS, register_everywhere
-from ..run import ema_hook_of, kept_rng, last_of, validation_follows
+from ..run import averages_of, ema_hook_of, kept_rng, last_of, validation_follows
 from ..update.pairs import copy_all, unwrapped
 
 
@@ -94,18 +94,21 @@ class EMARecalibrateHook(Hook):
                 f'config (a dict), got a {type(runner._train_dataloader).__name__}'
             )
         self._average = ema_hook.ema_model.module
+        self._averages = {name: ema.module for name, ema in averages_of(ema_hook).items()}
         self._source = unwrapped(runner.model)
         if not measurable(self._average):
             raise RunError(
                 'the model has no BatchNorm whose running statistics training moves. '
                 'Remove EMARecalibrateHook.'
             )
-        devices = [{p.device for p in m.parameters()} for m in (self._average, self._source)]
-        if devices[0] != devices[1]:
-            raise RunError(
-                f'the average must be on the device of the model to be measured there, but is on '
-                f'{devices[0]} and the model on {devices[1]}. Leave out device= of EMAHook.'
-            )
+        own = {p.device for p in self._source.parameters()}
+        for average in self._averages.values():
+            devices = {p.device for p in average.parameters()}
+            if devices != own:
+                raise RunError(
+                    'an average must be on the device of the model to be measured there, but one '
+                    f'is on {devices} and the model on {own}. Leave out device= of EMAHook.'
+                )
         self._build_loader(runner)  # an error of the dataset shows now
 
     def after_train_epoch(self, runner: Runner) -> None:
@@ -135,7 +138,10 @@ class EMARecalibrateHook(Hook):
     def _measure_if_due(self, runner: Runner, now: int) -> None:
         self._measured = None  # that of a validation that failed
         if self._is_due(runner.train_loop, now):
-            self._measure(runner)
+            weights = getattr(runner.val_loop, 'weights', ())  # those that EMAValLoop evaluates
+            for name, average in self._averages.items():
+                if not name or name in weights:
+                    self._measure(runner, average, name)
             models = self._source, self._average
             self._measured = tuple([t.clone() for t in statistics(model)] for model in models)
 
@@ -147,15 +153,15 @@ class EMARecalibrateHook(Hook):
         done = sum(validation_follows(loop, step) for step in range(1, now + 1))
         return done % self.interval == 0
 
-    def _measure(self, runner: Runner) -> None:
-        average = self._average
+    def _measure(self, runner: Runner, average: nn.Module, name: str) -> None:
         with kept_rng():
             batches = islice(self._build_loader(runner), self.batches)
             context = partial(runner.optim_wrapper.optim_context, average)
             number, measured, others = measure_statistics(average, batches, self.mode, context)
+        of = f'also[{name!r}]' if name else 'the average'
         runner.logger.info(
-            f'Measured the statistics of {measured} BatchNorm layers of the average on {number} '
-            'training batches.'
+            f'Measured the statistics of {measured} BatchNorm layers of {of} on {number} training '
+            'batches.'
         )
         if others:
             runner.logger.warning(

@@ -1,15 +1,25 @@
-"""One average of a run: updates, state and reports, apart from when the hook asks for them."""
+"""One average of a run: updates, restarts, state and reports, apart from when the hook asks."""
 
 from __future__ import annotations
 
+from mmengine.hooks import EMAHook
 from mmengine.model import BaseAveragedModel
-from mmengine.runner.checkpoint import load_state_dict
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
+from mmengine.runner.checkpoint import load_state_dict, weights_to_cpu
 from torch import nn
 
 from ..averaged import MomentumAveragedModel
-from ..messages import listed, warn
+from ..checkpoints.resume import check_ema_state
+from ..messages import RunError, listed, warn
+from ..restarts.facts import facts_of
+from ..restarts.live import catch_up, check_rule, log_restart, momentum_of, values_of
+from ..restarts.planner import explicit_moments
+from ..restarts.progress import RuleProgress, due_restart
+from ..run import now_of
 from ..swap import copy_weights, non_persistent
 from ..update.finite import names_of_non_finite
+from .average_config import AverageConfig
 
 
 class RunAverage:
@@ -17,12 +27,28 @@ class RunAverage:
 
     ``init_weights`` and loading change the model after the average was made, so the copy is made
     again until then.
+
+    Args:
+        config: Its arguments.
+        source: The model being trained.
+        name: Its name in ``also``; empty for the main one.
     """
 
-    def __init__(self, ema_model: BaseAveragedModel):
-        self.ema_model = ema_model
+    def __init__(self, config: AverageConfig, source: nn.Module, name: str = ''):
+        self.config = config
+        self.name = name
+        model = dict(config.arguments, type=config.ema_type)
+        self.ema_model: BaseAveragedModel = MODELS.build(model, default_args=dict(model=source))
         self.has_own_weights = False
-        self._non_finite = set(names_of_non_finite(ema_model.module))  # masks, for example
+        self.progress = config.rule and RuleProgress(config.rule)
+        self._non_finite = set(names_of_non_finite(self.ema_model.module))  # masks, for example
+
+    @property
+    def label(self) -> str:
+        """The name in messages."""
+        return f'also[{self.name!r}]' if self.name else 'the average'
+
+    # --- updates ----------------------------------------------------------------------------------
 
     def copy(self, source: nn.Module) -> None:
         """Copy the source, unless the average has weights of its own."""
@@ -41,18 +67,6 @@ class RunAverage:
         else:
             copy_weights(ema.module, source)
 
-    def resume(self, state: dict, source: nn.Module, strict: bool) -> None:
-        """Load an EMA state; non-persistent buffers, which no state has, are the source's."""
-        self.ema_model.load_state_dict(state, strict=strict)
-        module = self.ema_model.module
-        copy_weights(module, source, only=non_persistent(module))
-        self.has_own_weights = True
-
-    def load(self, weights: dict, strict: bool) -> None:
-        """Load weights of a model, of which the average is a copy from now on."""
-        load_state_dict(self.ema_model.module, weights, strict=strict, logger='current')
-        self.has_own_weights = False
-
     def report(self) -> None:
         """Warn of tensors that were skipped, and of values that are no longer finite."""
         if hasattr(self.ema_model, 'log_skipped'):
@@ -62,7 +76,78 @@ class RunAverage:
         self._non_finite = set(names)
         if new:
             warn(
-                f'not finite in the average: {listed(new)} (after {int(self.ema_model.steps)} '
+                f'not finite in {self.label}: {listed(new)} (after {int(self.ema_model.steps)} '
                 'updates). They stay so until a hard restart; skip_non_finite=True keeps such '
                 'values out.'
             )
+
+    # --- restarts of an average of `also` ---------------------------------------------------------
+
+    def begin(self, runner: Runner, ema_hook: EMAHook) -> None:
+        """Check the restart rule at the beginning of a training."""
+        if self.progress is None:
+            return
+        rule, facts = self.config.rule, facts_of(runner, ema_hook)
+        try:
+            moments = explicit_moments(rule, facts)
+            check_rule(rule, self.ema_model)
+        except RunError as error:
+            raise RunError(f'{self.label}: {error}') from None
+        if rule.plateau and self.name not in getattr(runner.val_loop, 'weights', ()):
+            raise RunError(
+                f'{self.label}: on_plateau watches the metrics of this average, but no validation '
+                "gives them. Set val_cfg=dict(type='mmema.EMAValLoop')."
+            )
+        beyond = [str(m) for m in moments if facts.iteration_at(m) >= facts.iterations]
+        if beyond:
+            warn(f'{self.label}: {listed(beyond)} is beyond the end of the run')
+        self.progress.begin(facts)
+
+    def catch_up(self, runner: Runner) -> None:
+        """Catch up on a validation which the resumed checkpoint was saved before."""
+        if self.progress is not None:
+            catch_up(runner, self.progress)
+
+    def restart_if_due(self, runner: Runner) -> None:
+        """Restart the average if a trigger of its rule is due and not yet done."""
+        now = {'epoch': runner.epoch, 'iter': runner.iter}
+        if self.progress is not None and self.progress.is_due(now):
+            ema, before = self.ema_model, values_of(self.ema_model)
+            restart = due_restart([self.progress], now, momentum_of(ema))
+            restart.apply(ema)
+            log_restart(runner, ema, restart, before, self.name)
+
+    def see_validation(self, runner: Runner) -> None:
+        """Take in the metrics of this average, which EMAValLoop has."""
+        if self.progress is not None:
+            metrics = getattr(runner.val_loop, 'results', {}).get(self.name, {})
+            self.progress.see_validation(metrics, now_of(runner))
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def state(self) -> dict:
+        """Return the EMA state and that of the restart rule, for ``ema_also``."""
+        restart = self.progress and self.progress.state_dict()
+        return {'state_dict': weights_to_cpu(self.ema_model.state_dict()), 'restart': restart}
+
+    def resume(self, state: dict, source: nn.Module, strict: bool) -> None:
+        """Load an EMA state; non-persistent buffers, which no state has, are the source's."""
+        self.ema_model.load_state_dict(state, strict=strict)
+        module = self.ema_model.module
+        copy_weights(module, source, only=non_persistent(module))
+        self.has_own_weights = True
+
+    def resume_from(self, saved: dict, source: nn.Module, strict: bool, file: str) -> None:
+        """Load what :meth:`state` returned; an error names the average."""
+        try:
+            check_ema_state({'ema_state_dict': saved['state_dict']}, self.ema_model, file)
+            self.resume(saved['state_dict'], source, strict)
+        except (RunError, RuntimeError) as error:
+            raise RunError(f'{self.label}: {error}') from None
+        if self.progress is not None and saved['restart'] is not None:
+            self.progress.load_state_dict(saved['restart'])
+
+    def load(self, weights: dict, strict: bool) -> None:
+        """Load weights of a model, of which the average is a copy from now on."""
+        load_state_dict(self.ema_model.module, weights, strict=strict, logger='current')
+        self.has_own_weights = False

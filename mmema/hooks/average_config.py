@@ -1,0 +1,125 @@
+"""Config of the averages of a run: the main one, and those beside it in ``also``."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field, fields
+
+from mmengine.registry import MODELS
+
+from ..averaged import MomentumAveragedModel
+from ..messages import listed
+from ..restartable import Restartable
+from ..restarts.rule import RestartRule
+from .units import Horizon
+
+# 'raw' and 'ema' name weights already, and scalars of restarts begin with 'ema_set_'.
+RESERVED = ('raw', 'ema', 'set')
+
+
+@dataclass(frozen=True)
+class AverageConfig:
+    """The arguments of one average, checked as far as they can be without a model.
+
+    Args:
+        ema_type: Averaged model in the registry, or its class.
+        arguments: Arguments of the averaged model.
+        horizon: Horizon in place of ``momentum``. Defaults to None.
+        rule: When the average is restarted, if it is one of ``also``. Defaults to None.
+    """
+
+    ema_type: str | type
+    arguments: dict = field(default_factory=dict)
+    horizon: Horizon | None = None
+    rule: RestartRule | None = None
+
+    def __post_init__(self) -> None:
+        cls = class_of(self.ema_type)
+        if cls is None:
+            return  # imported later; building it fails then
+        names = argument_names(cls)
+        wrong = [name for name in self.arguments if names is not None and name not in names]
+        if wrong:
+            raise TypeError(
+                f'EMAHook passes its other arguments to {cls.__name__}, which takes '
+                f'({", ".join(names)}), got {listed(wrong)}'
+            )
+        if self.horizon is not None and ('momentum' in self.arguments or 'momentum' not in names):
+            raise ValueError(
+                f'horizon must come in place of momentum, but {cls.__name__} '
+                + ('got both' if 'momentum' in self.arguments else 'has no momentum')
+            )
+        if issubclass(cls, MomentumAveragedModel):
+            own = {f.name for f in fields(cls.schedule_type)} & set(self.arguments)
+            cls.schedule_type(**{name: self.arguments[name] for name in own})
+        if self.rule is not None and not issubclass(cls, Restartable):
+            raise ValueError(f'restart needs a restartable average, got {cls.__name__}')
+
+    def beside(self, given: dict) -> AverageConfig:
+        """Return the config of an average of ``also``; what it does not give is taken from here."""
+        given = dict(given)
+        ema_type = given.pop('ema_type', self.ema_type)
+        cls = class_of(ema_type)
+        if cls is None:
+            raise ValueError(f'ema_type must name an averaged model, got {ema_type!r}')
+        names = argument_names(cls) or self.arguments
+        arguments = {name: value for name, value in self.arguments.items() if name in names}
+        horizon = self.horizon if 'momentum' in names and 'momentum' not in given else None
+        if 'horizon' in given:
+            arguments.pop('momentum', None)
+            horizon = Horizon(given.pop('horizon'))
+        restart = given.pop('restart', None)
+        rule = None if restart is None else rule_beside(restart)
+        return AverageConfig(ema_type, {**arguments, **given}, horizon, rule)
+
+
+def also_configs(also: dict | None, main: AverageConfig) -> dict:
+    """Return the configs of the averages in ``also``, by name; an error names the entry."""
+    if not isinstance(also or {}, dict):
+        raise TypeError(f'also must be a dict of averages by name, got {also!r}')
+    configs = {}
+    for name, given in (also or {}).items():
+        if not isinstance(name, str) or not name.isidentifier() or name in RESERVED:
+            raise ValueError(
+                f'a name in also must be an identifier, none of {RESERVED}, got {name!r}'
+            )
+        if not isinstance(given, dict):
+            raise TypeError(f'also[{name!r}] must be a dict of arguments, got {given!r}')
+        try:
+            configs[name] = main.beside(given)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f'also[{name!r}]: {error}') from None
+    return configs
+
+
+def rule_beside(arguments: dict) -> RestartRule:
+    """Return the restart rule of an average of ``also``, which must not change the training."""
+    if not isinstance(arguments, dict):
+        raise TypeError(f'restart must be a dict of arguments, got {arguments!r}')
+    known = [f.name for f in fields(RestartRule) if f.init and f.name != 'source']
+    wrong = [name for name in arguments if name not in known]
+    plateau = arguments.get('on_plateau')
+    if 'source' in wrong or isinstance(plateau, dict) and plateau.get('source') is not None:
+        raise ValueError(
+            'an average of also must not change the training, but restart has a source. Leave it '
+            'out, or restart the main average with an EMARestartHook.'
+        )
+    if wrong:
+        raise TypeError(f'restart takes ({", ".join(known)}), got {listed(wrong)}')
+    return RestartRule(**arguments)
+
+
+def class_of(ema_type: str | type) -> type | None:
+    """Return an averaged model by its name in the registry; None if it is not known yet."""
+    if isinstance(ema_type, type):
+        return ema_type
+    with MODELS.switch_scope_and_registry(None) as registry:
+        return registry.get(ema_type)
+
+
+def argument_names(cls: type) -> list | None:
+    """Return the names of an averaged model's arguments; None if it takes any."""
+    parameters = inspect.signature(cls).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    return [name for name in parameters if name != 'model']
