@@ -23,7 +23,7 @@ def advice(
     return [
         *_decays_as_momentum(rules),
         *_beyond_the_end(rules, facts),
-        *_switches_without_restart(rules, planned, facts),
+        *_switches_without_restart(rules, planned, facts, ema),
         *_without_a_best(rules, planned, facts),
         *_updates_left(planned, facts, ema),
     ]
@@ -48,17 +48,26 @@ def _beyond_the_end(rules, facts) -> list:
     ]
 
 
-def _switches_without_restart(rules, planned, facts) -> list:
+def _switches_without_restart(rules, planned, facts, ema) -> list:
     followed = {rule.follow for rule in rules}
     times = {restart.iteration for restart in planned}
     return [
         f'{name} switches at epoch {epoch}, and no restart follows it; follow={name!r} would'
+        + _share_from_before(facts, ema, epoch)
         for name, epochs in facts.switches.items()
         for epoch in epochs
         if name not in followed
         and epoch < facts.end('epoch')
         and epoch * facts.epoch_length not in times
     ]
+
+
+def _share_from_before(facts, ema, epoch) -> str:
+    if not isinstance(ema.schedule, (ExpSchedule, ConstantSchedule)):
+        return ''
+    blends = (facts.updates - facts.update_of(epoch * facts.epoch_length)) // ema.interval
+    share = (1 - ema.schedule.momentum) ** blends
+    return f'. Without one, {share:.2f} of the average at the end are weights from before it'
 
 
 def _without_a_best(rules, planned, facts) -> list:

@@ -96,10 +96,32 @@ def test_a_switch_that_no_restart_follows():
     facts = RunFacts(200000, 1000, switches={'PipelineSwitchHook': [90]})
     assert advice(facts, by_iter(5)) == [
         'PipelineSwitchHook switches at epoch 90, and no restart follows it; '
-        "follow='PipelineSwitchHook' would"
+        "follow='PipelineSwitchHook' would. Without one, 0.00 of the average at the end are weights "
+        'from before it'
     ]
     assert advice(facts, RestartRule(milestones=[90])) == []
     assert advice(facts, RestartRule(follow='PipelineSwitchHook')) == []
+
+
+@pytest.mark.parametrize(
+    'epochs, switch, length, momentum, interval, share',
+    [
+        (500, 490, 925, 0.0001, 1, '0.40'),  # MMYOLO's YOLOv8, 8xb16
+        (300, 280, 463, 0.0002, 1, '0.16'),  # MMDetection's RTMDet, 8xb32
+        (300, 285, 1849, 0.0001, 1, '0.06'),  # MMDetection's YOLOX, 8xb8
+        (300, 280, 463, 0.0004, 2, '0.16'),
+    ],
+)
+def test_the_share_of_weights_from_before_the_switch(
+    epochs, switch, length, momentum, interval, share
+):
+    facts = RunFacts(epochs * length, length, switches={'PipelineSwitchHook': [switch]})
+    (line,) = advice(facts, by_iter(5), momentum=momentum, interval=interval)
+    assert line.endswith(
+        f'Without one, {share} of the average at the end are weights from before it'
+    )
+    (line,) = advice(facts, by_iter(5), cls=RestartableUniformAverage)
+    assert line.endswith('would')
 
 
 def test_restarts_before_there_is_a_best_checkpoint():
