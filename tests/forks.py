@@ -24,6 +24,7 @@ PRELOADED = [
     *(f'mmdet.{part}' for part in ('datasets', 'engine', 'evaluation', 'models', 'visualization')),
     *(f'mmyolo.{part}' for part in ('datasets', 'engine', 'models')),
 ]  # not mmema: what importing it does is tested
+TESTS = str(Path(__file__).parent)
 LIMIT = 400  # seconds after which a process ends by itself: a hang, not a slow machine
 
 
@@ -61,7 +62,7 @@ def start(script, *arguments, folder, out, err=None, **environment):
     return Process(pid)
 
 
-def start_ranks(count, script, *arguments, folder):
+def start_ranks(count, script, *arguments, folder, **environment):
     """Start the ranks of a distributed job; rank N writes its output to ``rank_N.txt``."""
     return [
         start(
@@ -72,6 +73,7 @@ def start_ranks(count, script, *arguments, folder):
             RANK=str(rank),
             LOCAL_RANK=str(rank),
             WORLD_SIZE=str(count),
+            **environment,
         )
         for rank in range(count)
     ]

@@ -1,10 +1,13 @@
 """A small, real Runner: a model with BatchNorm that learns a line, trained in milliseconds."""
 
-import logging
+import itertools
+import json
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
 import mmengine.runner.loops
+import numpy as np
 import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
@@ -20,20 +23,30 @@ mmengine.runner.loops.time = SimpleNamespace(sleep=lambda seconds: None)
 EMA = dict(type='EMAHook', ema_type='mmema.RestartableExpMomentumEMA', momentum=0.1, gamma=5)
 
 
+def ema(**changes):
+    return {**EMA, **changes}
+
+
 @DATASETS.register_module()
 class Line(Dataset):
-    """Twenty-four points of a noisy line."""
+    """Points of a noisy line; with ``noise`` each is seen elsewhere, as augmented pictures are."""
 
-    def __init__(self, length=24, pipeline=None):
+    def __init__(self, length=24, noise=0.0, pipeline=None):
         generator = torch.Generator().manual_seed(0)
         self.x = torch.randn(length, 3, generator=generator)
         self.y = self.x.sum(1, keepdim=True) + torch.randn(length, 1, generator=generator) / 3
+        self.noise = noise
+        self.seen = []  # as a cached Mosaic keeps pictures
 
     def __len__(self):
         return len(self.x)
 
     def __getitem__(self, index):
-        return dict(x=self.x[index], y=self.y[index])
+        self.seen.append(index)
+        x = self.x[index]
+        if self.noise:
+            x = x + self.noise * (random.random() + np.random.rand() + float(torch.rand(())))
+        return dict(x=x, y=self.y[index])
 
 
 @MODELS.register_module()
@@ -53,6 +66,22 @@ class LineModel(BaseModel):
         return [dict(error=(out - y).square())] if mode == 'predict' else out
 
 
+class NormModel(LineModel):
+    """A norm behind a layer, one that no data reaches, dropout, and a count of training passes."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.dropout = nn.Dropout(dropout)
+        self.unused = nn.BatchNorm1d(3)
+        self.register_buffer('passes', torch.tensor(0))
+
+    def forward(self, x, y=None, mode='tensor'):
+        if self.training:
+            self.passes += 1
+        return super().forward(self.dropout(self.linear(x)), y, mode)
+
+
 @METRICS.register_module()
 class Score(BaseMetric):
     """Minus the mean error; or scripted: ``script[time of the run]``."""
@@ -70,6 +99,24 @@ class Score(BaseMetric):
         if self.script is not None:
             return dict(score=self.script[Score.now])
         return dict(score=-torch.cat(results).mean().item())
+
+
+class Mean(BaseMetric):
+    """Two numbers under a prefix; none where ``silent`` says so."""
+
+    default_prefix = 'toy'
+
+    def __init__(self, silent=lambda results: False):
+        super().__init__()
+        self.silent = silent
+
+    def process(self, data_batch, data_samples):
+        self.results += [float(error) for sample in data_samples for error in sample['error']]
+
+    def compute_metrics(self, results):
+        if self.silent(results):
+            return {}
+        return {'mean': float(np.mean(results)), 'worst': float(np.max(results))}
 
 
 @HOOKS.register_module()
@@ -110,13 +157,36 @@ def ema_of(runner):
     return next(hook.ema_model for hook in runner.hooks if hasattr(hook, 'ema_model'))
 
 
-def loader(batch_size=6, shuffle=True):
+def loader(batch_size=6, shuffle=True, length=24, noise=0.0, **settings):
     return dict(
         batch_size=batch_size,
         num_workers=0,
-        dataset=Line(),
+        dataset=Line(length, noise),
         sampler=dict(type='DefaultSampler', shuffle=shuffle),
         collate_fn=dict(type='default_collate'),
+        **settings,
+    )
+
+
+def plain_runner(work_dir, hooks, epochs=3, **settings):
+    """Return a Runner of 2 iterations an epoch with these hooks and no others."""
+    settings = {
+        'model': NormModel(),
+        'train_dataloader': loader(4, length=8, noise=0.1),
+        'train_cfg': dict(by_epoch=True, max_epochs=epochs),
+        'optim_wrapper': dict(optimizer=dict(type='SGD', lr=0.05)),
+        'val_dataloader': loader(4, length=8, shuffle=False),
+        'val_cfg': dict(),
+        'val_evaluator': [Mean()],
+        'default_hooks': dict(logger=dict(type='LoggerHook', interval=1)),
+        'randomness': dict(seed=0),
+        **settings,
+    }
+    return Runner(
+        work_dir=str(work_dir),
+        custom_hooks=hooks,
+        experiment_name=f'{Path(work_dir).name}_{next(_number)}',
+        **settings,
     )
 
 
@@ -149,35 +219,25 @@ def make_runner(
         else dict(by_epoch=False, max_iters=iters, val_interval=val_interval)
     )
     settings = {
-        'randomness': dict(seed=0),
         'optim_wrapper': dict(optimizer=dict(type='SGD', lr=0.05, momentum=0.9)),
         'param_scheduler': dict(type='ExponentialLR', gamma=0.95, by_epoch=by_epoch),
         **settings,
     }
-    return Runner(
+    return plain_runner(
+        work_dir,
+        [dict(ema), *hooks, dict(type='Clock')],
         model=model or LineModel(),
-        work_dir=str(work_dir),
         train_dataloader=loader(),
         train_cfg=train_cfg,
         val_dataloader=loader(shuffle=False),
         val_cfg=val_cfg or dict(),
         val_evaluator=dict(type='Score', script=script),
         default_hooks=dict(checkpoint=checkpoint, logger=dict(type='LoggerHook', interval=2)),
-        custom_hooks=[dict(ema), *hooks, dict(type='Clock')],
-        log_level=logging.INFO,
-        experiment_name=f'{Path(work_dir).name}_{next(_number)}',
         **settings,
     )
 
 
-def _count():
-    number = 0
-    while True:
-        yield number
-        number += 1
-
-
-_number = _count()
+_number = itertools.count()
 
 
 def state_of(runner):
@@ -204,3 +264,9 @@ def seen(runner):
 
 def log_of(runner):
     return ''.join(file.read_text() for file in Path(runner.work_dir).rglob('*.log'))
+
+
+def points(runner):
+    """What the run wrote for its curves, point by point."""
+    path = Path(runner._log_dir) / 'vis_data' / 'scalars.json'
+    return [json.loads(line) for line in path.read_text().splitlines()]

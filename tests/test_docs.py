@@ -24,7 +24,6 @@ import forks
 import pytest
 import runs
 import torch
-import toy_runs
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from tool_runs import ROOT, call_here, call_tool
@@ -98,7 +97,7 @@ def python_block(page, content, folder, request):
     if follow not in {None, *kinds}:  # the page says that the reader's config has it
         assert follow == 'PipelineSwitchHook'
         hooks.append(dict(type='mmdet.PipelineSwitchHook', switch_epoch=2, switch_pipeline=[]))
-    runner = toy_runs.make_runner(
+    runner = runs.plain_runner(
         folder / 'run',
         hooks,
         val_cfg=config.get('val_cfg', {}) if 'EMAValLoop' in content else {},

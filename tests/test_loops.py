@@ -1,7 +1,7 @@
 import pytest
 import torch
 from mmengine.hooks import Hook
-from toy_runs import Mean, Model, ema, make_runner, points
+from runs import Mean, NormModel, ema, plain_runner, points
 
 from mmema.run import ema_hook_of
 
@@ -11,13 +11,13 @@ EMA_HOOKS = pytest.mark.parametrize('hook', ['EMAHook', 'mmema.EMAHook'])
 
 def mean_of(weights, runner):
     """The metric worked out by hand with the given weights."""
-    model = Model()
+    model = NormModel()
     model.load_state_dict(weights)
     model.eval()
     data = runner.val_dataloader.dataset
     with torch.no_grad():
-        outs = [model(data[i][0][None], None)[0] for i in range(len(data))]
-    return float(torch.stack(outs).mean())
+        errors = [model(s['x'][None], s['y'][None], 'predict')[0]['error'] for s in data]
+    return float(torch.stack(errors).mean())
 
 
 class Keep(Hook):
@@ -45,15 +45,15 @@ class Keep(Hook):
 def test_both_weights_are_evaluated(tmp_path, hook, update_buffers):
     keep = Keep()
     average = ema(type=hook, update_buffers=update_buffers)
-    runner = make_runner(tmp_path, [average, keep], val_cfg=BOTH)
+    runner = plain_runner(tmp_path, [average, keep], val_cfg=BOTH)
     runner.train()
     assert len(keep.metrics) == 3
     for raw, average, metrics in zip(keep.raw, keep.ema, keep.metrics):
         assert list(metrics) == [
             'toy/mean',
-            'toy/accuracy',
+            'toy/worst',
             'raw/toy/mean',
-            'raw/toy/accuracy',
+            'raw/toy/worst',
         ]
         assert metrics['toy/mean'] == pytest.approx(mean_of(average, runner), abs=1e-6)
         assert metrics['raw/toy/mean'] == pytest.approx(mean_of(raw, runner), abs=1e-6)
@@ -65,7 +65,9 @@ def test_both_weights_are_evaluated(tmp_path, hook, update_buffers):
 def test_training_goes_on_as_with_the_stock_loop(tmp_path, hook):
     states = []
     for name, val_cfg in (('stock', {}), ('both', BOTH)):
-        runner = make_runner(tmp_path / name, [ema(type=hook)], dropout=0.5, val_cfg=val_cfg)
+        runner = plain_runner(
+            tmp_path / name, [ema(type=hook)], model=NormModel(dropout=0.5), val_cfg=val_cfg
+        )
         runner.train()
         states.append({**runner.model.state_dict(), **ema_hook_of(runner).ema_model.state_dict()})
     assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values()))
@@ -74,7 +76,7 @@ def test_training_goes_on_as_with_the_stock_loop(tmp_path, hook):
 def test_log_and_best_checkpoint(tmp_path):
     checkpoint = dict(type='CheckpointHook', interval=1, save_best='auto', rule='greater')
     logger = dict(type='LoggerHook', interval=1)
-    runner = make_runner(
+    runner = plain_runner(
         tmp_path, [ema()], val_cfg=BOTH, default_hooks=dict(checkpoint=checkpoint, logger=logger)
     )
     runner.train()
@@ -92,7 +94,7 @@ def test_no_metric_of_one_of_them(tmp_path, silent):
 
     keep = Keep()
     checkpoint = dict(type='CheckpointHook', interval=1, save_best='toy/mean', rule='greater')
-    runner = make_runner(
+    runner = plain_runner(
         tmp_path,
         [ema(), keep],
         val_cfg=BOTH,
@@ -100,7 +102,7 @@ def test_no_metric_of_one_of_them(tmp_path, silent):
         default_hooks=dict(checkpoint=checkpoint),
     )
     runner.train()
-    expected = ['toy/mean', 'toy/accuracy'] if silent == 'raw' else []
+    expected = ['toy/mean', 'toy/worst'] if silent == 'raw' else []
     assert [list(metrics) for metrics in keep.metrics] == [expected] * 3
     in_log = 'val/raw/toy/mean' in runner.message_hub.log_scalars
     assert in_log == (silent == 'ema')
@@ -125,7 +127,7 @@ def test_an_error_leaves_the_raw_weights_in_the_model(tmp_path, hook, error):
         keep,
         Fail(error),
     ]
-    runner = make_runner(tmp_path, hooks, val_cfg=BOTH, epochs=1)
+    runner = plain_runner(tmp_path, hooks, val_cfg=BOTH, epochs=1)
     with pytest.raises(type(error)):
         runner.train()
     for kept, model in (
@@ -137,27 +139,32 @@ def test_an_error_leaves_the_raw_weights_in_the_model(tmp_path, hook, error):
 
 
 def test_validation_alone_evaluates_once(tmp_path):
-    runner = make_runner(tmp_path, [ema()], val_cfg=BOTH)
-    assert list(runner.val()) == ['toy/mean', 'toy/accuracy']
+    runner = plain_runner(tmp_path, [ema()], val_cfg=BOTH)
+    assert list(runner.val()) == ['toy/mean', 'toy/worst']
 
 
 def test_without_an_emahook(tmp_path):
-    runner = make_runner(tmp_path, [], val_cfg=BOTH)
-    with pytest.raises(ValueError, match='EMAValLoop evaluates several weights: the run must have one'):
+    runner = plain_runner(tmp_path, [], val_cfg=BOTH)
+    with pytest.raises(
+        ValueError, match='EMAValLoop evaluates several weights: the run must have one'
+    ):
         runner.train()
 
 
 @pytest.mark.parametrize(
     'prefix, error, message',
-    [(3, TypeError, 'prefix must be a string, got 3'), ('/', ValueError, "be empty or .*, got '/'")],
+    [
+        (3, TypeError, 'prefix must be a string, got 3'),
+        ('/', ValueError, "be empty or .*, got '/'"),
+    ],
 )
 def test_bad_prefix(tmp_path, prefix, error, message):
-    runner = make_runner(tmp_path, [ema()], val_cfg=dict(**BOTH, prefix=prefix))
+    runner = plain_runner(tmp_path, [ema()], val_cfg=dict(**BOTH, prefix=prefix))
     with pytest.raises(error, match=message):
         runner.train()
 
 
 def test_other_prefix(tmp_path):
     keep = Keep()
-    make_runner(tmp_path, [ema(), keep], val_cfg=dict(**BOTH, prefix='source/')).train()
+    plain_runner(tmp_path, [ema(), keep], val_cfg=dict(**BOTH, prefix='source/')).train()
     assert 'source/toy/mean' in keep.metrics[0]

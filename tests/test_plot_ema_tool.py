@@ -14,7 +14,7 @@ sys.path[:0] = [str(ROOT / 'tools')]
 
 import plot_ema  # noqa: E402
 from reference import exp_momentum  # noqa: E402
-from toy_runs import ema, make_runner  # noqa: E402
+from runs import ema, plain_runner  # noqa: E402
 
 from mmema.restarts.profile import shares  # noqa: E402
 
@@ -61,7 +61,7 @@ def test_a_run_does_what_was_planned(tmp_path, hooks, settings):
     settings['default_hooks'] = dict(
         logger=dict(type='LoggerHook', interval=1), **settings.get('default_hooks', {})
     )
-    make_runner(tmp_path, hooks, epochs=6, **settings).train()
+    plain_runner(tmp_path, hooks, epochs=6, **settings).train()
     curves = plot_ema.of_scalars(run, tmp_path)
     assert list(curves.at) == list(range(1, 13))
     np.testing.assert_allclose(curves.lr, plan.lr, rtol=1e-6)
@@ -84,7 +84,7 @@ def test_updates_with_accumulation_are_those_of_the_run(tmp_path):
     by_hand = [1, exp_momentum(1, 0.1, 3), 1, exp_momentum(1, 0.1, 3)]  # a copy after the restart
     assert plan.momentum.tolist() == by_hand
     assert len(plan.lr) == 14
-    make_runner(tmp_path, hooks, epochs=7, optim_wrapper=wrapper).train()
+    plain_runner(tmp_path, hooks, epochs=7, optim_wrapper=wrapper).train()
     curves = plot_ema.of_scalars(run, tmp_path)
     assert curves.restarts == plan.restarts
     assert curves.all_momenta.tolist() == pytest.approx(by_hand)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from mmengine.hooks import Hook
 from reference import exp_momentum
+from runs import ema, loader, plain_runner, points
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from toy_runs import ema, loader, make_runner, points
 
 import mmema
 import mmema.hooks.monitor as monitor
@@ -60,7 +60,7 @@ def test_scalars_of_a_run(tmp_path):
 
     keep = Keep()
     # The monitor stands before EMAHook and still sees the updated average.
-    runner = make_runner(tmp_path, [MONITOR, ema(gamma=2), Restart(), keep])
+    runner = plain_runner(tmp_path, [MONITOR, ema(gamma=2), Restart(), keep])
     runner.train()
     train = [point for point in points(runner) if 'loss' in point]
     assert len(train) == 6
@@ -100,7 +100,7 @@ def test_the_horizon_counts_updates_of_which_only_some_blend():
 def test_tensorboard(tmp_path):
     backends = [dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')]
     visualizer = dict(type='Visualizer', vis_backends=backends)
-    runner = make_runner(tmp_path, [ema(), MONITOR], visualizer=visualizer)
+    runner = plain_runner(tmp_path, [ema(), MONITOR], visualizer=visualizer)
     runner.train()
     events = EventAccumulator(f'{runner._log_dir}/vis_data').Reload()
     local = [point for point in points(runner) if 'loss' in point]
@@ -134,11 +134,11 @@ def test_measures_only_where_the_logger_writes(tmp_path, monkeypatch, logger, ow
     monkeypatch.setattr(
         monitor, 'relative_distance', lambda *args: at.append(iteration.now) or measure(*args)
     )
-    runner = make_runner(
+    runner = plain_runner(
         tmp_path,
         [iteration, ema(), dict(**MONITOR, interval=own)],
         epochs=2,
-        train_dataloader=loader(batch_size=2, length=10),
+        train_dataloader=loader(batch_size=2, length=10, shuffle=False),
         default_hooks=dict(logger=dict(type='LoggerHook', **logger)),
     )
     runner.train()
@@ -150,7 +150,7 @@ def test_measures_only_where_the_logger_writes(tmp_path, monkeypatch, logger, ow
 
 def test_a_stock_average_tells_what_it_has(tmp_path):
     stock = dict(type='EMAHook', ema_type='ExponentialMovingAverage')
-    runner = make_runner(tmp_path, [stock, MONITOR])
+    runner = plain_runner(tmp_path, [stock, MONITOR])
     runner.train()
     seen = {name for name in points(runner)[0] if name.startswith('ema_')}
     assert seen == {'ema_steps', 'ema_distance'}
@@ -158,7 +158,7 @@ def test_a_stock_average_tells_what_it_has(tmp_path):
 
 def test_without_an_emahook(tmp_path):
     with pytest.raises(ValueError, match='the run must have one EMAHook, got 0'):
-        make_runner(tmp_path, [MONITOR]).train()
+        plain_runner(tmp_path, [MONITOR]).train()
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ import pytest
 import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from toy_runs import Model, ema, loader, make_runner
+from runs import Line, NormModel, ema, loader, plain_runner
 
 from mmema.run import ema_hook_of, validation_follows
 
 LAST = dict(type='mmema.EMARecalibrateHook')
+IN_ORDER = dict(batch_size=4, shuffle=False, length=8)
 STATISTICS = ('norm.running_mean', 'norm.running_var')
 BEST = dict(type='CheckpointHook', interval=1, save_best='toy/mean', rule='greater')
 
@@ -55,7 +56,7 @@ def run(folder, update_buffers, batches=100, hook=None, ema_hook='EMAHook', **kw
     before, watch = WatchBefore(), Watch()
     hooks = [ema(type=ema_hook, update_buffers=update_buffers), before, watch]
     hooks += [dict(**(hook or LAST), batches=batches)]
-    runner = make_runner(folder, hooks, **kwargs)
+    runner = plain_runner(folder, hooks, **kwargs)
     runner.train()
     return runner, before, watch
 
@@ -70,11 +71,11 @@ def test_statistics_by_hand(tmp_path, ema_hook, update_buffers, val_cfg):
         update_buffers,
         ema_hook=ema_hook,
         val_cfg=val_cfg,
-        train_dataloader=loader(),
+        train_dataloader=loader(**IN_ORDER),
         default_hooks=dict(checkpoint=BEST),
     )
     (source_before, average_before), (source, average) = before.after[-1], watch.after[-1]
-    samples = torch.tensor([[float(i), float(i % 3)] for i in range(8)])
+    samples = Line(8).x
     mean, variance = by_hand(average, [samples[:4], samples[4:]])
     torch.testing.assert_close(average['norm.running_mean'], mean)
     torch.testing.assert_close(average['norm.running_var'], variance)
@@ -116,10 +117,9 @@ def test_best_checkpoint_has_them(tmp_path, update_buffers):
 
 
 def test_number_of_batches(tmp_path):
-    _, _, watch = run(tmp_path, False, batches=1, train_dataloader=loader())
+    _, _, watch = run(tmp_path, False, batches=1, train_dataloader=loader(**IN_ORDER))
     average = watch.after[-1][1]
-    samples = torch.tensor([[float(i), float(i % 3)] for i in range(4)])
-    mean, variance = by_hand(average, [samples])
+    mean, variance = by_hand(average, [Line(8).x[:4]])
     torch.testing.assert_close(average['norm.running_mean'], mean)
     torch.testing.assert_close(average['norm.running_var'], variance)
 
@@ -131,7 +131,7 @@ class Random(Hook):
         self.drawn = []
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        self.drawn.append((data_batch[0].sum().item(), float(outputs['loss'].detach())))
+        self.drawn.append((data_batch['x'].sum().item(), float(outputs['loss'].detach())))
 
     def after_train_epoch(self, runner):
         state = random.getstate()[1][:3], np.random.get_state()[1].tolist()[:3]
@@ -144,10 +144,13 @@ def test_training_goes_on_as_without_it(tmp_path, workers):
     drawn = []
     for name, hooks in (('without', []), ('with', [dict(**LAST, interval=1)])):
         kept = Random()
-        data = loader(noise=0.1, shuffle=True)
+        data = loader(4, length=8, noise=0.1)
         data.update(num_workers=workers, persistent_workers=workers > 0)
-        make_runner(
-            tmp_path / name, [ema(), kept, *hooks], dropout=0.5, train_dataloader=data
+        plain_runner(
+            tmp_path / name,
+            [ema(), kept, *hooks],
+            model=NormModel(dropout=0.5),
+            train_dataloader=data,
         ).train()
         drawn.append(kept.drawn)
     for one, other in zip(*drawn):
@@ -175,7 +178,7 @@ def test_iterations(tmp_path):
         False,
         batches=2,
         train_cfg=train_cfg,
-        train_dataloader=dict(loader(), sampler=sampler),
+        train_dataloader=dict(loader(**IN_ORDER), sampler=sampler),
         log_processor=dict(by_epoch=False),
     )
     validated = watch.validated
@@ -189,7 +192,7 @@ def test_validation_follows_as_in_mmengine(tmp_path):
     train_cfg = dict(
         by_epoch=True, max_epochs=11, val_begin=3, val_interval=4, dynamic_intervals=[(8, 1)]
     )
-    runner = make_runner(tmp_path, [], train_cfg=train_cfg)
+    runner = plain_runner(tmp_path, [], train_cfg=train_cfg)
     expected = []
     loop = runner.train_loop
 
@@ -210,7 +213,7 @@ def test_layers_without_data_keep_theirs_and_are_named(tmp_path, capfd):
 
 
 def test_frozen_layers_stay(tmp_path):
-    class NormEval(Model):
+    class NormEval(NormModel):
         def train(self, mode=True):
             super().train(mode)
             self.unused.eval()
@@ -231,12 +234,12 @@ def test_an_average_that_is_not_finite_keeps_its_statistics(tmp_path):
             ema_hook_of(runner).ema_model.module.linear.weight.fill_(float('nan'))
 
     before, watch = WatchBefore(), Watch()
-    make_runner(tmp_path, [ema(), before, Poison(), LAST, watch], epochs=1).train()
+    plain_runner(tmp_path, [ema(), before, Poison(), LAST, watch], epochs=1).train()
     for key in STATISTICS:
         assert torch.equal(before.after[0][1][key], watch.after[0][1][key])
 
 
-class NoNorm(Model):
+class NoNorm(NormModel):
     def __init__(self):
         super().__init__()
         self.norm = torch.nn.Identity()
@@ -246,26 +249,26 @@ class NoNorm(Model):
 @pytest.mark.parametrize(
     'change, message',
     [
-        (dict(custom_hooks=[LAST]), 'the run must have one EMAHook'),
+        (dict(hooks=[LAST]), 'the run must have one EMAHook'),
         (dict(model=NoNorm()), 'no BatchNorm whose running statistics'),
         (dict(val_cfg=None, val_dataloader=None, val_evaluator=None), 'this run has none'),
-        (dict(custom_hooks=[ema(priority='VERY_LOW'), LAST]), 'EMAHook comes after it'),
+        (dict(hooks=[ema(priority='VERY_LOW'), LAST]), 'EMAHook comes after it'),
         (
-            dict(custom_hooks=[ema(), dict(**LAST, priority='LOWEST')]),
+            dict(hooks=[ema(), dict(**LAST, priority='LOWEST')]),
             'CheckpointHook comes before',
         ),
     ],
 )
 def test_refused_at_the_start(tmp_path, change, message):
-    runner = make_runner(tmp_path, **{'hooks': [], 'custom_hooks': [ema(), LAST], **change})
+    runner = plain_runner(tmp_path, **{'hooks': [ema(), LAST], **change})
     with pytest.raises(ValueError, match=message):
         runner.train()
 
 
 def test_a_loader_that_is_no_config_is_refused(tmp_path):
-    runner = make_runner(tmp_path, [ema(), LAST])
+    runner = plain_runner(tmp_path, [ema(), LAST])
     built = runner.build_dataloader(copy.deepcopy(loader()))
-    runner = make_runner(tmp_path, [ema(), LAST], train_dataloader=built)
+    runner = plain_runner(tmp_path, [ema(), LAST], train_dataloader=built)
     with pytest.raises(ValueError, match='must be a config .* got a DataLoader'):
         runner.train()
 

@@ -1,27 +1,22 @@
 """Two processes on the CPU: every rank ends with the same numbers, and with those of all data."""
 
-import os
-import socket
-from datetime import timedelta
-from pathlib import Path
-
+import forks
 import pytest
 import torch
-import torch.multiprocessing as mp
 from mmengine.hooks import Hook
 from mmengine.model import MMDistributedDataParallel
-from toy_runs import Model, ema, loader, make_runner
+from runs import Line, NormModel, ema, loader, plain_runner
 
 from mmema.run import ema_hook_of
 
 HOOKS = [dict(type='mmema.EMARecalibrateHook'), dict(type='mmema.EMAMonitorHook')]
 
 
-class Odd(Model):
-    """A second norm that sees odd samples alone: those of rank 1."""
+class Odd(NormModel):
+    """A second norm that sees the data of rank 1 alone."""
 
-    def forward(self, x, y, mode='tensor'):
-        if x[0, 0] % 2:
+    def forward(self, x, y=None, mode='tensor'):
+        if torch.distributed.get_rank():
             self.unused(x)
         return super().forward(x, y, mode)
 
@@ -39,38 +34,29 @@ class Keep(Hook):
         self.kept.append((state, own, dict(metrics)))
 
 
-def rank_of_two(rank, port, folder):
+def rank_of_two():
     torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE='2',
-        MASTER_ADDR='127.0.0.1',
-        MASTER_PORT=str(port),
-    )
-    # MMEngine's launcher would ask for a GPU; with a group that is there it goes on.
-    torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=60))
-    torch.manual_seed(0)
+    forks.join_ranks()
     keep = Keep()
-    make_runner(
-        Path(folder),
+    plain_runner(
+        'run',
         [ema(), keep, *HOOKS],
         epochs=1,
         model=MMDistributedDataParallel(Odd(), find_unused_parameters=True),
-        train_dataloader=loader(),
+        train_dataloader=loader(4, length=8, shuffle=False),
         val_cfg=dict(type='mmema.EMAValLoop'),
         launcher='pytorch',
     ).train()
-    torch.save(keep.kept, f'{folder}/rank{rank}.pth')
+    torch.save(keep.kept, f'kept_{torch.distributed.get_rank()}.pth')
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_both_ranks_agree(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    mp.spawn(rank_of_two, (port, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f'rank{r}.pth', weights_only=False) for r in (0, 1))
+    ranks = forks.start_ranks(2, __file__, folder=tmp_path, PYTHONPATH=forks.TESTS)
+    status = [rank.wait() for rank in ranks]
+    assert status == [0, 0], (tmp_path / 'rank_0.txt').read_text()[-3000:]
+    first, second = (torch.load(tmp_path / f'kept_{r}.pth', weights_only=False) for r in (0, 1))
     (average, source, metrics), (other, other_source, other_metrics) = first[0], second[0]
     for key, value in average.items():
         if key == 'passes':
@@ -83,17 +69,18 @@ def test_both_ranks_agree(tmp_path):
             assert torch.equal(value, other[key]), key
     # MMEngine's broadcast of results from rank 0 makes them equal in all ranks.
     assert metrics == other_metrics
-    assert list(metrics) == ['toy/mean', 'toy/accuracy', 'raw/toy/mean', 'raw/toy/accuracy']
+    assert list(metrics) == ['toy/mean', 'toy/worst', 'raw/toy/mean', 'raw/toy/worst']
     # Rank 0 has samples 0, 2, 4, 6 and rank 1 the others, one batch each.
     weight, bias = average['linear.weight'], average['linear.bias']
-    outs = [
-        torch.tensor([[float(i), float(i % 3)] for i in range(rank, 8, 2)]) @ weight.T + bias
-        for rank in (0, 1)
-    ]
+    outs = [Line(8).x[rank::2] @ weight.T + bias for rank in (0, 1)]
     mean = (outs[0].mean(0) + outs[1].mean(0)) / 2
     variance = (outs[0].var(0) + outs[1].var(0)) / 2
     torch.testing.assert_close(average['norm.running_mean'], mean)
     torch.testing.assert_close(average['norm.running_var'], variance)
     assert not torch.allclose(source['norm.running_mean'], mean)
-    assert torch.equal(average['unused.running_mean'], torch.zeros(2))
+    assert torch.equal(average['unused.running_mean'], torch.zeros(3))
     assert other['unused.running_mean'].any()
+
+
+if __name__ == '__main__':
+    rank_of_two()
