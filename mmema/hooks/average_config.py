@@ -11,7 +11,7 @@ from ..averaged import MomentumAveragedModel
 from ..messages import listed
 from ..restartable import Restartable
 from ..restarts.rule import RestartRule
-from .units import Horizon
+from .units import parsed_horizon
 
 # 'raw' and 'ema' name weights already, and scalars of restarts begin with 'ema_set_'.
 RESERVED = ('raw', 'ema', 'set')
@@ -30,24 +30,27 @@ class AverageConfig:
 
     ema_type: str | type
     arguments: dict = field(default_factory=dict)
-    horizon: Horizon | None = None
+    horizon: str | float | None = None
     rule: RestartRule | None = None
 
     def __post_init__(self) -> None:
+        if self.horizon is not None:
+            parsed_horizon(self.horizon)
         cls = class_of(self.ema_type)
         if cls is None:
             return  # imported later; building it fails then
-        names = argument_names(cls)
-        wrong = [name for name in self.arguments if names is not None and name not in names]
+        wrong = [name for name in self.arguments if not takes(cls, name)]
         if wrong:
+            names = [name for name in inspect.signature(cls).parameters if name != 'model']
             raise TypeError(
                 f'EMAHook passes its other arguments to {cls.__name__}, which takes '
                 f'({", ".join(names)}), got {listed(wrong)}'
             )
-        if self.horizon is not None and ('momentum' in self.arguments or 'momentum' not in names):
+        both = 'momentum' in self.arguments
+        if self.horizon is not None and (both or not takes(cls, 'momentum')):
             raise ValueError(
                 f'horizon must come in place of momentum, but {cls.__name__} '
-                + ('got both' if 'momentum' in self.arguments else 'has no momentum')
+                + ('got both' if both else 'has no momentum')
             )
         if issubclass(cls, MomentumAveragedModel):
             own = {f.name for f in fields(cls.schedule_type)} & set(self.arguments)
@@ -62,12 +65,11 @@ class AverageConfig:
         cls = class_of(ema_type)
         if cls is None:
             raise ValueError(f'ema_type must name an averaged model, got {ema_type!r}')
-        names = argument_names(cls) or self.arguments
-        arguments = {name: value for name, value in self.arguments.items() if name in names}
-        horizon = self.horizon if 'momentum' in names and 'momentum' not in given else None
+        arguments = {name: value for name, value in self.arguments.items() if takes(cls, name)}
+        horizon = None if 'momentum' in given or not takes(cls, 'momentum') else self.horizon
         if 'horizon' in given:
             arguments.pop('momentum', None)
-            horizon = Horizon(given.pop('horizon'))
+            horizon = given.pop('horizon')
         restart = given.pop('restart', None)
         rule = None if restart is None else rule_beside(restart)
         return AverageConfig(ema_type, {**arguments, **given}, horizon, rule)
@@ -117,9 +119,8 @@ def class_of(ema_type: str | type) -> type | None:
         return registry.get(ema_type)
 
 
-def argument_names(cls: type) -> list | None:
-    """Return the names of an averaged model's arguments; None if it takes any."""
+def takes(cls: type, name: str) -> bool:
+    """Return whether an averaged model takes an argument, by name or by ``**kwargs``."""
     parameters = inspect.signature(cls).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return None
-    return [name for name in parameters if name != 'model']
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return name != 'model' and (name in parameters or takes_any)

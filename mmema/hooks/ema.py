@@ -25,7 +25,7 @@ from ..update.refusals import refuse_sharded
 from .average_config import AverageConfig, also_configs
 from .optimizer_steps import OptimizerSteps
 from .run_average import RunAverage
-from .units import Horizon, auto_scale_base, batch_scale, settle
+from .units import auto_scale_base, settle
 
 
 @HOOKS.register_module()
@@ -102,7 +102,6 @@ class EMAHook(StockEMAHook):
             check_integer('base_batch_size', base_batch_size)
         self.per_optimizer_step = per_optimizer_step
         self.base_batch_size = base_batch_size
-        horizon = None if horizon is None else Horizon(horizon)
         main = AverageConfig(ema_type, averaged_model, horizon)
         self._configs = {'': main, **also_configs(also, main)}  # by name; the main one has none
         self.src_model: nn.Module | None = None
@@ -146,14 +145,12 @@ class EMAHook(StockEMAHook):
         """Work out momentum and gamma, now that the run is known."""
         self._settled = True
         base = self.base_batch_size or auto_scale_base(runner)
-        if base is None and not any(config.horizon for config in self._configs.values()):
-            return
-        facts = facts_of(runner, self)
-        scale = base and batch_scale(runner, base, facts)
         for average in self._averages.values():
-            text = settle(average.ema_model, average.config.horizon, scale, facts)
-            if text:
-                runner.logger.info(f'EMAHook, {average.label}: {text}')
+            horizon = average.config.horizon
+            if base or horizon:
+                facts = facts_of(runner, self)
+                text = settle(runner, average.ema_model, horizon, base, facts)
+                runner.logger.info(f'EMAHook, {average.label}: {text or "no momentum to scale"}')
 
     def _averages_of(self, runner: Runner) -> list[RunAverage]:
         """Return the averages; make them if a loop, a load or a save came before the run."""

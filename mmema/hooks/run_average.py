@@ -12,9 +12,9 @@ from torch import nn
 from ..averaged import MomentumAveragedModel
 from ..checkpoints.resume import check_ema_state
 from ..messages import RunError, listed, warn
+from ..restarts.advice import beyond_the_end
 from ..restarts.facts import facts_of
 from ..restarts.live import catch_up, check_rule, log_restart, momentum_of, values_of
-from ..restarts.planner import explicit_moments
 from ..restarts.progress import RuleProgress, due_restart
 from ..run import now_of
 from ..swap import copy_weights, non_persistent
@@ -89,7 +89,7 @@ class RunAverage:
             return
         rule, facts = self.config.rule, facts_of(runner, ema_hook)
         try:
-            moments = explicit_moments(rule, facts)
+            self.progress.begin(facts)
             check_rule(rule, self.ema_model)
         except RunError as error:
             raise RunError(f'{self.label}: {error}') from None
@@ -98,10 +98,8 @@ class RunAverage:
                 f'{self.label}: on_plateau watches the metrics of this average, but no validation '
                 "gives them. Set val_cfg=dict(type='mmema.EMAValLoop')."
             )
-        beyond = [str(m) for m in moments if facts.iteration_at(m) >= facts.iterations]
-        if beyond:
-            warn(f'{self.label}: {listed(beyond)} is beyond the end of the run')
-        self.progress.begin(facts)
+        for line in beyond_the_end([rule], facts):
+            warn(f'{self.label}: {line}')
 
     def catch_up(self, runner: Runner) -> None:
         """Catch up on a validation which the resumed checkpoint was saved before."""

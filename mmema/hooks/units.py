@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from mmengine.dist import get_world_size
 from mmengine.model import BaseAveragedModel
@@ -14,70 +14,39 @@ from ..messages import RunError
 from ..restarts.facts import RunFacts
 
 
-@dataclass(frozen=True)
-class Horizon:
-    """How many recent updates an average remembers: ``interval / momentum``.
+def parsed_horizon(horizon: str | float) -> tuple[float, str]:
+    """Return number and unit ('epoch', 'update' or 'run') of a horizon; raise ValueError."""
+    if isinstance(horizon, float) and 0 < horizon < 1:
+        return horizon, 'run'
+    match = re.fullmatch(r'(\d+(?:\.\d+)?) (epoch|update)s?', str(horizon))
+    if match is None or not float(match[1]):
+        raise ValueError(
+            "horizon must be such as '2 epochs', '500 updates' or 0.01, a share of the run in "
+            f'(0, 1), got {horizon!r}'
+        )
+    return float(match[1]), match[2]
 
-    Args:
-        value: ``'2 epochs'``, ``'500 updates'``, or a share of the run in (0, 1), such as 0.01.
+
+def momentum_of_horizon(horizon: str | float, interval: int, facts: RunFacts) -> float:
+    """Return the momentum of an average that remembers so many of the run's recent updates.
+
+    Raises:
+        RunError: If the run has no epochs, or too few updates.
     """
-
-    value: str | float
-
-    def __post_init__(self) -> None:
-        is_share = isinstance(self.value, float) and 0 < self.value < 1
-        if not is_share and not (isinstance(self.value, str) and all(self._parsed())):
-            raise ValueError(
-                "horizon must be such as '2 epochs', '500 updates' or 0.01, a share of the run in "
-                f'(0, 1), got {self.value!r}'
-            )
-
-    def _parsed(self) -> tuple:
-        match = re.fullmatch(r'(\d+(?:\.\d+)?) (epoch|update)s?', self.value)
-        return (float(match[1]), match[2]) if match else (0.0, '')
-
-    def momentum(self, facts: RunFacts, interval: int) -> float:
-        """Return the momentum of an average that is blended at every ``interval``-th update.
-
-        Raises:
-            RunError: If the run has no epochs, or too few updates for this horizon.
-        """
-        number, unit = (self.value, 'run') if isinstance(self.value, float) else self._parsed()
-        if unit == 'epoch' and not facts.by_epoch:
-            raise RunError(
-                f'horizon={self.value!r} must be in a run by epochs, got one by iterations. Give '
-                "it in updates ('500 updates'), or as a share of the run (0.01)."
-            )
-        updates = number
-        if unit != 'update':
-            updates *= facts.updates if unit == 'run' else facts.epoch_length / facts.accumulation
-        if updates <= interval:
-            raise RunError(
-                f'a horizon must be longer than interval={interval}, but horizon={self.value!r} is '
-                f'{updates:g} updates of this run'
-            )
-        return interval / updates
-
-
-@dataclass(frozen=True)
-class BatchScale:
-    """Ratio of a run's batch to the one that momentum and gamma were chosen for.
-
-    With ``k`` times the batch, one update does the work of ``k``: ``m' = 1 - (1 - m) ** k`` and
-    ``gamma' = gamma / k``. Source: Busbridge et al., How to Scale Your EMA, 2023.
-    """
-
-    batch: int
-    base: int
-
-    def scaled(self, values: dict) -> dict:
-        """Return ``momentum`` and ``gamma``, as far as they are among the values, scaled."""
-        k, new = self.batch / self.base, {}
-        if 'momentum' in values:
-            new['momentum'] = -math.expm1(k * math.log1p(-values['momentum']))
-        if 'gamma' in values:
-            new['gamma'] = values['gamma'] / k
-        return new
+    updates, unit = parsed_horizon(horizon)
+    if unit == 'epoch' and not facts.by_epoch:
+        raise RunError(
+            f'horizon={horizon!r} must be in a run by epochs, got one by iterations. Give it in '
+            "updates ('500 updates'), or as a share of the run (0.01)."
+        )
+    if unit != 'update':
+        updates *= facts.updates if unit == 'run' else facts.epoch_length / facts.accumulation
+    if updates <= interval:
+        raise RunError(
+            f'a horizon must be longer than interval={interval}, but horizon={horizon!r} is '
+            f'{updates:g} updates of this run'
+        )
+    return interval / updates
 
 
 def auto_scale_base(runner: Runner) -> int | None:
@@ -87,8 +56,8 @@ def auto_scale_base(runner: Runner) -> int | None:
     return scale_lr['base_batch_size'] if scale_lr and scale_lr.get('enable') else None
 
 
-def batch_scale(runner: Runner, base: int, facts: RunFacts) -> BatchScale:
-    """Return the scale of a run; its batch counts all ranks and the accumulated iterations."""
+def effective_batch(runner: Runner, facts: RunFacts) -> int:
+    """Return the batch size of an update: all ranks, and accumulated iterations."""
     loader = runner.train_dataloader
     batch = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None)
     if batch is None:
@@ -97,11 +66,25 @@ def batch_scale(runner: Runner, base: int, facts: RunFacts) -> BatchScale:
             f'{type(loader.batch_sampler).__name__}, does not tell it. Leave base_batch_size out, '
             'and give momentum and gamma for the batch size that you use.'
         )
-    return BatchScale(batch * get_world_size() * facts.accumulation, base)
+    return batch * get_world_size() * facts.accumulation
+
+
+def scaled(values: dict, k: float) -> dict:
+    """Return ``momentum`` and ``gamma``, as far as they are there, for ``k`` times the batch.
+
+    One update does the work of ``k``: ``m' = 1 - (1 - m) ** k`` and ``gamma' = gamma / k``.
+
+    Source: Busbridge et al., How to Scale Your EMA, 2023.
+    """
+    formulas = {
+        'momentum': lambda m: -math.expm1(k * math.log1p(-m)),
+        'gamma': lambda gamma: gamma / k,
+    }
+    return {name: formula(values[name]) for name, formula in formulas.items() if name in values}
 
 
 def settle(
-    ema: BaseAveragedModel, horizon: Horizon | None, scale: BatchScale | None, facts: RunFacts
+    runner: Runner, ema: BaseAveragedModel, horizon: str | float | None, base: int | None, facts
 ) -> str:
     """Give an average the momentum and gamma of its run; return what changed, for the log.
 
@@ -111,13 +94,16 @@ def settle(
     changed = getattr(ema, '_changed', ())
     own = {name: getattr(ema, name, None) for name in ('momentum', 'gamma')}
     own = {n: v for n, v in own.items() if isinstance(v, (int, float)) and n not in changed}
+    if horizon is not None and not hasattr(ema, 'momentum'):
+        raise RunError(f'horizon={horizon!r} must be of a momentum; {type(ema).__name__} has none')
     new, why = {}, []
-    if scale is not None:
-        new = scale.scaled(own)
-        why.append(f'a batch of {scale.batch} with base_batch_size={scale.base}')
-    if horizon is not None and 'momentum' in own:
-        new['momentum'] = horizon.momentum(facts, ema.interval)
-        why.append(f'horizon={horizon.value!r}')
+    if base is not None:
+        batch = effective_batch(runner, facts)
+        new = scaled(own, batch / base)
+        why.append(f'a batch of {batch} with base_batch_size={base}')
+    if horizon is not None and 'momentum' not in changed:
+        new['momentum'] = momentum_of_horizon(horizon, ema.interval, facts)
+        why.append(f'horizon={horizon!r}')
     if hasattr(ema, 'schedule'):
         ema.schedule = replace(ema.schedule, **new)  # assigning a live value counts as a change
     else:

@@ -22,7 +22,7 @@ def advice(
     """Return one line for each setting that does not fit, with numbers and a value that would."""
     return [
         *_decays_as_momentum(rules),
-        *_beyond_the_end(rules, facts),
+        *beyond_the_end(rules, facts),
         *_switches_without_restart(rules, planned, facts, ema),
         *_without_a_best(rules, planned, facts),
         *_updates_left(planned, facts, ema),
@@ -38,7 +38,8 @@ def _decays_as_momentum(rules) -> list:
     ]
 
 
-def _beyond_the_end(rules, facts) -> list:
+def beyond_the_end(rules: Sequence[RestartRule], facts: RunFacts) -> list:
+    """Return a line for each milestone after the last iteration."""
     return [
         f'the milestone {str(moment)!r} is beyond the end of the run ({facts.iterations} '
         f'iterations); the last that would fit is {facts.end(moment.unit) - 1}'

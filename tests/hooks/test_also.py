@@ -10,6 +10,7 @@ from mmengine.hooks import Hook
 from runs import EMA, Crash, LineModel, assert_same, log_of, make_runner, state_of
 
 import mmema
+from mmema.hooks import average_config, units
 from mmema.messages import RunError
 from mmema.run import ema_hook_of
 
@@ -50,11 +51,8 @@ def alone(name, base=OURS, also=ALSO):
     restart = given.pop('restart', None)
     ours = {**base, **given}
     if 'ema_type' in given:
-        has = mmema.hooks.average_config.argument_names(
-            mmema.hooks.average_config.class_of(given['ema_type'])
-        )
-        own = ('type', 'ema_type', 'begin_iter', 'per_optimizer_step')
-        ours = {key: value for key, value in ours.items() if key in (*has, *own)}
+        cls, own = average_config.class_of(given['ema_type']), ('type', 'ema_type', 'begin_iter')
+        ours = {k: v for k, v in ours.items() if k in own or average_config.takes(cls, k)}
     return ours, [] if restart is None else [dict(type='mmema.EMARestartHook', **restart)]
 
 
@@ -534,7 +532,5 @@ def test_the_batch_size_scales_momentum_and_gamma(tmp_path, base, settings, k):
 
 def test_yolox(tmp_path):
     """YOLOX-s is trained with 64 and with 128 pictures in a batch."""
-    scaled = mmema.hooks.units.BatchScale(batch=128, base=64).scaled(
-        dict(momentum=1e-4, gamma=2000)
-    )
+    scaled = units.scaled(dict(momentum=1e-4, gamma=2000), 128 / 64)
     assert scaled == {'momentum': pytest.approx(1.9999e-4, rel=1e-9), 'gamma': 1000}

@@ -96,8 +96,8 @@ def test_a_switch_that_no_restart_follows():
     facts = RunFacts(200000, 1000, switches={'PipelineSwitchHook': [90]})
     assert advice(facts, by_iter(5)) == [
         'PipelineSwitchHook switches at epoch 90, and no restart follows it; '
-        "follow='PipelineSwitchHook' would. Without one, 0.00 of the average at the end are weights "
-        'from before it'
+        "follow='PipelineSwitchHook' would. Without one, 0.00 of the average at the end are "
+        'weights from before it'
     ]
     assert advice(facts, RestartRule(milestones=[90])) == []
     assert advice(facts, RestartRule(follow='PipelineSwitchHook')) == []
