@@ -1,0 +1,241 @@
+"""One run of an ablation: its training, and the evaluation of every average that rode along.
+
+A process of its own, which tools/ablate.py starts: _ablation_run.py CONFIG FOLDER SEED
+"""
+
+import io
+import os
+import pickle
+import random
+import shutil
+import sys
+from contextlib import redirect_stdout
+from copy import deepcopy
+from itertools import islice
+from pathlib import Path
+
+import _cli as cli
+import numpy as np
+import torch
+from _ablation_report import METRIC, SPLITS, write_rows
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner, set_random_seed
+
+RESULT = 'result.csv'
+BATCHES = 100  # to measure BatchNorm on, as EMARecalibrateHook has it; fewer if the set has fewer
+
+
+def main():
+    file, folder, seed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    cli.import_stack()
+    config = Config.fromfile(file)
+    with cli.run_errors():
+        runner = train(config, folder / 'work', seed)
+    checkpoints = kept_checkpoints(config, folder / 'work')
+    about = (config.ablation.family, config.ablation.schedule, seed)
+    rows = [(*about, *row) for row in evaluate(runner.model, config, checkpoints, seed)]
+    partial = folder / f'{RESULT}.partial'
+    write_rows(partial, rows)
+    os.replace(partial, folder / RESULT)
+    shutil.rmtree(folder / 'work')
+
+
+def tell(steps):
+    """Tell tools/ablate.py how much is done."""
+    print(f'steps {steps}', file=sys.__stdout__, flush=True)
+
+
+# What a config says -----------------------------------------------------------------------------
+
+
+def averages_beside(config):
+    """Return the names in ``also`` of the config's EMAHook."""
+    for hook in config.get('custom_hooks') or ():
+        if str(hook.get('type')).endswith('EMAHook') and hook.get('also'):
+            return list(hook.also)
+    return []
+
+
+def recalibrated(config):
+    """Return the averages whose BatchNorm statistics are measured anew, by their new names."""
+    return dict(config.ablation.get('recalibrate') or {})
+
+
+def steps_of(config):
+    """Return the length of a run on a progress bar: epochs, and weights to evaluate."""
+    weights = 2 + len(averages_beside(config)) + len(recalibrated(config))
+    return config.train_cfg.max_epochs + number_kept(config) * weights
+
+
+def number_kept(config):
+    """Return how many checkpoints are there at the end of a run."""
+    checkpoint = config.default_hooks.checkpoint
+    saved = -(-config.train_cfg.max_epochs // checkpoint.get('interval', 1))  # the last one too
+    most = checkpoint.get('max_keep_ckpts', -1)
+    return min(saved, most) if most > 0 else saved
+
+
+def kept_checkpoints(config, folder):
+    """Return the checkpoints to evaluate, by epoch."""
+    files = {int(file.stem[6:]): file for file in folder.glob('epoch_*.pth')}
+    return {epoch: files[epoch] for epoch in sorted(files)[-number_kept(config) :]}
+
+
+# Training ---------------------------------------------------------------------------------------
+
+
+def train(config, folder, seed):
+    """Train to the end, from the last checkpoint if there is one; return the runner."""
+    from mmema.checkpoints.resume import checkpoint_to_resume
+
+    config = deepcopy(config)
+    config.work_dir = str(folder)
+    config.randomness = dict(seed=seed)
+    for split in SPLITS:  # evaluated after the training, with all averages
+        for part in ('dataloader', 'cfg', 'evaluator'):
+            config.pop(f'{split}_{part}', None)
+    config.load_from = checkpoint_to_resume(str(folder)) if folder.exists() else None
+    config.resume = config.load_from is not None
+    runner = cli.build_runner(config)
+    runner.register_hook(TellEpochs())
+    runner.register_hook(KeepRandomNumbers())
+    runner.train()
+    return runner
+
+
+class TellEpochs(Hook):
+    """Progress of the training."""
+
+    def before_train_epoch(self, runner):
+        tell(runner.epoch)
+
+
+class KeepRandomNumbers(Hook):
+    """State of the random generators in each checkpoint: a resumed run draws the same numbers."""
+
+    loaded = None
+
+    def before_save_checkpoint(self, runner, checkpoint):
+        state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        checkpoint['random'] = torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
+
+    def after_load_checkpoint(self, runner, checkpoint):
+        self.loaded = checkpoint['random']
+
+    def before_train_epoch(self, runner):
+        if self.loaded is not None:
+            python, numpy, torch_state = pickle.loads(self.loaded.numpy().tobytes())
+            random.setstate(python)
+            np.random.set_state(numpy)
+            torch.set_rng_state(torch_state)
+            self.loaded = None
+
+
+# Evaluation -------------------------------------------------------------------------------------
+
+
+def evaluate(model, config, checkpoints, seed):
+    """Yield (average, split, epoch, metric, value) for all weights in the checkpoints."""
+    from mmema.hooks.recalibrate import measure_statistics
+
+    splits = {
+        split: Split(config[f'{split}_dataloader'], config[f'{split}_evaluator'].ann_file)
+        for split in SPLITS
+    }
+    batches = training_batches(config, seed) if recalibrated(config) else []
+    steps = config.train_cfg.max_epochs
+    for epoch, file in checkpoints.items():
+        states = weights_of(torch.load(file, map_location='cpu'))
+        again = {name: states[of] for name, of in recalibrated(config).items()}
+        for name, state in (*states.items(), *again.items()):
+            model.load_state_dict(state)
+            if name in again:
+                measure_statistics(model, batches)
+            model.eval()
+            for split, pictures in splits.items():
+                yield name, split, epoch, METRIC, pictures.mean_average_precision(model)
+            steps += 1
+            tell(steps)
+
+
+def weights_of(checkpoint):
+    """Return all weights in a checkpoint by name: raw, ema, and those of ``also``."""
+    others = {name: own['state_dict'] for name, own in checkpoint['ema_also'].items()}
+    return {
+        'raw': plain(checkpoint['ema_state_dict']),
+        'ema': checkpoint['state_dict'],
+        **{name: plain(state) for name, state in others.items()},
+    }
+
+
+def plain(state):
+    """Return the weights in the state of an average."""
+    return {key[7:]: value for key, value in state.items() if key.startswith('module.')}
+
+
+def training_batches(config, seed):
+    """Return batches of the last stage of the training, the same for all epochs of a run."""
+    loader = deepcopy(config.train_dataloader)
+    for hook in config.custom_hooks:
+        if 'switch_pipeline' in hook:
+            loader.dataset.pipeline = hook.switch_pipeline
+    set_random_seed(seed)
+    return list(islice(Runner.build_dataloader(loader, seed=seed), BATCHES))
+
+
+class Split:
+    """The pictures of a split, loaded once, and their boxes."""
+
+    def __init__(self, loader, annotations):
+        from pycocotools.coco import COCO
+
+        loader = Runner.build_dataloader(loader)
+        self.batches = list(loader)
+        with redirect_stdout(io.StringIO()):
+            self.truth = COCO(annotations)
+        self.categories = self.truth.getCatIds(catNms=loader.dataset.metainfo['classes'])
+
+    def mean_average_precision(self, model):
+        """Return COCO's mAP, as CocoMetric does but not rounded to three digits.
+
+        It is that of boxes of all sizes; the others would take three quarters of the time.
+        """
+        from pycocotools.cocoeval import COCOeval
+
+        found = self.detections(model)
+        if not found:
+            return 0.0
+        with redirect_stdout(io.StringIO()):
+            evaluation = COCOeval(self.truth, self.truth.loadRes(found), 'bbox')
+            evaluation.params.areaRng = evaluation.params.areaRng[:1]
+            evaluation.params.areaRngLbl = ['all']
+            evaluation.params.maxDets = [100]
+            evaluation.evaluate()
+            evaluation.accumulate()
+        precision = evaluation.eval['precision']
+        return float(precision[precision > -1].mean())
+
+    @torch.no_grad()
+    def detections(self, model):
+        """Return all boxes that a model finds, as COCO lists them."""
+        found = []
+        for batch in self.batches:
+            for sample in model.test_step(batch):
+                boxes = sample.pred_instances
+                columns = (boxes.bboxes, boxes.scores, boxes.labels)
+                for box, score, label in zip(*(column.tolist() for column in columns)):
+                    left, top, right, bottom = box
+                    found.append(
+                        dict(
+                            image_id=sample.img_id,
+                            category_id=self.categories[label],
+                            bbox=[left, top, right - left, bottom - top],
+                            score=score,
+                        )
+                    )
+        return found
+
+
+if __name__ == '__main__':
+    main()
