@@ -39,7 +39,8 @@ RUN_ELSEWHERE = {  # see above; test_design.py has the picture
     'docs/design.md': {'mermaid'},
 }
 SLOW = {'bash', 'text'}
-LONG = {'tools/benchmark.py', 'tools/test.py', 'tools/train.py'}  # their arguments are only parsed
+# Their arguments are only parsed.
+LONG = {f'tools/{name}.py' for name in ('ablate', 'benchmark', 'test', 'train')}
 OTHERS = {  # files of MMYOLO and MMEngine, named as theirs
     'tools/model_converters',
     'tests/test_model/test_averaged_model.py',
