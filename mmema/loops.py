@@ -87,33 +87,23 @@ class EMAValLoop(ValLoop):
         Returns:
             The metrics of the main average, followed by those of the others.
         """
-        self.results = {}
-        # Without training all of them are the loaded weights, and one evaluation is enough.
-        training = isinstance(self.runner._train_loop, BaseLoop)
-        if training:
-            averages = averages_of(ema_hook_of(self.runner))
-            for name in self.weights:
-                self.results[name] = self._run_other(name, averages.get(name))
-            self.runner.logger.info('Evaluating the EMA weights ...')
-        metrics = self._run_with(_MainRunner(self.runner, self._prefixed()))
-        if training:
-            self._compare({k: v for k, v in metrics.items() if k not in self._prefixed()})
+        if not isinstance(self.runner._train_loop, BaseLoop):
+            # Without training all of them are the loaded weights, and one evaluation is enough.
+            return self._run_with(_MainRunner(self.runner, {}))
+        averages, self.results, others = averages_of(ema_hook_of(self.runner)), {}, {}
+        for name in self.weights:
+            self.runner.logger.info(f'Evaluating the {name} weights ...')
+            swap = nullcontext()
+            if name != 'raw':
+                swap = averaged_weights(self.runner.model, averages[name])
+            with kept_rng(), swap:  # an iterator over a dataloader draws a number
+                self.results[name] = self._run_with(_QuietRunner(self.runner))
+            prefix = self.prefix if name == 'raw' else name
+            others.update({f'{prefix}/{key}': v for key, v in self.results[name].items()})
+        self.runner.logger.info('Evaluating the EMA weights ...')
+        metrics = self._run_with(_MainRunner(self.runner, others))
+        self._compare({key: value for key, value in metrics.items() if key not in others})
         return metrics
-
-    def _run_other(self, name: str, average) -> dict:
-        self.runner.logger.info(f'Evaluating the {name} weights ...')
-        model = self.runner.model
-        # An iterator over a dataloader draws a number.
-        with kept_rng(), averaged_weights(model, average) if average else nullcontext():
-            return self._run_with(_QuietRunner(self.runner))
-
-    def _prefixed(self) -> dict:
-        prefixes = {name: self.prefix if name == 'raw' else name for name in self.results}
-        return {
-            f'{prefixes[name]}/{key}': value
-            for name, metrics in self.results.items()
-            for key, value in metrics.items()
-        }
 
     def _run_with(self, runner: _QuietRunner) -> dict:
         own, self._runner = self._runner, runner
@@ -133,15 +123,15 @@ class EMAValLoop(ValLoop):
         if not main:
             return
         metric, less = chosen_metric(runner, main)
-        scores = runner.message_hub.runtime_info.get('ema_scores', {})
+        now, scores = now_of(runner), runner.message_hub.runtime_info.get('ema_scores', {})
         for name, metrics in {'ema': main, **self.results}.items():
             if metric in metrics:
-                scores.setdefault(name, []).append((now_of(runner), float(metrics[metric])))
+                scores.setdefault(name, []).append((now, float(metrics[metric])))
         runner.message_hub.update_info('ema_scores', scores)
         line = raw_ahead(scores, metric, less)
         if line:
             warn(line)
-        if now_of(runner) == last_of(loop) or getattr(loop, 'stop_training', False):
+        if now == last_of(loop) or getattr(loop, 'stop_training', False):
             unit = 'iter' if isinstance(loop, IterBasedTrainLoop) else 'epoch'
             runner.logger.info(table(scores, metric, less, unit))
 

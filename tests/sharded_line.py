@@ -16,8 +16,16 @@ from mmengine.runner import FlexibleRunner, Runner
 from runs import EMA, LineModel, state_of
 
 from mmema.messages import RunError
+from mmema.run import averages_of, ema_hook_of
 
-OURS = dict(EMA, type='mmema.EMAHook')
+ALSO = dict(
+    short=dict(restart=dict(milestones=[2], gamma=3)),
+    plateau=dict(restart=dict(on_plateau=dict(metric='score', rule='less'))),
+    recent=dict(horizon='2 epochs'),
+)
+# With batches of 6 on each rank k is 2.
+OURS = dict(EMA, type='mmema.EMAHook', base_batch_size=6, also=ALSO)
+VAL = dict(type='mmema.EMAValLoop')
 # MMEngine passes LOCAL_RANK as the device, which would be a GPU.
 DDP = dict(
     type='DDPStrategy',
@@ -28,12 +36,16 @@ FSDP = dict(type='MMFullyShardedDataParallel', device_id=torch.device('cpu'))
 
 def train(runner_class, folder, epochs=4, **settings):
     """Train in ``folder`` and return the tensors of the run."""
-    settings = dict(dict(ema=OURS, model=LineModel(), launcher='pytorch'), **settings)
+    settings = {'ema': OURS, 'model': LineModel(), 'launcher': 'pytorch', **settings}
+    settings['val_cfg'] = VAL if settings['ema'] is OURS else {}
     runs.Runner = runner_class
     runner = runs.make_runner(folder, epochs=epochs, **settings)
     runner.train()
     runner.model = getattr(runner.model, 'module', runner.model)
-    return state_of(runner)
+    state = state_of(runner)
+    for name, ema in averages_of(ema_hook_of(runner)).items():
+        state.update({f'ema{name}.{key}': t.clone() for key, t in ema.state_dict().items()})
+    return state
 
 
 def ddp_runner(folder):

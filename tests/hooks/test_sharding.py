@@ -18,6 +18,7 @@ from torch import nn
 
 from mmema.hooks.ema import EMAHook, refuse_unsaved
 from mmema.messages import RunError
+from mmema.run import ema_hook_of
 from mmema.update.refusals import refuse_sharded
 
 TESTS = Path(__file__).parents[1]
@@ -61,6 +62,10 @@ def test_ddp_strategy_ends_with_the_bits_of_the_plain_runner(two_ranks, case):
     # mmengine 0.10.7: the first checkpoint is a KeyError; resuming is an AttributeError.
     expected = torch.load(two_ranks / 'ddp_runner.pth')
     assert expected['ema.steps'] == 8  # 4 epochs of 24 samples, 6 for each of two ranks
+    assert expected['ema.momentum'].item() == pytest.approx(1 - 0.9**2)
+    assert expected['emarecent.momentum'] == 1 / 4 and expected['emarecent.gamma'] == 5 / 2
+    assert expected['emashort.restarts'] == 1 and expected['emashort.gamma'] == 3
+    assert expected['emaplateau.restarts'] > 0
     assert_same(expected, torch.load(two_ranks / f'{case}.pth'))
 
 
@@ -81,18 +86,23 @@ def test_ddp_strategy_saves_what_the_plain_runner_saves(two_ranks):
 @pytest.mark.parametrize('unit', [dict(epochs=4), dict(iters=16, val_interval=4)])
 def test_flexible_runner_trains_and_resumes_as_the_plain_runner(tmp_path, make_flexible, unit):
     # mmengine 0.10.7: to resume is an AttributeError, as it loads before it makes the average.
-    plain = make_runner(tmp_path / 'plain', ema=OURS, **unit)
+    also = dict(short=dict(horizon=0.2, restart=dict(milestones=[10], by_epoch=False)))
+    unit = dict(unit, ema=dict(OURS, base_batch_size=3, also=also))
+    plain = make_runner(tmp_path / 'plain', **unit)
     plain.train()
-    whole = make_flexible(tmp_path / 'whole', ema=OURS, **unit)
+    whole = make_flexible(tmp_path / 'whole', **unit)
     whole.train()
     assert ema_of(whole).steps == 16
+    short = ema_hook_of(whole).also['short']
+    assert (ema_of(whole).gamma, short.momentum, int(short.steps)) == (2.5, 1 / 3.2, 6)
     assert_same(state_of(plain), state_of(whole))
-    crashed = make_flexible(tmp_path / 'part', Crash(9), ema=OURS, **unit)
+    crashed = make_flexible(tmp_path / 'part', Crash(9), **unit)
     with pytest.raises(KeyboardInterrupt):
         crashed.train()
-    rest = make_flexible(tmp_path / 'part', ema=OURS, resume=True, **unit)
+    rest = make_flexible(tmp_path / 'part', resume=True, **unit)
     rest.train()
     assert_same(state_of(plain), state_of(rest))
+    assert_same(short.state_dict(), ema_hook_of(rest).also['short'].state_dict())
 
 
 @pytest.mark.parametrize(
