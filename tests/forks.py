@@ -80,12 +80,13 @@ def start_ranks(count, script, *arguments, folder, **environment):
 
 
 def join_ranks():
-    """Make the process group of a rank started so; MMEngine's launcher would ask for a GPU."""
+    """Make the process group of a rank on the CPU; MMEngine's launcher would ask for a GPU."""
     import torch
 
+    torchrun = 'MASTER_PORT' in os.environ
     torch.distributed.init_process_group(
         'gloo',
-        init_method=f'file://{Path.cwd()}/group',
+        init_method='env://' if torchrun else f'file://{Path.cwd()}/group',
         rank=int(os.environ['RANK']),
         world_size=int(os.environ['WORLD_SIZE']),
         timeout=timedelta(seconds=60),

@@ -1,7 +1,10 @@
 """Real processes with gloo: every rank decides alike, and none waits for ever."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import forks
@@ -119,6 +122,22 @@ def test_a_tool_ends_without_its_process_group(config, tmp_path):
         assert status == [0, 0], '\n'.join(output)[-6000:]
         assert all(text.endswith('process group at exit: False\n') for text in output)
         (tmp_path / 'group').unlink(missing_ok=True)
+
+
+@pytest.mark.extensive
+@pytest.mark.parametrize('again', range(5))
+def test_torchs_launcher_sees_success(config, tmp_path, again):
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    done = subprocess.run(
+        [sys.executable, *launcher, TESTS / 'tool_rank.py', ROOT / 'tools' / 'train.py', *config],
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': str(TESTS), 'OMP_NUM_THREADS': '1'},
+        capture_output=True,
+        text=True,
+        timeout=forks.LIMIT,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count('process group at exit: False') == 2
 
 
 @pytest.mark.slow
