@@ -22,6 +22,7 @@ from ..run import ema_hook_of, what_loads
 from ..swap import Swap
 from ..update.pairs import canonical_name, unwrapped
 from ..update.refusals import refuse_sharded
+from ..update.staging import staged_once
 from .average_config import AverageConfig, also_configs
 from .optimizer_steps import OptimizerSteps
 from .run_average import RunAverage
@@ -195,10 +196,11 @@ class EMAHook(StockEMAHook):
         """Update the averages, if an optimizer has made a step."""
         steps, source = self._optimizer_steps, self._source(runner)
         stepped = not self.per_optimizer_step or steps.end_iteration(runner.optim_wrapper)
-        for average in self._averages.values():
-            average.has_own_weights = True
-            if stepped:
-                average.update(source, begun=self._ema_started(runner))
+        with staged_once():
+            for average in self._averages.values():
+                average.has_own_weights = True
+                if stepped:
+                    average.update(source, begun=self._ema_started(runner))
 
     # --- evaluation -------------------------------------------------------------------------------
 

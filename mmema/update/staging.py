@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Callable, Dict, List, NamedTuple
+from contextlib import contextmanager
+from typing import Callable, Dict, Iterator, List, NamedTuple
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -41,14 +43,9 @@ class StagedFollower:
         self.average = average
         self.source = source
         self._follow_staged = lambda staged: follow_staged(average, staged, selection)
-        tensors = [*{id(t): t for _, t, _ in named_tensors(source)}.values()]
-        self._transfers = _transfers_of(tensors, selection.blended_in(source))
-        self.staged = _staged_copy(source, self._transfers)
-        self._inner = self._follow_staged(self.staged)
-        self._snapshot = Snapshot(self.staged, source)
-        self._kinds = Unchanged(_kind, tensors)
-        self._devices = {tensor.device for tensor in tensors if tensor.is_cuda}
-        self._arrivals: list = []
+        self.stage = _stage_for(source, selection.blended_in(source))
+        self.stage.followers.add(self)
+        self._inner = self._follow_staged(self.stage.copy)
         self._pending: list = []  # the momentum of the update that is on its way, if one is
         self._average_changed = False
 
@@ -57,31 +54,86 @@ class StagedFollower:
             average is self.average
             and source is self.source
             and not self._average_changed
-            and self._snapshot.holds()
-            and self._kinds.holds()
+            and self.stage.holds()
         )
 
     def update(self, momentum: float | None) -> None:
-        for transfer in self._transfers:
-            if momentum is not None or not transfer.is_blended:
-                transfer.send()
-        self._arrivals = [torch.cuda.current_stream(d).record_event() for d in self._devices]
+        self.stage.send(with_blended=momentum is not None)
         self._pending.append(momentum)
 
     @torch.no_grad()
     def finish(self) -> None:
         if not self._pending:
             return
-        self.wait()  # where Ctrl-C arrives: nothing has changed yet
+        self.stage.wait()  # where Ctrl-C arrives: nothing has changed yet
         momentum = self._pending.pop()
-        if not self._inner.holds(self.average, self.staged):  # the average was converted, say
+        if not self._inner.holds(self.average, self.stage.copy):  # the average was converted, say
             self._average_changed = True
-            self._inner = self._follow_staged(self.staged)
+            self._inner = self._follow_staged(self.stage.copy)
         self._inner.update(momentum)
 
+
+class Stage:
+    """A copy of a source in pinned memory, and the transfers that fill it."""
+
+    def __init__(self, source: nn.Module, blended: set):
+        tensors = [*{id(t): t for _, t, _ in named_tensors(source)}.values()]
+        self.followers: WeakSet = WeakSet()
+        self._transfers = _transfers_of(tensors, blended)
+        self.copy = _staged_copy(source, self._transfers)
+        self._snapshot = Snapshot(self.copy, source)
+        self._kinds = Unchanged(_kind, tensors)
+        self._devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+        self._arrivals: list = []
+        self._round = None
+        self._sent: set = set()  # kinds of transfers that this round has sent
+
+    def holds(self) -> bool:
+        """Return whether none of the tensors is stale."""
+        return self._snapshot.holds() and self._kinds.holds()
+
+    def send(self, with_blended: bool) -> None:
+        """Send the source on its way, unless the round has; blended tensors only if wanted."""
+        if _round is None or _round is not self._round:
+            for follower in list(self.followers):
+                follower.finish()  # before its numbers are written over
+            self._round, self._sent = _round, set()
+        wanted = {False, with_blended} - self._sent
+        for transfer in self._transfers:
+            if transfer.is_blended in wanted:
+                transfer.send()
+        self._sent |= wanted
+        self._arrivals = [torch.cuda.current_stream(d).record_event() for d in self._devices]
+
     def wait(self) -> None:
+        """Wait until all that was sent has arrived."""
         for arrival in self._arrivals:
             arrival.synchronize()
+
+
+_round = None
+_shared: WeakValueDictionary = WeakValueDictionary()  # stages by source and blended tensors
+
+
+@contextmanager
+def staged_once() -> Iterator[None]:
+    """Stage a source once for all averages updated inside, where it must not change."""
+    global _round
+    _round = object()
+    try:
+        yield
+    finally:
+        _round = None
+
+
+def _stage_for(source: nn.Module, blended: set) -> Stage:
+    if _round is None:
+        return Stage(source, blended)
+    key = id(source), frozenset(blended)
+    stage = _shared.get(key)
+    if stage is None or not stage.holds():
+        stage = _shared[key] = Stage(source, blended)
+    return stage
 
 
 class Transfer(NamedTuple):

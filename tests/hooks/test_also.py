@@ -12,7 +12,8 @@ from runs import EMA, Crash, LineModel, assert_same, log_of, make_runner, state_
 import mmema
 from mmema.hooks import average_config, units
 from mmema.messages import RunError
-from mmema.run import ema_hook_of
+from mmema.run import averages_of, ema_hook_of
+from mmema.update import follower
 
 OURS = dict(EMA, type='mmema.EMAHook')
 SCORES = [0.1, 0.5, 0.4, 0.3, 0.6, 0.2, 0.2, 0.2]
@@ -545,3 +546,19 @@ def test_yolox(tmp_path):
     """YOLOX-s is trained with 64 and with 128 pictures in a batch."""
     scaled = units.scaled(dict(momentum=1e-4, gamma=2000), 128 / 64)
     assert scaled == {'momentum': pytest.approx(1.9999e-4, rel=1e-9), 'gamma': 1000}
+
+
+# --- cost -----------------------------------------------------------------------------------------
+
+
+def test_averages_in_main_memory_are_staged_once(tmp_path, monkeypatch):
+    ours = dict(OURS, device='cpu')
+    also = {name: ALSO[name] for name in ('short', 'hard', 'soft', 'uniform')}
+    whole = make_runner(tmp_path / 'near', ema=dict(ours, also=also))
+    whole.train()
+    monkeypatch.setattr(follower, 'is_far', lambda *models: True)  # as with a GPU
+    far = make_runner(tmp_path / 'far', ema=dict(ours, also=also))
+    far.train()
+    averages = averages_of(ema_hook_of(far)).values()
+    assert len({id(ema._follower.stage) for ema in averages}) == 1
+    assert_same(whole_state(whole), whole_state(far))

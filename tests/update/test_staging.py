@@ -15,7 +15,7 @@ from toys import Toy, seeded, shake_on_cpu
 
 from mmema import ExpMomentumEMA, RestartableExpMomentumEMA, averaged_weights
 from mmema.update import follower
-from mmema.update.staging import StagedFollower
+from mmema.update.staging import StagedFollower, Transfer, staged_once
 
 pytestmark = pytest.mark.usefixtures('both_ways')
 
@@ -197,8 +197,8 @@ def test_an_update_that_blends_nothing_fetches_nothing_to_blend(far):
     nn.init.constant_(model.conv.weight, 7)
     nn.init.constant_(model.anchors, 7)
     ema.update_parameters(model)
-    ema._follower.wait()
-    near = tensors_of(ema._follower.staged)
+    ema._follower.stage.wait()
+    near = tensors_of(ema._follower.stage.copy)
     assert torch.equal(near['anchors'], torch.full((2, 2), 7.0))
     assert not torch.equal(near['conv.weight'], torch.full((3, 2, 1, 1), 7.0))
 
@@ -297,7 +297,7 @@ def test_another_layout_gets_another_follower(far):
     other_layout(model, ema)
     ema.update_parameters(model)
     assert ema._follower is not before
-    near = tensors_of(ema._follower.staged)['conv.weight']
+    near = tensors_of(ema._follower.stage.copy)['conv.weight']
     assert near.stride() == model.conv.weight.stride()
 
 
@@ -319,7 +319,7 @@ def test_an_interrupted_wait_forgets_nothing(far, monkeypatch):
         monkeypatch.undo()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ema._follower, 'wait', interrupted)
+    monkeypatch.setattr(ema._follower.stage, 'wait', interrupted)
     with pytest.raises(KeyboardInterrupt):
         ema.module  # noqa: B018
     assert torch.equal(ema.module.conv.weight, torch.full((3, 2, 1, 1), 3.0))
@@ -374,4 +374,62 @@ def test_an_update_does_not_wait_for_the_gpu(source):
 def test_the_memory_in_between_is_pinned(source):
     model, ema = make(source)
     ema.update_parameters(model)
-    assert all(transfer.target.is_pinned() for transfer in ema._follower._transfers)
+    assert all(transfer.target.is_pinned() for transfer in ema._follower.stage._transfers)
+
+
+# --- several averages of one source ---------------------------------------------------------------
+
+
+def several(far):
+    """Averages of one source, with the tensors that each blends and the interval."""
+    model, first = make(far)
+    kinds = [dict(), dict(interval=3), dict(update_buffers=True), dict(interval=2)]
+    return model, [
+        RestartableExpMomentumEMA(model, 0.2 + n / 10, 3, device='cpu', **kwargs)
+        for n, kwargs in enumerate(kinds)
+    ]
+
+
+@pytest.mark.parametrize('reads', [False, True])
+def test_staged_once_for_several_averages(far, monkeypatch, reads):
+    model, together = several(far)
+    alone = [deepcopy(ema) for ema in together]
+    sent = []
+    send = Transfer.send
+    monkeypatch.setattr(Transfer, 'send', lambda self: sent.append(self) or send(self))
+    generator = seeded(0)
+    for step in range(8):
+        shake_on_cpu(model, generator)
+        if step == 4:
+            model.norm.weight = nn.Parameter(model.norm.weight.detach().clone())  # all are stale
+        if step == 6:
+            model.anchors = model.anchors + 1
+        sent.clear()
+        with staged_once():
+            for ema in together:
+                ema.update_parameters(model)
+        stages = {id(ema._follower.stage) for ema in together}
+        assert len(stages) == 2  # one for each set of blended tensors
+        assert len(sent) == len({id(transfer) for transfer in sent})
+        for ema in alone:
+            ema.update_parameters(model)
+        if reads:
+            assert together[1].module.conv.weight.isfinite().all()
+    assert len({id(ema._follower.stage) for ema in alone}) == len(alone)
+    for one, other in zip(together, alone):
+        for (name, tensor), expected in zip(one.state_dict().items(), other.state_dict().values()):
+            assert torch.equal(tensor, expected), name
+
+
+def test_a_later_update_of_one_of_several_stages_anew(far):
+    model, (one, _, _, two) = several(far)
+    with staged_once():
+        one.update_parameters(model)
+        two.update_parameters(model)
+    nn.init.constant_(model.conv.weight, 3)
+    one.restart()
+    one.update_parameters(model)  # outside, so the source may have changed
+    nn.init.constant_(model.conv.weight, 7)
+    two.restart()
+    two.update_parameters(model)
+    assert (one.module.conv.weight == 3).all() and (two.module.conv.weight == 7).all()
