@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 from tool_runs import ROOT, call_here, call_tool, refusal, tool
 
 sys.path.insert(0, str(ROOT / 'tools'))
@@ -470,9 +470,8 @@ def test_the_map_is_that_of_coco_metric(data):
 # --- runs ---------------------------------------------------------------------------------------
 
 
-class Stop(Hook):
-    priority = 'LOWEST'
-
+@HOOKS.register_module()
+class StopAblation(Hook):
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         if runner.iter == 3:
             raise KeyboardInterrupt
@@ -496,7 +495,7 @@ def test_a_stopped_training_goes_on_with_the_same_random_numbers(data, tmp_path)
     try:
         whole = runs.train(named(config, 'whole'), tmp_path / 'whole', 5)
         stopped = named(config, 'stopped')
-        stopped.custom_hooks.append(dict(type=Stop))
+        stopped.custom_hooks.append(dict(type='StopAblation'))
         with pytest.raises(KeyboardInterrupt):
             runs.train(stopped, tmp_path / 'stopped', 5)
         assert list((tmp_path / 'stopped').glob('epoch_*')) == [tmp_path / 'stopped/epoch_1.pth']
@@ -528,48 +527,35 @@ def rows_of(folder):
 
 
 @pytest.mark.slow
-def test_a_seed_that_fails_is_named_and_left_out(data, tmp_path):
-    broken = tmp_path / 'out' / 'runs' / 'YOLOv5_n_to_1__' / 'seed_102'
+def test_an_interrupted_ablation_goes_on_and_leaves_out_what_fails(data, tmp_path):
+    out, errors = tmp_path / 'out', tmp_path / 'errors'
+    first, second, broken = (out / 'runs' / 'YOLOv5_n_to_1__' / f'seed_{n}' for n in (7, 8, 9))
     broken.mkdir(parents=True)
     (broken / 'work').write_text('no folder')
-    call = ['ablate.py', CONFIG, '--out', 'out', '--seeds', '3', '--jobs', '2', *small_run(data)]
-    done = call_tool(*call, folder=tmp_path)
-    assert done.returncode == 1, done.stderr[-2000:]
-    assert 'failed, left out: YOLOv5_n_to_1__, seed 102: ' in done.stderr
-    out = tmp_path / 'out'
-    assert 'seed 102: ' in (out / 'report.md').read_text().split('## Left out')[1]
-    rows = rows_of(out)
-    # Raw, ema, 15 beside it, 2 recalibrated; two splits; epochs 2 and 3; two seeds.
-    assert len(rows) == (2 + 15 + 2) * 2 * 2 * 2
-    assert {row[:3] for row in rows} == {('YOLOv5-n', 'to 1 %', seed) for seed in (100, 101)}
-    assert not (out / 'runs' / 'YOLOv5_n_to_1__' / 'seed_100' / 'work').exists()
-    assert '100%' in done.stderr
-    # Once the cause is gone, the same call runs this seed alone.
-    results = sorted(out.glob('runs/*/seed_*/result.csv'))
-    times = [file.stat().st_mtime_ns for file in results]
-    shutil.rmtree(broken)
-    done = call_tool(*call, folder=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert [file.stat().st_mtime_ns for file in results] == times
-    assert [row for row in rows_of(out) if row[2] != 102] == rows
-    assert len(rows_of(out)) == len(rows) * 3 // 2
-
-
-@pytest.mark.slow
-def test_an_interrupted_ablation_goes_on(data, tmp_path):
-    call = [CONFIG, '--out', 'out', '--seeds', '2', '--jobs', '1', *small_run(data)]
-    errors = tmp_path / 'errors'
-    script = ROOT / 'tools' / 'ablate.py'
-    process = forks.start(script, *call, folder=tmp_path, out=tmp_path / 'printed', err=errors)
-    first = tmp_path / 'out' / 'runs' / 'YOLOv5_n_to_1__' / 'seed_100'
-    while not list(first.glob('work/epoch_*.pth')):
+    call = [CONFIG, '--out', 'out', '--seeds', '3', '--first-seed', '7', *small_run(data)]
+    process = forks.start(
+        *(ROOT / 'tools' / 'ablate.py', *call, '--jobs', '1'),
+        folder=tmp_path,
+        out=tmp_path / 'printed',
+        err=errors,
+    )
+    while not (first / 'work' / 'last_checkpoint').exists():
         assert process.poll() is None, errors.read_text()[-2000:]
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)
     assert process.wait() == 130
     assert 'interrupted; the same call goes on where it was' in errors.read_text()
-    assert not (first / 'result.csv').exists() and not (first.parent / 'seed_101').exists()
-    done = call_tool('ablate.py', *call, folder=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert 'resume' in (first / 'log.txt').read_text().lower()
-    assert sorted({row[2] for row in rows_of(tmp_path / 'out')}) == [100, 101]
+    assert not (first / 'result.csv').exists() and not second.exists()
+
+    done = call_tool('ablate.py', *call, '--jobs', '2', folder=tmp_path)
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert 'resumed epoch: ' in (first / 'log.txt').read_text()
+    assert 'failed, left out: YOLOv5_n_to_1__, seed 9: ' in done.stderr
+    assert 'seed 9: ' in (out / 'report.md').read_text().split('## Left out')[1]
+    rows = reporting.read_rows(out / 'runs.csv')
+    # Raw, ema, 15 beside it, 2 recalibrated; two splits; epochs 2 and 3; two seeds.
+    assert len(rows) == (2 + 15 + 2) * 2 * 2 * 2
+    assert {row[:3] for row in rows} == {('YOLOv5-n', 'to 1 %', seed) for seed in (7, 8)}
+    assert not (first / 'work').exists()
+    ablation = tool('ablate.py').Ablation(Config.fromfile(first.parent / 'config.py'), out)
+    assert [ablation.is_done(seed) for seed in (7, 8, 9)] == [True, True, False]

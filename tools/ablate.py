@@ -215,6 +215,8 @@ class Running:
             for line in process.stdout:
                 if line.startswith('steps '):
                     progress.at(seed, int(line.split()[1]))
+                else:
+                    print(line, end='', file=log, flush=True)
             process.wait()
             self.processes.discard(process)
         progress.at(seed, ablation.steps)
