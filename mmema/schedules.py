@@ -16,19 +16,20 @@ from .arguments import check_choice, check_integer, check_momentum, check_number
 
 @dataclass(frozen=True)
 class Schedule:
-    """Base of the schedules.
+    """Base of the schedules; checks fields called ``momentum``, ``gamma`` and ``power``."""
 
-    Attributes:
-        name: The schedule's name in the state of an average.
-        fixed: Fields that stay as they are for the whole run.
-        counts_blends: Whether ``steps`` counts blends rather than updates, where an average is
-            blended only at every ``interval``-th update: true of schedules that are plain means at
-            their beginning.
-    """
-
-    name: ClassVar[str] = ''
-    fixed: ClassVar[tuple] = ()
+    name: ClassVar[str] = ''  # in the state of an average
+    fixed: ClassVar[tuple] = ()  # fields that stay as they are for the whole run
+    # Whether `steps` counts blends, where an average is blended only at every `interval`-th update:
+    # true of schedules that are plain means at their beginning.
     counts_blends: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.name == 'momentum':
+                check_momentum(self.momentum)
+            elif field.name in ('gamma', 'power'):
+                check_positive(field.name, getattr(self, field.name))
 
     def __call__(self, steps: int) -> float:
         """Return the momentum of the update that finds the counter at ``steps``."""
@@ -69,10 +70,6 @@ class ExpSchedule(Schedule):
     momentum: float = 0.0002
     gamma: float = 2000
 
-    def __post_init__(self) -> None:
-        check_momentum(self.momentum)
-        check_positive('gamma', self.gamma)
-
     def __call__(self, steps: int) -> float:
         warm_up = (1 - self.momentum) * math.exp(-float(1 + steps) / self.gamma)
         return warm_up + self.momentum
@@ -98,9 +95,6 @@ class ConstantSchedule(Schedule):
     name: ClassVar[str] = 'constant'
 
     momentum: float = 0.0002
-
-    def __post_init__(self) -> None:
-        check_momentum(self.momentum)
 
     def __call__(self, steps: int) -> float:
         return self.momentum
@@ -129,9 +123,6 @@ class DebiasedSchedule(Schedule):
     counts_blends: ClassVar[bool] = True
 
     momentum: float = 0.0002
-
-    def __post_init__(self) -> None:
-        check_momentum(self.momentum)
 
     def __call__(self, steps: int) -> float:
         return self.momentum / -math.expm1((steps + 1) * math.log1p(-self.momentum))
@@ -169,7 +160,7 @@ class ThresholdSchedule(Schedule):
     offset: int = 1
 
     def __post_init__(self) -> None:
-        check_momentum(self.momentum)
+        super().__post_init__()
         check_number('factor', self.factor)
         if not 1 < self.factor < math.inf:
             raise ValueError(f'factor must be above 1 and finite, got {self.factor}')
@@ -202,10 +193,6 @@ class AnnealingSchedule(Schedule):
 
     momentum: float = 0.0002
     gamma: float = 100
-
-    def __post_init__(self) -> None:
-        check_momentum(self.momentum)
-        check_positive('gamma', self.gamma)
 
     def __call__(self, steps: int) -> float:
         return max(self.momentum, self.gamma / (self.gamma + steps))
@@ -243,9 +230,7 @@ class PowerRampSchedule(Schedule):
     max_momentum: float = 1.0
 
     def __post_init__(self) -> None:
-        check_momentum(self.momentum)
-        check_positive('gamma', self.gamma)
-        check_positive('power', self.power)
+        super().__post_init__()
         check_number('max_momentum', self.max_momentum)
         if not 0 < self.max_momentum <= 1:
             raise ValueError(f'max_momentum must be in (0, 1], got {self.max_momentum}')
