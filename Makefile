@@ -45,7 +45,7 @@ quick: $(READY)  ## run the fast tests, for after each edit
 	$(PYTEST) -m 'not slow and not extensive' -q $(ARGS)
 
 extensive: $(READY)  ## run every test there is, random ones with a new seed (again: SEED=12)
-	MMEMA_SEED=$(SEED) $(PYTEST) -m '' --hypothesis-seed=$(SEED) $(ARGS)
+	export MMEMA_SEED=$(SEED) && $(PYTEST) -m '' --hypothesis-seed=$$MMEMA_SEED $(ARGS)
 
 clean:  ## remove .venv, data and caches; keep work_dirs and the compiled mmcv
 	rm -rf $(VENV) data build *.egg-info .pytest_cache .ruff_cache .hypothesis .dist_test
