@@ -35,10 +35,10 @@ class MadeUpMetrics(Hook):
 
 @HOOKS.register_module()
 class Pace(Hook):
-    """Slows the run down, or ends one rank of it."""
+    """Slows the run down; ``die`` and ``fail`` are the [rank, iteration] at which one rank ends."""
 
-    def __init__(self, slow=0, die=None):
-        self.slow, self.die = slow, die
+    def __init__(self, slow=0, die=None, fail=None):
+        self.slow, self.die, self.fail = slow, die, fail
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         with open(os.path.join(runner.work_dir, 'pace'), 'ab') as file:
@@ -46,6 +46,8 @@ class Pace(Hook):
         time.sleep(self.slow)
         if self.die == [runner.rank, runner.iter]:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.fail == [runner.rank, runner.iter]:
+            raise RuntimeError('on this rank alone')
 
 
 def main():

@@ -141,8 +141,10 @@ def test_torchs_launcher_sees_success(config, tmp_path, again):
 
 
 @pytest.mark.slow
-def test_a_tool_whose_other_rank_died_ends_with_its_error(config, tmp_path):
-    die = ['--cfg-options', 'custom_hooks.1.die=[1,2]']
-    status, output = run_tool('train.py', *config, *die, folder=tmp_path)
-    assert status == [1, -signal.SIGKILL]
+@pytest.mark.parametrize('how, status_of_1', [('die', -signal.SIGKILL), ('fail', 1)])
+def test_a_tool_whose_other_rank_ended_ends_with_an_error(config, tmp_path, how, status_of_1):
+    options = ['--cfg-options', f'custom_hooks.1.{how}=[1,2]']
+    status, output = run_tool('train.py', *config, *options, folder=tmp_path)
+    assert status == [1, status_of_1]
     assert 'Traceback' in output[0]
+    assert not any('terminate called' in text for text in output)
