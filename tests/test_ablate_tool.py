@@ -75,9 +75,9 @@ def test_bootstrap():
     low, high = statistics.bootstrap_interval([0.0, 0.0, 0.0, 1.0, 1.0, 1.0])
     # Means of six draws, k / 6: P(k <= 0) = 1.6 %, P(k <= 1) = 10.9 %.
     assert (low, high) == pytest.approx((1 / 6, 5 / 6), abs=1e-9)
-    # A long tail to the right: BCa's upper end is the 99.8 % point of 2 k, k binomial(6, 1/6), which
-    # is 8; the plain percentile's is 6. z0 = 0.09, from P(k < 1) = 0.33 and P(k <= 1) = 0.74;
-    # a = 7.68 / (6 * 4.8 ** 1.5) = 0.12, from the five jackknife means 2.4 and one 0.
+    # A long tail to the right. The mean is 2 k, k binomial (6, 1/6). BCa's upper end is its 99.8 %
+    # point, 8; the plain percentile's is 6. z0 = 0.09, from P(k < 1) = 0.33 and P(k <= 1) = 0.74;
+    # a = 7.68 / (6 * 4.8 ** 1.5) = 0.12, from five jackknife means of 2.4 and one of 0.
     assert statistics.bootstrap_interval([0.0] * 5 + [12.0]) == pytest.approx((0, 8))
 
 
