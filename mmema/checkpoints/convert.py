@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..messages import listed
 from .export import compact
 from .files import load, write_whole
 from .formats import CheckpointError
@@ -48,6 +49,8 @@ def convert(
     if steps < 0:
         raise CheckpointError(f'steps must be at least 0, got {steps}')
     average, raw = found.average, found.raw
+    if found.also:
+        notes.append(f'left out, since they are not the main average: {listed(found.also)}')
     if average is None:
         average = raw
         notes.append('no EMA weights in the file: the average is a copy of the raw weights')

@@ -18,6 +18,7 @@ def export(
     force: bool = False,
     trust: bool = False,
     named_by_hash: bool = True,
+    record: dict | None = None,
 ) -> Path:
     """Write one set of weights to a file of its own, for inference.
 
@@ -28,11 +29,12 @@ def export(
     Args:
         path: The checkpoint; see :func:`mmema.checkpoints.files.load`.
         out: The new file, ``.pth`` or ``.safetensors``.
-        weights: 'ema' or 'raw'. Defaults to 'ema'.
+        weights: 'ema', 'raw', or the name of another average of the run. Defaults to 'ema'.
         force: Whether an existing file may be replaced. Defaults to False.
         trust: Whether the file may hold any object; see :func:`mmema.checkpoints.files.load`.
         named_by_hash: Whether ``name.pth`` becomes ``name-<first 8 digits of its sha256>.pth``, as
             OpenMMLab publishes. Defaults to True.
+        record: More about the weights to keep in ``meta['mmema']``. Defaults to None.
 
     Returns:
         The path of the new file.
@@ -42,18 +44,15 @@ def export(
             cannot be written.
     """
     out = Path(out)
-    if weights not in ('ema', 'raw'):
-        raise CheckpointError(f"weights must be 'ema' or 'raw', got {weights!r}")
     found = load(path, trust)
-    state = found.average if weights == 'ema' else found.raw
-    if state is None:
-        other = 'raw' if weights == 'ema' else 'ema'
+    sets = found.sets()
+    if weights not in sets:
         why = f' ({"; ".join(found.notes)})' if found.notes else ''
-        raise CheckpointError(
-            f'{path} has no {weights} weights{why}; weights={other!r} takes those that it has'
-        )
-    state = compact(state)
-    meta = {**found.meta, 'mmema': {'weights': weights, 'steps': found.steps}}
+        raise CheckpointError(f'{path} has no {weights} weights{why}; it has {", ".join(sets)}')
+    state = compact(sets[weights])
+    steps = found.also.get(weights, found).steps
+    about = {'weights': weights, 'steps': steps, **found.exported, **(record or {})}
+    meta = {**found.meta, 'mmema': about}
 
     def write(file):
         if out.suffix == '.safetensors':

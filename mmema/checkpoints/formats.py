@@ -53,7 +53,9 @@ class Weights:
     raw_at: str = ''
     steps: int | None = None  # updates of the average; None if the file does not say
     live: dict = field(default_factory=dict)  # beside it in a restartable average's state
+    also: dict[str, Weights] = field(default_factory=dict)  # the other averages of a run, by name
     meta: dict = field(default_factory=dict)  # of an MMEngine checkpoint
+    exported: dict = field(default_factory=dict)  # record of an export, in ``meta``
     notes: list[str] = field(default_factory=list)  # for people, a line each
 
     def set(self, which: str, state, place: str) -> None:
@@ -61,6 +63,22 @@ class Weights:
         if state is not None:
             setattr(self, which, _tensors(state, place))
             setattr(self, f'{which}_at', place)
+
+    def sets(self) -> dict[str, State]:
+        """Return the sets of weights by name: 'ema', 'raw', and the other averages of a run."""
+        also = {name: other.average for name, other in self.also.items()}
+        sets = {'ema': self.average, 'raw': self.raw, **also}
+        return {name: state for name, state in sets.items() if state is not None}
+
+    def note_missing(self, state: State, whole: State, place: str, result: str) -> bool:
+        """Add a note if a state lacks tensors of the whole one; return whether it does."""
+        missing = sorted(set(whole) - set(state))
+        if missing:
+            self.notes.append(
+                f'{place} lacks {len(missing)} of {len(whole)} tensors, such as {missing[0]!r}: '
+                + result
+            )
+        return bool(missing)
 
 
 def read_weights(content) -> Weights:
@@ -105,19 +123,27 @@ def _read_run(values: dict) -> Weights:
         return found
     found.live = _live_values(_dict_at(values, 'ema_state_dict'))
     swapped = _tensors(values.get("ema_state_dict['module.*']", {}), 'ema_state_dict')
-    missing = sorted(set(state) - set(swapped))
-    if missing:
-        found.notes.append(
-            f'ema_state_dict lacks {len(missing)} of {len(state)} tensors, such as {missing[0]!r}: '
-            'for these the two are the same'
-        )
+    found.note_missing(swapped, state, 'ema_state_dict', 'for these the two are the same')
     raw = with_metadata(state, {name: swapped.get(name, state[name]) for name in state})
     found.set('average', state, 'state_dict')
     found.set('raw', raw, "ema_state_dict['module.*']")
     found.steps = _counter(values, "ema_state_dict['steps']")
     if found.steps is None:
         found.notes.append('ema_state_dict lacks `steps`: a run cannot be resumed from it')
+    for name in _dict_at(values, 'ema_also'):
+        _read_also(found, name, values)
     return found
+
+
+def _read_also(found: Weights, name: str, values: dict) -> None:
+    """Read one of the other averages of a run, the state of an averaged model."""
+    place = f'ema_also[{name!r}]'
+    state = _dict_at(_dict_at(values, place), 'state_dict')
+    own = _tensors(_averaged_model(state, 'module.*').get('module.*', {}), place)
+    if not found.note_missing(own, found.average, place, 'it is left out'):
+        other = Weights(found.maker, steps=_counter(state, 'steps'), live=_live_values(state))
+        other.average = with_metadata(found.average, {key: own[key] for key in found.average})
+        found.also[name] = other
 
 
 def _maker_of_run(meta: dict) -> str:
@@ -133,9 +159,11 @@ def _maker_of_run(meta: dict) -> str:
 
 def _set_only_weights(found: Weights, state: State) -> None:
     """Set the weights of a run's checkpoint that has one set of them."""
-    exported = _dict_at(found.meta, 'mmema')
+    exported = found.exported = _dict_at(found.meta, 'mmema')
     if exported:
-        averaged, note = exported.get('weights') == 'ema', 'exported by mmema'
+        averaged, about = exported.get('weights') != 'raw', {**exported, 'steps': None}
+        about = [f'{key} {value}' for key, value in about.items() if value is not None]
+        note = f'exported by mmema: {", ".join(about)}'
     elif 'EMAHook' in str(found.meta.get('cfg', '')):
         averaged = True
         note = 'no ema_state_dict, but the config has an EMAHook: these are its EMA weights'

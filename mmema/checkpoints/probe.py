@@ -10,6 +10,7 @@ import io
 import os
 import pickle
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 from torch.serialization import MAGIC_NUMBER
@@ -46,15 +47,22 @@ def is_whole(file: str | Path) -> bool:
 
 def top_level_keys(file: str | Path) -> set:
     """Return the keys of the dict in a checkpoint; none if the file cannot be read."""
+    return set(structure(file))
+
+
+def structure(file: str | Path) -> dict:
+    """Return the dict in a checkpoint without its tensors; empty if the file cannot be read."""
     try:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 name = next(name for name in archive.namelist() if name.endswith('/data.pkl'))
-                return set(_StructureUnpickler(io.BytesIO(archive.read(name))).load())
-        with open(file, 'rb') as opened:
-            return set(_open_older_format(opened).load())
+                content = _StructureUnpickler(io.BytesIO(archive.read(name))).load()
+        else:
+            with open(file, 'rb') as opened:
+                content = _open_older_format(opened).load()
+        return content if isinstance(content, dict) else {}
     except Exception:  # damaged pickles raise errors of any kind
-        return set()
+        return {}
 
 
 def _open_older_format(file) -> _StructureUnpickler:
@@ -86,6 +94,8 @@ class _StructureUnpickler(pickle.Unpickler):
         self.storages: dict[str, int] = {}
 
     def find_class(self, module, name):
+        if (module, name) == ('collections', 'OrderedDict'):
+            return OrderedDict
         return type(name, (_Placeholder,), {})
 
     def persistent_load(self, reference):

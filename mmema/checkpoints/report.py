@@ -17,7 +17,8 @@ class Report(NamedTuple):
 
     weights: Weights
     distance: float | None  # ||average - raw|| / ||raw||; None without both
-    non_finite: dict[str, list[str]]  # names of tensors with NaN or infinity in 'average' and 'raw'
+    non_finite: dict[str, list[str]]  # names of tensors with NaN or infinity by set of weights
+    distances: dict[str, float | None]  # of the other averages of a run, by name
 
     def lines(self) -> list[tuple]:
         """Return (label, text), a line each."""
@@ -36,6 +37,12 @@ class Report(NamedTuple):
             )
         if self.distance is not None:
             lines.append(('distance', f'{self.distance:.3g} = ||EMA - raw|| / ||raw||'))
+        for name, other in found.also.items():
+            parts = [f'updates {other.steps:,}' if other.steps is not None else 'no `steps`']
+            parts += [f'{label} {text}' for label, text in _live_lines(other.live)]
+            if self.distances[name] is not None:
+                parts.append(f'distance {self.distances[name]:.3g}')
+            lines.append((f'also {name}', ', '.join(parts)))
         bad = [f'{which}: {listed(names)}' for which, names in self.non_finite.items() if names]
         lines += [('NaN or infinity', text) for text in bad or ['none']]
         return lines + [('note', note) for note in found.notes]
@@ -45,8 +52,11 @@ def inspect(path: str | Path, trust: bool = False) -> Report:
     """Report on a checkpoint; see :func:`mmema.checkpoints.files.load` for arguments and errors."""
     found = load(path, trust)
     average, raw = found.average or {}, found.raw or {}
-    non_finite = {'average': _non_finite(average), 'raw': _non_finite(raw)}
-    return Report(found, _distance(average, raw), non_finite)
+    others = {name: other.average for name, other in found.also.items()}
+    states = {'average': average, 'raw': raw, **{f'also {n}': s for n, s in others.items()}}
+    non_finite = {which: _non_finite(state) for which, state in states.items()}
+    distances = {name: _distance(state, raw) for name, state in others.items()}
+    return Report(found, _distance(average, raw), non_finite, distances)
 
 
 def _distance(average: State, raw: State) -> float | None:

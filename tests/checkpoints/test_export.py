@@ -18,6 +18,7 @@ from mmema.checkpoints.export import export
 from mmema.checkpoints.files import load
 from mmema.checkpoints.formats import CheckpointError
 from mmema.checkpoints.report import inspect
+from mmema.run import ema_hook_of
 
 
 @pytest.mark.parametrize('weights', ['ema', 'raw'])
@@ -39,6 +40,68 @@ def test_export_gives_the_weights_and_the_meta(run, tmp_path, weights):
     found = load(out)  # and it is still known which weights these are
     assert (found.average is None, found.raw is None) == (weights == 'raw', weights == 'ema')
     assert found.steps == (4 if weights == 'ema' else None)
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+@pytest.mark.parametrize('name', ['short', 'restarted', 'mean'])
+def test_export_of_another_average_of_the_run(run_of_several, tmp_path, name, suffix):
+    runner, file = run_of_several
+    record = {'metric': 'score', 'score': 0.5, 'epoch': 2}
+    out = export(file, tmp_path / f'model{suffix}', name, record=record)
+    expected = ema_hook_of(runner).also[name].module.state_dict()
+    state = load_file(out) if suffix == '.safetensors' else load_state(out)
+    same(dict(sorted(state.items())), dict(sorted(expected.items())))
+    assert {'norm.running_mean', 'norm.num_batches_tracked', 'calls'} <= set(state)
+    if suffix == '.pth':
+        assert list(state) == list(expected) and state._metadata == expected._metadata
+    found = load(out)
+    steps = 4 if name == 'restarted' else 8
+    assert found.exported == {'weights': name, 'steps': steps, **record}
+    assert found.raw is None and found.steps == steps
+    assert found.notes == [f'exported by mmema: weights {name}, metric score, score 0.5, epoch 2']
+    again = export(out, tmp_path / 'again.pth')  # its only weights, which keep their name
+    assert load(again).exported == found.exported
+
+
+def test_a_name_that_the_file_lacks_is_refused_with_those_it_has(run_of_several, run, tmp_path):
+    several = 'ema, raw, short, restarted, mean'
+    for file, names in ((run_of_several[1], several), (run[2], 'ema, raw')):
+        with pytest.raises(
+            CheckpointError, match=f'has no long weights; it has {names}$'
+        ) as caught:
+            export(file, tmp_path / 'x.pth', 'long')
+        assert '\n' not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ('damage', 'message'),
+    [
+        (lambda also: also.update(short=3), r"ema_also\['short'\] must be a dict, got 3"),
+        (lambda also: also['short'].update(state_dict=[1]), 'state_dict must be a dict'),
+        (
+            lambda also: also['short']['state_dict'].update({'module.norm.weight': 'x'}),
+            r"ema_also\['short'\] must be names and tensors, but 'norm.weight' is a str",
+        ),
+    ],
+)
+def test_a_damaged_average_is_refused(run_of_several, tmp_path, damage, message):
+    content = torch.load(run_of_several[1], weights_only=True)
+    damage(content['ema_also'])
+    torch.save(content, tmp_path / 'x.pth')
+    with pytest.raises(CheckpointError, match=message):
+        export(tmp_path / 'x.pth', tmp_path / 'y.pth', 'short')
+
+
+def test_an_average_that_lacks_a_tensor_is_left_out_and_said(run_of_several, tmp_path):
+    content = torch.load(run_of_several[1], weights_only=True)
+    del content['ema_also']['short']['state_dict']['module.calls']
+    torch.save(content, tmp_path / 'x.pth')
+    lacks = r"ema_also\['short'\] lacks 1 of 10 tensors, such as 'calls': it is left out"
+    with pytest.raises(
+        CheckpointError, match=rf'no short .*{lacks}.*has ema, raw, restarted, mean'
+    ):
+        export(tmp_path / 'x.pth', tmp_path / 'y.pth', 'short')
 
 
 def test_export_is_the_same_file_each_time(run, tmp_path):
@@ -116,7 +179,7 @@ def test_places_that_cannot_be_written(run, tmp_path):
     with pytest.raises(CheckpointError, match='exists; force=True'):
         convert(run[2], tmp_path / 'x.pth')
     assert (tmp_path / 'x.pth').read_text() == 'mine'
-    with pytest.raises(CheckpointError, match="'ema' or 'raw', got 'both'"):
+    with pytest.raises(CheckpointError, match='no both weights; it has ema, raw'):
         export(run[2], tmp_path / 'y.pth', 'both')
 
 

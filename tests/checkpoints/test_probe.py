@@ -7,7 +7,7 @@ import pytest
 import torch
 from samples import Hostile
 
-from mmema.checkpoints.probe import is_whole, top_level_keys
+from mmema.checkpoints.probe import is_whole, structure, top_level_keys
 
 BOTH_FORMATS = pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'older'])
 
@@ -40,7 +40,18 @@ def test_whole_files_and_their_keys(run, tmp_path, zipped):
         file = tmp_path / f'{number}.pth'
         torch.save(saved, file, _use_new_zipfile_serialization=zipped)
         assert is_whole(file)
-        assert top_level_keys(file) == set(saved)
+        assert top_level_keys(file) == (set(saved) if isinstance(saved, dict) else set())
+
+
+@BOTH_FORMATS
+def test_the_structure_has_numbers_and_text_and_no_tensors(run, tmp_path, zipped):
+    content = torch.load(run[2], weights_only=True)
+    torch.save(content, tmp_path / 'x.pth', _use_new_zipfile_serialization=zipped)
+    found = structure(tmp_path / 'x.pth')
+    assert found['meta'] == content['meta']
+    assert found['message_hub']['runtime_info']['max_iters'] == 8
+    assert list(found['state_dict']) == list(content['state_dict'])
+    assert not any(isinstance(value, torch.Tensor) for value in found['state_dict'].values())
 
 
 @BOTH_FORMATS

@@ -7,9 +7,12 @@ import torch
 from runs import make_runner
 from samples import pair, same
 
+from mmema.checkpoints.convert import convert
 from mmema.checkpoints.export import export
 from mmema.checkpoints.formats import CheckpointError
 from mmema.checkpoints.report import inspect
+from mmema.hooks.monitor import relative_distance
+from mmema.run import ema_hook_of
 
 
 def test_inspect_a_run_with_our_average(run):
@@ -42,6 +45,26 @@ def test_a_state_of_0_1_0_is_inspected(run, tmp_path):
     lines = dict(inspect(tmp_path / 'x.pth').lines())
     assert (lines['momentum'], lines['gamma'], lines['restarts']) == ('0.3', '3', '1')
     assert 'schedule' not in lines and 'changed' not in lines
+
+
+def test_inspect_lists_every_average(run_of_several, tmp_path):
+    content = torch.load(run_of_several[1], weights_only=True)
+    state = content['ema_also']['mean']['state_dict']
+    state['module.norm.weight'][1] = math.nan
+    torch.save(content, tmp_path / 'x.pth')
+    report = inspect(tmp_path / 'x.pth')
+    raw, short = run_of_several[0].model, ema_hook_of(run_of_several[0]).also['short'].module
+    by_hand = relative_distance(short, raw)  # over the parameters
+    assert report.distances['short'] == pytest.approx(by_hand, rel=1e-6)
+    lines = dict(report.lines())
+    expected = f'updates 8, schedule exp, restarts 0, momentum 0.5, gamma 5, distance {by_hand:.3g}'
+    assert lines['also short'] == expected
+    values = 'updates 4, schedule exp, restarts 1, momentum 0.1, gamma 7, distance '
+    assert lines['also restarted'].startswith(values)
+    assert lines['also mean'] == 'updates 8, schedule uniform, restarts 0, distance nan'
+    assert lines['NaN or infinity'] == "also mean: 'norm.weight'"
+    notes = convert(tmp_path / 'x.pth', tmp_path / 'y.pth')
+    assert notes == ["left out, since they are not the main average: 'short', 'restarted', 'mean'"]
 
 
 def test_distance_by_hand(tmp_path):
@@ -102,5 +125,5 @@ def test_a_run_without_ema(tmp_path):
     assert report.weights.average is None
     same(report.weights.raw, runner.model.state_dict())
     assert 'a run without EMAHook' in dict(report.lines())['note']
-    with pytest.raises(CheckpointError, match="no ema weights .*; weights='raw' takes"):
+    with pytest.raises(CheckpointError, match='no ema weights .*; it has raw$'):
         export(tmp_path / 'epoch_1.pth', tmp_path / 'out.pth')
