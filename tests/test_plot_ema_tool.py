@@ -63,11 +63,12 @@ def test_a_run_does_what_was_planned(tmp_path, hooks, settings):
     )
     plain_runner(tmp_path, hooks, epochs=6, **settings).train()
     curves = plot_ema.of_scalars(run, tmp_path)
-    assert list(curves.at) == list(range(1, 13))
+    at, momentum = curves.momenta['ema']
+    assert list(at) == list(range(1, 13))
     np.testing.assert_allclose(curves.lr, plan.lr, rtol=1e-6)
     # What is logged after update k is the momentum of the next one. The restart comes in between.
     after = [k for k in range(1, 12) if k not in plan.restarts]
-    np.testing.assert_allclose(curves.momentum[:-1][np.array(after) - 1], plan.momentum[after])
+    np.testing.assert_allclose(momentum[:-1][np.array(after) - 1], plan.all_momenta[after])
     if all(hook.get('steps', 0) == 0 for hook in hooks if 'Restart' in hook['type']):
         assert curves.restarts == plan.restarts
         np.testing.assert_allclose(shares(curves.all_momenta), shares(plan.all_momenta))
@@ -80,9 +81,9 @@ def test_updates_with_accumulation_are_those_of_the_run(tmp_path):
     settings = dict(optim_wrapper=wrapper, train_cfg=dict(by_epoch=True, max_epochs=7))
     run = plot_ema.Run(make_config(tmp_path, hooks, **settings), 2)
     plan = plot_ema.of_config(run)
-    assert list(plan.at) == [3, 7, 11, 13] and plan.restarts == [8]
+    assert list(plan.momenta['ema'][0]) == [3, 7, 11, 13] and plan.restarts == [8]
     by_hand = [1, exp_momentum(1, 0.1, 3), 1, exp_momentum(1, 0.1, 3)]  # a copy after the restart
-    assert plan.momentum.tolist() == by_hand
+    assert plan.all_momenta.tolist() == by_hand
     assert len(plan.lr) == 14
     plain_runner(tmp_path, hooks, epochs=7, optim_wrapper=wrapper).train()
     curves = plot_ema.of_scalars(run, tmp_path)
@@ -115,7 +116,68 @@ def test_the_copy_of_a_hard_restart_is_found_between_two_points():
 def test_begin_of_the_average(tmp_path):
     config = make_config(tmp_path, [ema(gamma=3, begin_epoch=3)])
     plan = plot_ema.of_config(plot_ema.Run(config, 2))
-    assert (plan.momentum[:5] == 1).all() and plan.momentum[5] < 1
+    assert (plan.all_momenta[:5] == 1).all() and plan.all_momenta[5] < 1
+
+
+ALSO = dict(
+    constant=dict(ema_type='mmema.RestartableConstantEMA', momentum=0.3),
+    hard=dict(restart=dict(milestones=[3], gamma=7)),
+    soft=dict(momentum=0.2, restart=dict(every=5, by_epoch=False, steps=2)),
+    mean=dict(ema_type='mmema.RestartableUniformAverage', restart=dict(milestones=[2, 4])),
+    two_epochs=dict(horizon='2 epochs'),
+    **{f'more_{number}': dict(momentum=0.01 * number) for number in range(1, 6)},
+)
+SEVERAL = ema(type='mmema.EMAHook', gamma=3, also=ALSO)
+
+
+def test_the_plan_of_each_average_is_what_its_run_does(monkeypatch, tmp_path, capsys):
+    hooks = [SEVERAL, restart(milestones=[5]), MONITOR]
+    val_cfg = dict(type='mmema.EMAValLoop')
+    run = plot_ema.Run(make_config(tmp_path, hooks, val_cfg=val_cfg), iters_per_epoch=2)
+    plan = plot_ema.of_config(run)
+    assert list(plan.momenta) == ['ema', *ALSO]
+    plain_runner(tmp_path, hooks, epochs=6, val_cfg=val_cfg).train()
+    curves = plot_ema.of_scalars(run, tmp_path)
+    assert list(curves.momenta) == ['ema', *ALSO]
+    moments = dict(ema=[10], hard=[6], soft=[5, 10], mean=[4, 8])
+    for name, (_, planned) in plan.momenta.items():
+        after = np.array([k for k in range(1, 12) if k not in moments.get(name, [])])
+        np.testing.assert_allclose(curves.momenta[name][1][after - 1], planned[after])
+    mean = [1, 1 / 2, 1 / 3, 1 / 4]
+    np.testing.assert_allclose(plan.momenta['mean'][1], mean + mean + mean)
+    assert plan.momenta['constant'][1].tolist() == [1, *11 * [0.3]]
+    assert plan.momenta['two_epochs'][1][-1] == pytest.approx(exp_momentum(11, 1 / 4, 3))
+    assert plan.momenta['hard'][1][8] == pytest.approx(exp_momentum(2, 0.1, 7))
+    assert (
+        "note: two_epochs: horizon='2 epochs': momentum 0.0002 -> 0.25" in capsys.readouterr().err
+    )
+    assert (curves.metric, list(curves.metrics)) == ('toy/mean', ['ema', 'raw', *ALSO])
+    assert [len(curve) for curve in curves.metrics.values()] == 12 * [6]
+
+    drawn = []
+    monkeypatch.setattr(Figure, 'savefig', lambda self, *args, **kwargs: drawn.append(self))
+    plot_ema.draw(curves, run, 'nowhere.png')
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ['EMA', 'raw', *ALSO, 'EMA restart']
+    momenta, metrics = drawn[0].axes[0], drawn[0].axes[3]
+    assert metrics.get_ylabel() == 'toy/mean' and len(momenta.lines) == 12
+    looks = {(line.get_color(), line.get_linestyle()) for line in metrics.lines[:12]}
+    assert len(looks) == 12  # no two alike
+    box = legend.get_window_extent()
+    assert all(not box.overlaps(axis.bbox) for axis in drawn[0].axes)
+
+
+def test_the_batch_size_counts(tmp_path, capsys):
+    hook = dict(
+        type='mmema.EMAHook',
+        ema_type='mmema.RestartableConstantEMA',
+        momentum=0.1,
+        base_batch_size=3,
+    )
+    config = make_config(tmp_path, [hook], train_dataloader=dict(batch_size=6))
+    plan = plot_ema.of_config(plot_ema.Run(config, 2, processes=2))
+    assert plan.all_momenta[1:].tolist() == pytest.approx(11 * [0.3439])  # 1 - 0.9 ** 4
+    assert 'note: ema: a batch of 12 with base_batch_size=3' in capsys.readouterr().err
 
 
 def write(folder, name, points):
@@ -134,7 +196,7 @@ def test_parts_of_a_resumed_run(tmp_path, capsys):
     second.write_text(second.read_text() + '\n{"loss": 1.0, "st')
     train, validations = plot_ema.read_points(tmp_path)
     assert [(p['step'], p['ema_momentum']) for p in train] == [(1, 1), (2, 5), (3, 6)]
-    assert validations == [{'coco/mAP': 0.1, 'step': 1}]
+    assert validations == [('20260101_000000', 1, {'coco/mAP': 0.1, 'step': 1})]
     assert 'line 3 of' in capsys.readouterr().err
 
 
@@ -148,15 +210,20 @@ def test_a_run_that_was_begun_anew_in_the_same_folder(tmp_path):
     write(tmp_path, '20260102_000000', part(2, 0.9))
     train, validations = plot_ema.read_points(tmp_path)
     assert [p['step'] for p in train] == [4, 8]
-    assert [(p['step'], p['coco/mAP']) for p in validations] == [(1, 0.9), (2, 0.9)]
+    assert [(v.point['step'], v.point['coco/mAP']) for v in validations] == [(1, 0.9), (2, 0.9)]
+    assert [v.after for v in validations] == [4, 8]
 
 
 @pytest.mark.parametrize('prefix', ['raw', 'src'])
 def test_metric_curves(prefix):
     points = [{'step': s, 'coco/mAP': s / 10, f'{prefix}/coco/mAP': s / 20} for s in (2, 1)]
-    assert plot_ema.metric_curves(points, dict(prefix=prefix)) == {
-        'coco/mAP EMA': [(1, 0.1), (2, 0.2)],
-        'coco/mAP raw': [(1, 0.05), (2, 0.1)],
+    points[0]['short/coco/mAP'] = 0.3
+    metric, curves = plot_ema.metric_curves(points, dict(prefix=prefix), ['ema', 'short', 'long'])
+    assert metric == 'coco/mAP'
+    assert curves == {
+        'ema': [(1, 0.1), (2, 0.2)],
+        'raw': [(1, 0.05), (2, 0.1)],
+        'short': [(2, 0.3)],
     }
 
 
@@ -198,6 +265,18 @@ def test_draws_a_picture(monkeypatch, tmp_path, leaf):
     [
         ([], None, 'no train_dataloader; give the length of an epoch of one process with'),
         (['--iters-per-epoch', '0'], None, 'must be at least 1, got 0'),
+        (['--iters-per-epoch', '3', '--processes', '0'], None, '--processes must be at least 1'),
+        (
+            ['--iters-per-epoch', '3'],
+            "dict(type='mmema.EMAHook', "
+            "also=dict(a=dict(restart=dict(follow='PipelineSwitchHook'))))",
+            "the run cannot be planned: a: follow='PipelineSwitchHook' must name a hook of the run",
+        ),
+        (
+            ['--iters-per-epoch', '3'],
+            "dict(type='mmema.EMAHook', base_batch_size=8)",
+            'base_batch_size needs the batch size of the run',
+        ),
         (['--iters-per-epoch', '3'], '', 'the run must have one EMAHook, got 0'),
         (
             ['--iters-per-epoch', '3'],

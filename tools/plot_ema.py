@@ -4,8 +4,9 @@
 tools/plot_ema.py configs/digits/yolov5_n_digits.py -o plan.png
 tools/plot_ema.py configs/digits/yolov5_n_digits.py --work-dir work_dirs/digits -o run.png
 
-The picture shows the momentum (and the horizon, interval / momentum), the learning rate, restarts
-and pipeline switches, and how much of the final average each epoch's weights make up.
+The picture shows the momentum (and the horizon, interval / momentum) of each average, the learning
+rate, restarts and pipeline switches of the main one, and how much of it in the end each epoch's
+weights make up; after a run also the metrics of all weights.
 """
 
 import argparse
@@ -13,12 +14,12 @@ import contextlib
 import copy
 import inspect
 import io
-import json
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import _cli as cli
+from _scalars import read_points
 
 # MMEngine's and the others' classes, and ours with the same schedule.
 TWINS = {
@@ -26,6 +27,7 @@ TWINS = {
     'ExponentialMovingAverage': 'RestartableConstantEMA',
     'MomentumAnnealingEMA': 'RestartableAnnealingEMA',
 }
+COLORS = ('orange', 'green', 'purple', 'brown', 'pink', 'olive', 'cyan', 'gray')
 MOST_BLOCKS = 100  # a run by iterations is cut into at most so many
 
 
@@ -37,7 +39,7 @@ def main():
     from mmengine.registry import init_default_scope
 
     init_default_scope(config.get('default_scope', 'mmengine'))
-    run = Run(config, args.iters_per_epoch)
+    run = Run(config, args.iters_per_epoch, args.processes)
     end = run.max_epochs if run.by_epoch else run.max_iters
     if not 0 <= args.begin < end:
         cli.die(f'--from must be at least 0 and below the end of the run, {end}, got {args.begin}')
@@ -73,6 +75,13 @@ def parse_args():
         help='length of an epoch of one process; needed where the training data are not here',
     )
     parser.add_argument(
+        '--processes',
+        type=int,
+        default=1,
+        metavar='N',
+        help='processes of the run, where base_batch_size or auto_scale_lr asks (default: 1)',
+    )
+    parser.add_argument(
         '--from',
         dest='begin',
         type=int,
@@ -84,16 +93,29 @@ def parse_args():
     args = parser.parse_args()
     if args.iters_per_epoch is not None and args.iters_per_epoch < 1:
         parser.error(f'--iters-per-epoch must be at least 1, got {args.iters_per_epoch}')
+    if args.processes < 1:
+        parser.error(f'--processes must be at least 1, got {args.processes}')
     args.work_dir, args.launcher, args.local_rank = None, 'none', 0
     return args
+
+
+class Loader(SimpleNamespace):
+    """Stand-in for the training data: their length and batch size."""
+
+    def __init__(self, length, batch_size):
+        super().__init__(length=length, batch_size=batch_size, batch_sampler=None)
+
+    def __len__(self):
+        return self.length
 
 
 class Run(SimpleNamespace):
     """Stand-in for a Runner, without a model and without data: length, hooks, accumulation."""
 
-    def __init__(self, config, iters_per_epoch):
+    def __init__(self, config, iters_per_epoch, processes=1):
         from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
+        from mmema.hooks.average_config import AverageConfig
         from mmema.restarts.facts import facts_of
         from mmema.run import ema_hook_of
 
@@ -110,7 +132,9 @@ class Run(SimpleNamespace):
         else:
             self.max_epochs = 1
             self.max_iters = self.epoch_length = train_cfg.max_iters
-        self.train_dataloader = range(self.epoch_length)
+        batch = (config.get('train_dataloader') or {}).get('batch_size')
+        self.train_dataloader = Loader(self.epoch_length, batch and batch * processes)
+        self.auto_scale_lr = config.get('auto_scale_lr')
         # A loop that is asked for its class only.
         loop = EpochBasedTrainLoop if self.by_epoch else IterBasedTrainLoop
         self.train_loop = object.__new__(loop)
@@ -120,6 +144,10 @@ class Run(SimpleNamespace):
             self.hooks = [hook for hook in map(stand_in, config.get('custom_hooks') or []) if hook]
             self.ema_hook = ema_hook_of(self)
             self.facts = facts_of(self, self.ema_hook)
+            stock = dict(self.ema_hook.ema_cfg)
+            stock = {'': AverageConfig(stock.pop('type'), stock)}
+            configs = getattr(self.ema_hook, '_configs', stock)
+        self.averages = {name or 'ema': average for name, average in configs.items()}
 
     @property
     def block(self):
@@ -141,19 +169,14 @@ def stand_in(settings):
         return HOOKS.build({k: v for k, v in settings.items() if k != 'priority'})
     if name not in FOLLOWED:
         return None
-    kind = class_of(HOOKS, settings['type'])
+    with HOOKS.switch_scope_and_registry(None) as registry:  # of the config's scope
+        kind = registry.get(settings['type'])
     if kind is None:
         cli.die(f'custom_hooks has a hook of an unknown type {settings["type"]!r}')
     hook = object.__new__(kind)
     for key, parameter in inspect.signature(kind.__init__).parameters.items():
         setattr(hook, key, settings.get(key, parameter.default))
     return hook
-
-
-def class_of(registry, name):
-    """Return the class of a name in the scope of the config, or None."""
-    with registry.switch_scope_and_registry(None) as scoped:
-        return scoped.get(name)
 
 
 def length_of_epoch(config):
@@ -175,20 +198,18 @@ def length_of_epoch(config):
 
 
 def of_config(run):
-    from mmema.restarts.profile import momenta
-
-    ema, facts = averaged_model(run.ema_hook), run.facts
-    restarts = planned_restarts(run, ema)
-    values = momenta(ema, facts.updates, restarts, facts.update_of(facts.begin))
-    rates = learning_rates(run)
+    facts = run.facts
+    plans = {name: planned(run, name, config) for name, config in run.averages.items()}
+    restarts, values = plans['ema']
+    at, rates = iterations_of(facts, len(values)), learning_rates(run)
     return SimpleNamespace(
         title=f'{Path(run.config.filename).name}, planned',
-        at=iterations_of(facts, len(values)),
-        momentum=values,
+        momenta={name: (at, momenta) for name, (_, momenta) in plans.items()},
         lr_at=range(len(rates)),
         lr=rates,
         all_momenta=values,
         restarts=[restart.iteration for restart in restarts],
+        metric=None,
         metrics={},
     )
 
@@ -200,31 +221,57 @@ def iterations_of(facts, updates):
     return np.array([facts.iteration_of(update) for update in range(updates)])
 
 
-def averaged_model(hook):
+def planned(run, name, config):
+    """Return the restarts of an average and the momentum of each update."""
+    from mmema.hooks.restart import EMARestartHook
+    from mmema.messages import RunError
+    from mmema.restarts.planner import plan
+    from mmema.restarts.profile import momenta
+
+    facts = run.facts
+    rules = [config.rule] if config.rule else []
+    if name == 'ema':
+        rules = [hook.rule for hook in run.hooks if isinstance(hook, EMARestartHook)]
+    try:
+        ema = averaged_model(run, name, config)
+        check_rules(rules, ema)
+        restarts = plan(rules, facts)
+    except RunError as error:
+        raise RunError(f'{name}: {error}') from None
+    return restarts, momenta(ema, facts.updates, restarts, facts.update_of(facts.begin))
+
+
+def averaged_model(run, name, config):
+    """Return an average with the momentum that the run would give it."""
     from mmengine.registry import MODELS
     from torch import nn
 
     import mmema
     from mmema.averaged import MomentumAveragedModel
+    from mmema.hooks.average_config import class_of
+    from mmema.hooks.units import auto_scale_base, settle
 
-    settings = dict(hook.ema_cfg)
-    name = settings['type'].rsplit('.', 1)[-1]
-    kind = class_of(MODELS, settings['type'])
+    kind = class_of(config.ema_type)
     if kind is None or not issubclass(kind, MomentumAveragedModel):
-        if name not in TWINS:
-            cli.die(f'ema_type {settings["type"]!r} is not known here; mmema has its own classes')
-        kind = getattr(mmema, TWINS[name])
-    settings.update(type=kind, device=None)
-    return MODELS.build(settings, default_args=dict(model=nn.Linear(1, 1)))
+        twin = TWINS.get(str(config.ema_type).rsplit('.', 1)[-1])
+        if twin is None:
+            cli.die(f'ema_type {config.ema_type!r} is not known here; mmema has its own classes')
+        kind = getattr(mmema, twin)
+    arguments = dict(config.arguments, type=kind, device=None)
+    ema = MODELS.build(arguments, default_args=dict(model=nn.Linear(1, 1)))
+    if hasattr(run.ema_hook, 'base_batch_size'):  # not MMEngine's hook
+        base = run.ema_hook.base_batch_size or auto_scale_base(run)
+        text = settle(run, ema, config.horizon, base, run.facts)
+        if text:
+            cli.note(f'note: {name}: {text}')
+    return ema
 
 
-def planned_restarts(run, ema):
-    """Return the plan of the run's restart hooks; notes name the parts that it leaves out."""
-    from mmema.hooks.restart import EMARestartHook, check_rule
+def check_rules(rules, ema):
+    """Check that an average can be restarted so; notes name the parts that are left out."""
     from mmema.restartable import Restartable
-    from mmema.restarts.planner import plan
+    from mmema.restarts.live import check_rule
 
-    rules = [hook.rule for hook in run.hooks if isinstance(hook, EMARestartHook)]
     if rules and not isinstance(ema, Restartable):
         cli.die(f'{type(ema).__name__} cannot be restarted, which EMARestartHook wants')
     for rule in rules:
@@ -235,7 +282,6 @@ def planned_restarts(run, ema):
             cli.note(
                 f'note: the shares do not show the effect of source={rule.source!r} on the weights'
             )
-    return plan(rules, run.facts)
 
 
 def learning_rates(run):
@@ -300,40 +346,23 @@ def of_scalars(run, folder):
     momentum = np.array([point['ema_momentum'] for point in train])
     steps = np.array([point['ema_steps'] for point in train])
     counts = np.array([point.get('ema_restarts', 0) for point in train])
+    momenta = {'ema': (at, momentum)}
+    for name in run.averages:
+        points = [(p['step'], p[key]) for p in train if (key := f'ema_{name}_momentum') in p]
+        if points:
+            momenta[name] = tuple(map(np.array, zip(*points)))
+    points = [validation.point for validation in validations]
+    metric, metrics = metric_curves(points, run.config.get('val_cfg') or {}, run.averages)
     return SimpleNamespace(
         title=f'{folder}, as it ran to iteration {at[-1]}',
-        at=at,
-        momentum=momentum,
+        momenta=momenta,
         lr_at=at,
         lr=[point.get('lr', float('nan')) for point in train],
         all_momenta=between(updates, momentum, steps, counts),
         restarts=[at * run.facts.accumulation for at in restarts_of(updates, steps, counts)],
-        metrics=metric_curves(validations, run.config.get('val_cfg') or {}),
+        metric=metric,
+        metrics=metrics,
     )
-
-
-def read_points(folder):
-    """Return training and validation points of all parts of a run, a resumed one included."""
-    if not folder.is_dir():
-        cli.die(f'no folder {folder}')
-    train, validations = {}, []
-    for path in sorted(folder.glob('*/vis_data/scalars.json')):
-        begin = True
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            try:
-                point = json.loads(line)
-            except json.JSONDecodeError:
-                cli.note(f'note: line {number} of {path} is cut short and left out')
-                continue
-            if 'loss' not in point:
-                validations.append((max(train, default=0), point))
-                continue
-            if begin:  # an earlier part was done again from here on
-                train = {at: p for at, p in train.items() if at < point['step']}
-                validations = [(at, p) for at, p in validations if at < point['step']]
-                begin = False
-            train[point['step']] = point
-    return list(train.values()), [point for _, point in validations]
 
 
 def between(at, momentum, steps, counts):
@@ -367,18 +396,20 @@ def restarts_of(at, steps, counts):
     return restarts
 
 
-def metric_curves(validations, val_cfg):
-    prefix = val_cfg.get('prefix', 'raw') + '/'
-    names = [name for point in validations for name in point if '/' in name]
-    raw = [name for name in names if name.startswith(prefix)]
-    names = [name for name in names if name not in raw]
-    name = next((name for name in names if 'mAP' in name), names[0] if names else None)
+def metric_curves(points, val_cfg, averages=()):
+    """Return the metric's name and its (time, value) by the name of the weights."""
+    prefixes = {'raw': val_cfg.get('prefix', 'raw').strip('/') + '/'}
+    prefixes.update({name: f'{name}/' for name in averages if name != 'ema'})
+    others = tuple(prefixes.values())
+    names = [name for p in points for name in p if '/' in name and not name.startswith(others)]
+    metric = next((name for name in names if 'mAP' in name), names[0] if names else None)
     curves = {}
-    for label, key in ((f'{name} EMA', name), (f'{name} raw', f'{prefix}{name}')):
-        curve = [(point['step'], point[key]) for point in validations if key in point]
+    for name, prefix in {'ema': '', **prefixes}.items():
+        key = f'{prefix}{metric}'
+        curve = sorted((point['step'], point[key]) for point in points if key in point)
         if curve:
-            curves[label] = sorted(curve)
-    return curves
+            curves[name] = curve
+    return metric, curves
 
 
 # --- the picture --------------------------------------------------------------------------------
@@ -392,8 +423,10 @@ def draw(curves, run, path, begin=0):
 
     scale = run.epoch_length if run.by_epoch else 1
     rows = 4 if curves.metrics else 3
-    figure, axes = plt.subplots(rows, 1, figsize=(9, 2.3 * rows + 0.8), sharex=True)
-    draw_momentum(axes[0], curves, scale, run.ema_hook.ema_cfg.get('interval', 1))
+    figure, axes = plt.subplots(
+        rows, 1, figsize=(9, 2.3 * rows + 1.2), sharex=True, layout='constrained'
+    )
+    draw_momenta(axes[0], curves, run, scale)
     axes[1].plot([at / scale for at in curves.lr_at], curves.lr, color='tab:green')
     axes[1].set(ylabel='learning rate', ylim=(0, None))
     draw_shares(axes[2], curves, run, scale)
@@ -404,38 +437,50 @@ def draw(curves, run, path, begin=0):
         axis.grid(alpha=0.3)
     axes[0].set_xlim(begin, run.max_iters / scale)
     axes[0].xaxis.get_major_locator().set_params(integer=True)
+    axes[0].set_title(curves.title, fontsize=10)
     axes[-1].set_xlabel('epoch' if run.by_epoch else 'iteration')
-    handles, labels = axes[0].get_legend_handles_labels()
-    axes[0].set_title(curves.title, fontsize=10, pad=24 if labels else 6)
-    if labels:
-        axes[0].legend(
-            handles,
-            labels,
-            loc='lower center',
-            bbox_to_anchor=(0.5, 1.0),
-            ncols=3,
-            fontsize=8,
-            frameon=False,
-        )
+    labels = {}
+    for axis in (*axes[3:], axes[0]):
+        labels.update({label: line for line, label in zip(*axis.get_legend_handles_labels())})
+    figure.legend(
+        labels.values(), labels, loc='outside lower center', ncols=5, fontsize=8, frameon=False
+    )
     figure.align_ylabels(axes)
-    figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
-def draw_momentum(axis, curves, scale, interval):
+def style_of(name, run):
+    """Return how the curves of these weights are drawn, in all panels; the main ones on top."""
+    if name == 'ema':
+        return dict(label='EMA', color='tab:blue', linewidth=2, zorder=4)
+    if name == 'raw':
+        return dict(label='raw', color='black', linewidth=2, linestyle='--', zorder=3)
+    lap, number = divmod(list(run.averages).index(name) - 1, len(COLORS))
+    line = ('-', '--', ':', '-.')[lap % 4]
+    return dict(label=name, color=f'tab:{COLORS[number]}', linewidth=1.2, linestyle=line)
+
+
+def draw_momenta(axis, curves, run, scale):
     import numpy as np
+
+    interval = run.averages['ema'].arguments.get('interval', 1)
 
     def inverse(values):
         with np.errstate(divide='ignore'):
             return interval / np.asarray(values, dtype=float)
 
-    used = curves.momentum > 0  # 0 is an update that `interval` leaves out
-    axis.plot(curves.at[used] / scale, curves.momentum[used], color='tab:blue')
-    low = curves.momentum[used].min()
+    low = 1
+    for name, (at, momenta) in curves.momenta.items():
+        used = momenta > 0  # 0 is an update that `interval` leaves out
+        axis.plot(at[used] / scale, momenta[used], **style_of(name, run))
+        low = min(low, momenta[used].min())
     axis.set(ylabel='momentum', yscale='log', ylim=(low / 2, 2))
     horizon = axis.secondary_yaxis('right', functions=(inverse, inverse))
-    horizon.set_ylabel('horizon (updates)')
+    others = {average.arguments.get('interval', 1) for average in run.averages.values()} - {
+        interval
+    }
+    horizon.set_ylabel('horizon of EMA (updates)' if others else 'horizon (updates)')
 
 
 def draw_shares(axis, curves, run, scale):
@@ -450,19 +495,18 @@ def draw_shares(axis, curves, run, scale):
     left = np.arange(len(share)) * run.block / scale
     axis.bar(left, share, width=run.block / scale, align='edge', color='tab:purple', alpha=0.8)
     unit = 'epoch' if run.by_epoch else f'{run.block} iterations'
-    axis.set(ylabel=f'share of each {unit}\nin the final average (%)', ylim=(0, None))
+    axis.set(ylabel=f'share of each {unit}\nin the final EMA (%)', ylim=(0, None))
 
 
 def draw_metrics(axis, curves, run):
-    for (label, curve), style in zip(curves.metrics.items(), ('o-', 's--')):
-        axis.plot(*zip(*curve), style, markersize=4, label=label)
-    axis.set(ylabel='metric', ylim=(0, None))
-    axis.legend(fontsize=8, loc='lower right')
+    for name, curve in curves.metrics.items():
+        axis.plot(*zip(*curve), marker='o', markersize=3, **style_of(name, run))
+    axis.set(ylabel=curves.metric)
 
 
 def mark(axis, curves, run, scale):
     for number, at in enumerate(curves.restarts):
-        label = '' if number else ('restart' if len(curves.restarts) == 1 else 'restarts')
+        label = '' if number else f'EMA restart{"s" if len(curves.restarts) > 1 else ""}'
         axis.axvline(
             at / scale, color='tab:red', linestyle='--', linewidth=1.2, label=label or None
         )
