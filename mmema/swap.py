@@ -8,7 +8,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from .update.pairs import Pair, canonical_name, copy_all, named_tensors, pairs_of, unwrapped
+from .update.pairs import Pair, copy_all, pairs_of, sides, unwrapped
 from .update.refusals import refuse_sharded
 
 # The averages that are in a model now. Not an attribute: a deep copy of an average is in none.
@@ -115,17 +115,9 @@ class Swap:
 
 
 @torch.no_grad()
-def copy_weights(average: nn.Module, source: nn.Module, only: set | None = None) -> None:
-    """Copy the tensors of the source into the average: all, or those with the names ``only``."""
-    pairs = [pair for pair, _ in pairs_of(average, unwrapped(source))]
-    pairs = [pair for pair in pairs if only is None or pair.name in only]
-    copy_all([pair.average for pair in pairs], [pair.source for pair in pairs])
-
-
-def non_persistent(model: nn.Module) -> set:
-    """Return the names of the non-persistent buffers, which no state of the model holds."""
-    names = {name for name, _, _ in named_tensors(model)} - set(model.state_dict())
-    return {canonical_name(name) for name in names}
+def copy_weights(average: nn.Module, source: nn.Module) -> None:
+    """Copy all tensors of the source into the average."""
+    copy_all(*sides([pair for pair, _ in pairs_of(average, unwrapped(source))]))
 
 
 def _shapes(model: nn.Module) -> dict:

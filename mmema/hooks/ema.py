@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from functools import wraps
-from weakref import WeakSet, ref
+from functools import partial
 
 from mmengine.hooks import EMAHook as StockEMAHook
 from mmengine.model import BaseAveragedModel
@@ -108,11 +106,9 @@ class EMAHook(StockEMAHook):
         self.src_model: nn.Module | None = None
         self._averages: dict[str, RunAverage] = {}
         self._settled = False
-        self._made_for: tuple = (None, None)  # weak references to the run and the model
+        self._made_for: tuple = ()  # the run and the model
         self._optimizer_steps = OptimizerSteps()
         self._swap: Swap | None = None
-        self._guarded_loops: WeakSet = WeakSet()
-        self._evaluating = False
 
     # --- the average and its source ---------------------------------------------------------------
 
@@ -124,7 +120,7 @@ class EMAHook(StockEMAHook):
     @property
     def also(self) -> dict[str, BaseAveragedModel | None]:
         """The other averaged models by name; None before the run."""
-        averages = {**dict.fromkeys(self._configs), **self._averages}
+        averages = self._averages or dict.fromkeys(self._configs)
         return {name: one and one.ema_model for name, one in averages.items() if name}
 
     def before_run(self, runner: Runner) -> None:
@@ -133,10 +129,10 @@ class EMAHook(StockEMAHook):
         self._restore()
         choose_checkpoint(runner)
         source = self._source(runner)
-        if not self._averages or [made() for made in self._made_for] != [runner, source]:
+        if self._made_for != (runner, source):
             refuse_sharded(runner.model)
             self._averages = {n: RunAverage(c, source, n) for n, c in self._configs.items()}
-            self._made_for = ref(runner), ref(source)
+            self._made_for = (runner, source)
             self._settled = False
         if not self._settled and isinstance(runner._train_loop, BaseLoop):
             self._settle(runner)
@@ -181,7 +177,6 @@ class EMAHook(StockEMAHook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         """Copy weights that were loaded meanwhile; begin to count the optimizer's steps."""
-        self._evaluating = False
         self._restore()  # if an evaluation without a guard has failed
         source = self._source(runner)
         for average in self._averages.values():
@@ -207,9 +202,7 @@ class EMAHook(StockEMAHook):
     def before_val_epoch(self, runner: Runner) -> None:
         """Swap the averaged weights into the model."""
         average = self._averages_of(runner)[0]
-        self._evaluating = True
         self._restore()
-        self._guard_loops(runner)
         self._report()
         if average.has_own_weights:
             self._swap = Swap(self._source(runner), average.ema_model)
@@ -225,11 +218,7 @@ class EMAHook(StockEMAHook):
         """Restore the trained weights."""
         self._restore()
 
-    def after_val(self, runner: Runner) -> None:
-        """Note the end of the evaluation; its best checkpoint is saved by now."""
-        self._evaluating = False
-
-    before_test_epoch, after_test = before_val_epoch, after_val
+    before_test_epoch = before_val_epoch
 
     def _restore(self) -> None:
         swap, self._swap = self._swap, None
@@ -244,19 +233,15 @@ class EMAHook(StockEMAHook):
     def _guard_loops(self, runner: Runner) -> None:
         """Make both loops restore the trained weights after an exception, too."""
         for loop in (getattr(runner, '_val_loop', None), getattr(runner, '_test_loop', None)):
-            if isinstance(loop, BaseLoop) and loop not in self._guarded_loops:
-                loop.run = self._guarded(loop.run)
-                self._guarded_loops.add(loop)
+            guarded = getattr(getattr(loop, 'run', None), 'func', None) == self._run_and_restore
+            if isinstance(loop, BaseLoop) and not guarded:
+                loop.run = partial(self._run_and_restore, loop.run)
 
-    def _guarded(self, run):
-        @wraps(run)
-        def run_and_restore(*args, **kwargs):
-            try:
-                return run(*args, **kwargs)
-            finally:  # no hook is called after an exception
-                self._restore()
-
-        return run_and_restore
+    def _run_and_restore(self, run, *args, **kwargs):
+        try:
+            return run(*args, **kwargs)
+        finally:  # no hook is called after an exception
+            self._restore()
 
     def _report(self) -> None:
         self._optimizer_steps.report()
@@ -270,7 +255,7 @@ class EMAHook(StockEMAHook):
         averages = self._averages_of(runner)
         self._report()
         if hasattr(runner, 'strategy'):
-            mend_flexible_checkpoint(runner, checkpoint, self._evaluating)
+            mend_flexible_checkpoint(runner, checkpoint)
         try:
             if self._swap is None:
                 for average in averages:
@@ -298,7 +283,7 @@ class EMAHook(StockEMAHook):
                     f'`state_dict` as the initial `ema_state_dict` ({file})'
                 )
             for average in (main, *others):
-                average.load(model_weights(checkpoint), strict)
+                average.load(checkpoint, strict)
             return
         check_ema_state(checkpoint, main.ema_model, file)
         exchange_weights(checkpoint)
@@ -309,7 +294,7 @@ class EMAHook(StockEMAHook):
                 average.resume_from(saved[average.name], source, strict, file)
             else:
                 warn(f'{file} has no average {average.name!r}: it begins as a copy of the weights')
-                average.load(model_weights(checkpoint), strict)
+                average.load(checkpoint, strict)
         dropped = [name for name in saved if name not in self._configs]
         if dropped:
             warn(f'{file} has averages that the config lacks; they are dropped: {listed(dropped)}')
@@ -329,26 +314,15 @@ def refuse_unsaved(runner: Runner) -> None:
             )
 
 
-def mend_flexible_checkpoint(runner: Runner, checkpoint: dict, evaluating: bool) -> None:
+def mend_flexible_checkpoint(runner: Runner, checkpoint: dict) -> None:
     """Make a checkpoint of FlexibleRunner what Runner saves.
 
     MMEngine 0.10.7 leaves the prefix of the DDP wrapper in the names, and counts the epoch or the
     iteration that is over once more where a validation saves: a resumed run would skip one.
     """
-    if runner.model is not unwrapped(runner.model):
-        checkpoint['state_dict'] = model_weights(checkpoint)
-    if evaluating:
+    checkpoint['state_dict'] = weights_to_cpu(unwrapped(runner.model).state_dict())
+    if not runner.model.training:
         checkpoint['meta'].update(epoch=runner.epoch, iter=runner.iter)
-
-
-def model_weights(checkpoint: dict) -> OrderedDict:
-    """Return the weights in a checkpoint, or in a bare state dict, without a wrapper's prefix."""
-    weights = checkpoint.get('state_dict', checkpoint)
-    named = OrderedDict(
-        (key[7:] if key.startswith('module.') else key, weights[key]) for key in weights
-    )
-    named._metadata = getattr(weights, '_metadata', OrderedDict())
-    return named
 
 
 def exchange_weights(checkpoint: dict) -> None:

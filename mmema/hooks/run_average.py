@@ -6,10 +6,9 @@ from mmengine.hooks import EMAHook
 from mmengine.model import BaseAveragedModel
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
-from mmengine.runner.checkpoint import load_state_dict, weights_to_cpu
+from mmengine.runner.checkpoint import _load_checkpoint_to_model, weights_to_cpu
 from torch import nn
 
-from ..averaged import MomentumAveragedModel
 from ..checkpoints.resume import check_ema_state
 from ..messages import RunError, listed, warn
 from ..restarts.advice import beyond_the_end
@@ -17,7 +16,7 @@ from ..restarts.facts import facts_of
 from ..restarts.live import catch_up, check_rule, log_restart, momentum_of, values_of
 from ..restarts.progress import RuleProgress, due_restart
 from ..run import now_of
-from ..swap import copy_weights, non_persistent
+from ..swap import copy_weights
 from ..update.finite import names_of_non_finite
 from .average_config import AverageConfig
 
@@ -26,29 +25,18 @@ class RunAverage:
     """One average of a run: a copy of the model until training begins, then weights of its own.
 
     ``init_weights`` and loading change the model after the average was made, so the copy is made
-    again until then.
-
-    Args:
-        config: Its arguments.
-        source: The model being trained.
-        name: Its name in ``also``; empty for the main one.
+    again until then. The main average has an empty name.
     """
 
-    def __init__(self, config: AverageConfig, source: nn.Module, name: str = ''):
+    def __init__(self, config: AverageConfig, source: nn.Module, name: str):
         self.config = config
         self.name = name
+        self.label = f'also[{name!r}]' if name else 'the average'
         model = dict(config.arguments, type=config.ema_type)
         self.ema_model: BaseAveragedModel = MODELS.build(model, default_args=dict(model=source))
         self.has_own_weights = False
         self.progress = config.rule and RuleProgress(config.rule)
         self._non_finite = set(names_of_non_finite(self.ema_model.module))  # masks, for example
-
-    @property
-    def label(self) -> str:
-        """The name in messages."""
-        return f'also[{self.name!r}]' if self.name else 'the average'
-
-    # --- updates ----------------------------------------------------------------------------------
 
     def copy(self, source: nn.Module) -> None:
         """Copy the source, unless the average has weights of its own."""
@@ -57,15 +45,11 @@ class RunAverage:
 
     def update(self, source: nn.Module, begun: bool) -> None:
         """Update the average; it is a copy of the source until blending has begun."""
-        ema = self.ema_model
-        if begun:
-            ema.update_parameters(source)
-        elif isinstance(ema, MomentumAveragedModel):
-            ema.steps.zero_()
-            ema.update_parameters(source)  # copies, except for values that it skips
-            ema.steps.zero_()
-        else:
-            copy_weights(ema.module, source)
+        if not begun:
+            self.ema_model.steps.zero_()  # an update at 0 copies, except for values that it skips
+        self.ema_model.update_parameters(source)
+        if not begun:
+            self.ema_model.steps.zero_()
 
     def report(self) -> None:
         """Warn of tensors that were skipped, and of values that are no longer finite."""
@@ -121,8 +105,6 @@ class RunAverage:
             metrics = getattr(runner.val_loop, 'results', {}).get(self.name, {})
             self.progress.see_validation(metrics, now_of(runner))
 
-    # --- state ------------------------------------------------------------------------------------
-
     def state(self) -> dict:
         """Return the EMA state and that of the restart rule, for ``ema_also``."""
         restart = self.progress and self.progress.state_dict()
@@ -130,9 +112,8 @@ class RunAverage:
 
     def resume(self, state: dict, source: nn.Module, strict: bool) -> None:
         """Load an EMA state; non-persistent buffers, which no state has, are the source's."""
+        copy_weights(self.ema_model.module, source)
         self.ema_model.load_state_dict(state, strict=strict)
-        module = self.ema_model.module
-        copy_weights(module, source, only=non_persistent(module))
         self.has_own_weights = True
 
     def resume_from(self, saved: dict, source: nn.Module, strict: bool, file: str) -> None:
@@ -145,7 +126,7 @@ class RunAverage:
         if self.progress is not None and saved['restart'] is not None:
             self.progress.load_state_dict(saved['restart'])
 
-    def load(self, weights: dict, strict: bool) -> None:
-        """Load weights of a model, of which the average is a copy from now on."""
-        load_state_dict(self.ema_model.module, weights, strict=strict, logger='current')
+    def load(self, checkpoint: dict, strict: bool) -> None:
+        """Load the weights in a checkpoint; the average is a copy of the model from now on."""
+        _load_checkpoint_to_model(self.ema_model.module, checkpoint, strict, 'current')
         self.has_own_weights = False
