@@ -23,8 +23,6 @@ from ..restarts.rule import RestartRule
 from ..run import ema_hook_of, now_of, what_loads
 from ..update.pairs import unwrapped
 
-CURRENT_WEIGHTS = 'the current weights'
-
 
 @register_everywhere(HOOKS)
 class EMARestartHook(Hook):
@@ -110,26 +108,30 @@ class EMARestartHook(Hook):
     def _own_state(self, runner: Runner, states: list) -> dict | None:
         """Return the state of this hook's rule, else the one in its place, of a changed config."""
         hooks = restart_hooks_of(runner)
-        known = {state['arguments']: state for state in states}
-        if self.rule.key in known:
-            return known[self.rule.key]
-        place = hooks.index(self)
-        if place >= len(states) or states[place]['arguments'] in {h.rule.key for h in hooks}:
-            return None
-        return states[place]
+        for state in states:
+            if state['arguments'] == self.rule.key:
+                return state
+        place, keys = hooks.index(self), [hook.rule.key for hook in hooks]
+        changed = place < len(states) and states[place]['arguments'] not in keys
+        return states[place] if changed else None
 
     def before_train(self, runner: Runner) -> None:
         """Plan the run, check it, and give advice; the first restart hook acts for all of them."""
         hooks = restart_hooks_of(runner)
         if self is not hooks[0]:
             return
-        ema, rules = restartable_of(runner), [hook.rule for hook in hooks]
-        facts = facts_of(runner, ema_hook_of(runner))
+        ema_hook = ema_hook_of(runner)
+        self._ema = ema = ema_hook.ema_model
+        if not isinstance(ema, Restartable):
+            raise RunError(
+                f'EMARestartHook needs a restartable average, got {type(ema).__name__}. Set '
+                "ema_type='mmema.RestartableExpMomentumEMA' in the EMAHook."
+            )
+        rules, facts = [hook.rule for hook in hooks], facts_of(runner, ema_hook)
         planned = plan(rules, facts)
-        for rule in rules:
-            check_rule(rule, ema)
         self._progresses = [hook.progress for hook in hooks]
         for progress in self._progresses:
+            check_rule(progress.rule, ema)
             progress.begin(facts)
         self._best_files = rewind.best_files(runner)
         for line in advice(rules, planned, facts, ema):
@@ -165,29 +167,25 @@ class EMARestartHook(Hook):
     # --- the restart ----------------------------------------------------------------------------
 
     def _restart(self, runner: Runner, progresses: list, now: dict) -> None:
-        ema = restartable_of(runner)
+        ema, model, weights = self._ema, unwrapped(runner.model), None
         before = values_of(ema)
         restart = due_restart(progresses, now, momentum_of(ema))
-        gone_on_from = self._go_on_from(runner, ema, restart, progresses)
-        if gone_on_from != CURRENT_WEIGHTS:
-            unwrapped(runner.model).zero_grad()  # half accumulated, for weights that are gone
-        restart.apply(ema)
-        log_restart(runner, ema, restart, before, end=f'; training goes on from {gone_on_from}')
-
-    def _go_on_from(
-        self, runner: Runner, ema: Restartable, restart: Restart, progresses: list
-    ) -> str:
-        """Put the weights of the restart's source in place; return their name for the log."""
-        if restart.source == 'ema' and runner.iter > 0:  # before, the average is of no weights
-            ema.copy_to(unwrapped(runner.model))
-            return 'the averaged weights'
-        if restart.source == 'best':
+        source = restart.values.get('source')
+        if source == 'ema' and runner.iter > 0:  # before, the average is of no weights
+            ema.copy_to(model)
+            weights = 'the averaged weights'
+        elif source == 'best':
             name = self._best_copy(runner, restart, progresses)
-            if name is not None:
-                rewind.go_back(runner, ema, rewind.kept_file(runner, name))
-                return f'the best checkpoint ({name})'
-            runner.logger.warning('EMARestartHook: there is no best checkpoint to go back to')
-        return CURRENT_WEIGHTS
+            if name is None:
+                runner.logger.warning('EMARestartHook: there is no best checkpoint to go back to')
+            else:
+                rewind.go_back(runner, ema, name)
+                weights = f'the best checkpoint ({name})'
+        if weights is not None:
+            model.zero_grad()  # half accumulated, for weights that are gone
+        restart.apply(ema)
+        end = f'; training goes on from {weights or "the current weights"}'
+        log_restart(runner, ema, restart, before, end=end)
 
     def _best_copy(self, runner: Runner, restart: Restart, progresses: list) -> str | None:
         """Return the kept copy to go back to, on every rank when the file is whole.
@@ -209,18 +207,3 @@ class EMARestartHook(Hook):
 def restart_hooks_of(runner: Runner) -> list:
     """Return the restart hooks of a run, in the order in which they are called."""
     return [hook for hook in runner.hooks if isinstance(hook, EMARestartHook)]
-
-
-def restartable_of(runner: Runner) -> Restartable:
-    """Return the average of a run.
-
-    Raises:
-        RunError: If it cannot be restarted.
-    """
-    ema = ema_hook_of(runner).ema_model
-    if not isinstance(ema, Restartable):
-        raise RunError(
-            f'EMARestartHook needs a restartable average, got {type(ema).__name__}. Set '
-            "ema_type='mmema.RestartableExpMomentumEMA' in the EMAHook."
-        )
-    return ema

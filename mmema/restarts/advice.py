@@ -12,6 +12,8 @@ from .facts import RunFacts
 from .planner import Restart, explicit_moments
 from .rule import RestartRule
 
+FIXED = (ExpSchedule, ConstantSchedule)  # other schedules fit a stage of any length
+
 
 def advice(
     rules: Sequence[RestartRule],
@@ -20,21 +22,16 @@ def advice(
     ema: MomentumAveragedModel,
 ) -> list:
     """Return one line for each setting that does not fit, with numbers and a value that would."""
+    decays = [m for rule in rules for m in rule.momenta if m is not None and m > 0.5]
     return [
-        *_decays_as_momentum(rules),
+        *(
+            f'momentum {m:g} is the weight of the new value; did you mean 1 - {m:g} = {1 - m:.6g}?'
+            for m in decays
+        ),
         *beyond_the_end(rules, facts),
         *_switches_without_restart(rules, planned, facts, ema),
         *_without_a_best(rules, planned, facts),
         *_updates_left(planned, facts, ema),
-    ]
-
-
-def _decays_as_momentum(rules) -> list:
-    return [
-        f'momentum {m:g} is the weight of the new value; did you mean 1 - {m:g} = {1 - m:.6g}?'
-        for rule in rules
-        for m in rule.momenta
-        if m is not None and m > 0.5
     ]
 
 
@@ -49,74 +46,68 @@ def beyond_the_end(rules: Sequence[RestartRule], facts: RunFacts) -> list:
     ]
 
 
-def _switches_without_restart(rules, planned, facts, ema) -> list:
+def _switches_without_restart(rules, planned, facts, ema):
     followed = {rule.follow for rule in rules}
     times = {restart.iteration for restart in planned}
-    return [
-        f'{name} switches at epoch {epoch}, and no restart follows it; follow={name!r} would'
-        + _share_from_before(facts, ema, epoch)
-        for name, epochs in facts.switches.items()
-        for epoch in epochs
-        if name not in followed
-        and epoch < facts.end('epoch')
-        and epoch * facts.epoch_length not in times
-    ]
+    for name, epochs in facts.switches.items():
+        for epoch in epochs:
+            at = epoch * facts.epoch_length
+            if name in followed or at in times or at >= facts.iterations:
+                continue
+            share = ''
+            if isinstance(ema.schedule, FIXED):
+                blends = (facts.updates - facts.update_of(at)) // ema.interval
+                share = (
+                    f'. Without one, {(1 - ema.schedule.momentum) ** blends:.2f} of the average at '
+                    'the end are weights from before it'
+                )
+            yield (
+                f'{name} switches at epoch {epoch}, and no restart follows it; '
+                f'follow={name!r} would{share}'
+            )
 
 
-def _share_from_before(facts, ema, epoch) -> str:
-    if not isinstance(ema.schedule, (ExpSchedule, ConstantSchedule)):
-        return ''
-    blends = (facts.updates - facts.update_of(epoch * facts.epoch_length)) // ema.interval
-    share = (1 - ema.schedule.momentum) ** blends
-    return f'. Without one, {share:.2f} of the average at the end are weights from before it'
-
-
-def _without_a_best(rules, planned, facts) -> list:
+def _without_a_best(rules, planned, facts):
+    best = [restart for restart in planned if restart.values.get('source') == 'best']
     if facts.first_best is None:
-        if not any(rule.uses_best for rule in rules):
-            return []
-        return [
-            "source='best' finds no best checkpoint in this run, so restarts go on from the "
-            'current weights. Set default_hooks.checkpoint.save_best.'
-        ]
-    best = [restart for restart in planned if restart.source == 'best']
+        if any(rule.uses_best for rule in rules):
+            yield (
+                "source='best' finds no best checkpoint in this run, so restarts go on from the "
+                'current weights. Set default_hooks.checkpoint.save_best.'
+            )
+        return
     early = [restart.causes[0] for restart in best if restart.iteration < facts.first_best]
-    if not early:
-        return []
-    subject = f'restarts {listed(early)} come' if early[1:] else f'restart {early[0]!r} comes'
-    return [
-        f'the {subject} before the first validation, after {facts.first_best} iterations, so there '
-        'is no best checkpoint yet: training goes on from the current weights'
-    ]
+    if early:
+        subject = f'restarts {listed(early)} come' if early[1:] else f'restart {early[0]!r} comes'
+        yield (
+            f'the {subject} before the first validation, after {facts.first_best} iterations, so '
+            'there is no best checkpoint yet: training goes on from the current weights'
+        )
 
 
-def _updates_left(planned, facts, ema) -> list:
-    schedule = ema.schedule
-    if not isinstance(schedule, (ExpSchedule, ConstantSchedule)):
-        return []  # the other schedules fit a stage of any length
+def _updates_left(planned, facts, ema):
+    if not isinstance(ema.schedule, FIXED):
+        return
     values, counter, last = dict(ema.hyperparameters), 0, facts.update_of(facts.begin)
     for restart in planned:
+        counter = restart.values.get('steps', counter + restart.update - last)
         values.update(restart.changes)
-        counter += restart.update - last
         last = restart.update
-        if restart.steps is not None:
-            counter = restart.steps
     left = facts.updates - last
     since = f'{left} updates are left' + (' after the last restart' if planned else '')
-    momentum, lines = values['momentum'], []
+    momentum = values['momentum']
     if ema.interval / momentum > left:
-        momentum = min(2 * ema.interval / left, 0.5)
-        lines.append(
-            f'the horizon of momentum {values["momentum"]:g} is '
-            f'{ema.interval / values["momentum"]:.0f} updates, but {since}; '
-            f'momentum={momentum:.2g} would fit'
+        fits = min(2 * ema.interval / left, 0.5)
+        yield (
+            f'the horizon of momentum {momentum:g} is {ema.interval / momentum:.0f} updates, but '
+            f'{since}; momentum={fits:.2g} would fit'
         )
-    if isinstance(schedule, ExpSchedule):  # counts updates, blended or not
+        momentum = fits
+    if isinstance(ema.schedule, ExpSchedule):  # counts updates, blended or not
         warm_up = values['gamma'] * -math.log(momentum)
         if warm_up - counter > left:
-            fits = max(1, int(left / -math.log(momentum)))
-            lines.append(
+            yield (
                 f'the warm-up of gamma {values["gamma"]:g} ends after about {warm_up:.0f} updates, '
-                f'but {since}: until then the average forgets fast; gamma={fits} would fit'
+                f'but {since}: until then the average forgets fast; '
+                f'gamma={max(1, int(left / -math.log(momentum)))} would fit'
             )
-    return lines

@@ -15,11 +15,7 @@ from .rule import RestartRule
 
 
 def check_rule(rule: RestartRule, ema: Restartable) -> None:
-    """Check that an average can be restarted as a rule says.
-
-    Raises:
-        RunError: If it lacks a value, or a value is out of its range.
-    """
+    """Raise a RunError unless an average can be restarted as a rule says."""
     after_plateau = rule.plateau and rule.plateau.momentum_after(momentum_of(ema))
     for momentum in (*rule.momenta, after_plateau):
         try:
@@ -43,13 +39,7 @@ def log_restart(
 ) -> None:
     """Write a restart that was made into the log and, as scalars, into the curves.
 
-    Args:
-        runner: The runner.
-        ema: The average.
-        restart: The restart.
-        before: What :func:`values_of` gave before it.
-        name: The average's name in ``also``; empty for the main one.
-        end: More for the end of the line.
+    ``before`` is what :func:`values_of` gave before it, ``name`` the average's in ``also``.
     """
     after = values_of(ema)
     changes = ', '.join(f'{key} {before[key]:g} -> {after[key]:g}' for key in after)
@@ -69,10 +59,11 @@ def catch_up(runner: Runner, progress) -> None:
     Its result decides about a plateau and the best checkpoint; MMEngine would leave it out.
     """
     resumed, progress.just_resumed = progress.just_resumed, False
-    now = now_of(runner)
-    wanted = progress.rule.plateau or progress.rule.uses_best
+    if not resumed or runner.val_loop is None:
+        return
+    now, rule = now_of(runner), progress.rule
     missed = progress.validated != now and validation_follows(runner.train_loop, now)
-    if resumed and wanted and missed and runner.val_loop is not None:
+    if missed and (rule.plateau or rule.uses_best):
         runner.logger.info('EMARestartHook: the validation before the resume comes first')
         runner.val_loop.run()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from itertools import groupby
+from dataclasses import dataclass, field, replace
+from itertools import combinations, groupby
 from typing import Sequence
 
 from ..messages import RunError
@@ -19,22 +19,18 @@ class Restart:
     iteration: int  # before which it takes place; -1 where a plateau alone causes it
     update: int  # of the average, before which it takes place
     causes: tuple = ()  # moments and plateaus, in words
+    values: dict = field(default_factory=dict)  # as RestartRule.values
     rule: RestartRule | None = None
-    steps: int | None = 0  # None: the counter goes on
-    momentum: float | None = None  # None: it stays
-    gamma: float | None = None
-    source: str = 'model'
 
     @property
     def changes(self) -> dict:
         """The live values that are set, by name."""
-        values = {'momentum': self.momentum, 'gamma': self.gamma}
-        return {name: value for name, value in values.items() if value is not None}
+        return {n: value for n, value in self.values.items() if n not in ('steps', 'source')}
 
     def apply(self, ema: Restartable) -> None:
         """Restart an average; where only the weights change, its counter goes on."""
-        only_weights = self.steps is None and not self.changes
-        ema.restart(int(ema.steps) if only_weights else self.steps, **self.changes)
+        counter = None if self.changes else int(ema.steps)
+        ema.restart(self.values.get('steps', counter), **self.changes)
 
 
 def plan(rules: Sequence[RestartRule], facts: RunFacts) -> list:
@@ -50,17 +46,15 @@ def plan(rules: Sequence[RestartRule], facts: RunFacts) -> list:
     for rule in rules:
         moments = explicit_moments(rule, facts)
         if rule.every:
-            for at in range(rule.every, facts.end(rule.unit), rule.every):
-                moments[Moment(rule.unit, at)] = rule.momentum
-        restarts += [
-            restart_at(moment, momentum, rule, facts)
-            for moment, momentum in moments.items()
-            if facts.iteration_at(moment) < facts.iterations
-        ]
+            multiples = range(rule.every, facts.end(rule.unit), rule.every)
+            moments.update({Moment(rule.unit, at): rule.momentum for at in multiples})
+        restarts += [restart_at(moment, value, rule, facts) for moment, value in moments.items()]
+    restarts = [restart for restart in restarts if restart.iteration < facts.iterations]
     restarts.sort(key=lambda restart: restart.iteration)
     groups = [list(group) for _, group in groupby(restarts, key=lambda restart: restart.iteration)]
     for group in groups:
-        _refuse_conflict(group)
+        for one, other in combinations(group, 2):
+            _refuse_conflict(one, other)
     return [merged(group) for group in groups]
 
 
@@ -92,41 +86,23 @@ def restart_at(
 ) -> Restart:
     """Return the restart that a rule wants at a moment."""
     at = facts.iteration_at(moment)
-    return Restart(
-        at, facts.update_of(at), (str(moment),), rule, rule.steps, momentum, rule.gamma, rule.source
-    )
+    return Restart(at, facts.update_of(at), (str(moment),), rule.values(momentum), rule)
 
 
 def merged(restarts: Sequence[Restart]) -> Restart:
-    """Return one restart with the effect of several, one after the other.
-
-    A later one wins where it sets a value, by the order given; a value that it leaves alone is
-    taken from the one before. The counter is left alone by ``steps=None``, the weights by
-    ``source='model'``.
-    """
-    result = restarts[0]
-    for after in restarts[1:]:
-        kept = {name: getattr(result, name) for name in _UNSET if not _sets(after, name)}
-        result = replace(after, causes=tuple(dict.fromkeys(result.causes + after.causes)), **kept)
-    return result
+    """Return one restart with the effect of several; where two set a value, the later one wins."""
+    causes, values = {}, {}
+    for restart in restarts:
+        causes.update(dict.fromkeys(restart.causes))
+        values.update(restart.values)
+    return replace(restarts[-1], causes=tuple(causes), values=values)
 
 
-_UNSET = {'steps': None, 'momentum': None, 'gamma': None, 'source': 'model'}
-
-
-def _sets(restart: Restart, name: str) -> bool:
-    return getattr(restart, name) != _UNSET[name]
-
-
-def _refuse_conflict(restarts: Sequence[Restart]) -> None:
-    """Raise an error if two restarts of one iteration set different values."""
-    for name in _UNSET:
-        first, *others = [restart for restart in restarts if _sets(restart, name)] or [None]
-        for other in others:
-            one, two = getattr(first, name), getattr(other, name)
-            if one != two:
-                raise RunError(
-                    f'two restarts before iteration {other.iteration} must agree on {name}, got '
-                    f'{one!r} from {first.rule} and {two!r} from {other.rule}. Give both the same '
-                    f'{name}, or one of them other moments.'
-                )
+def _refuse_conflict(one: Restart, other: Restart) -> None:
+    for name, value in one.values.items():
+        if other.values.get(name, value) != value:
+            raise RunError(
+                f'two restarts before iteration {other.iteration} must agree on {name}, got '
+                f'{value!r} from {one.rule} and {other.values[name]!r} from {other.rule}. Give '
+                f'both the same {name}, or one of them other moments.'
+            )

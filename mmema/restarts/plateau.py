@@ -68,12 +68,6 @@ class Plateau:
                 raise TypeError(f'on_plateau: {str(error).split("__init__() ")[-1]}') from None
             raise
 
-    def improves(self, value: float, best: float | None) -> bool:
-        """Tell whether a value of the metric is better than the best one so far."""
-        if best is None or math.isnan(best):
-            return True
-        return value > best if self.rule == 'greater' else value < best
-
     def momentum_after(self, momentum: float) -> float | None:
         """Return the momentum that a restart sets, None if it leaves it alone."""
         if self.momentum_add is None:
@@ -104,8 +98,9 @@ class PlateauWatch:
                 f"on_plateau['metric'] must be one of the run's metrics, got {plateau.metric!r}; "
                 f'there are {sorted(metrics)}'
             )
-        value = float(metrics[plateau.metric])
-        if plateau.improves(value, self.best):
+        value, best = float(metrics[plateau.metric]), self.best
+        sign = 1 if plateau.rule == 'greater' else -1
+        if best is None or math.isnan(best) or sign * value > sign * best:
             self.best, self.without_improvement = value, 0
         elif counting:
             self.without_improvement += 1

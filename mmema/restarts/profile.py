@@ -12,42 +12,22 @@ from .planner import Restart
 
 
 def momenta(
-    ema: MomentumAveragedModel,
-    updates: int,
-    restarts: Sequence[Restart] = (),
-    begin: int = 0,
+    ema: MomentumAveragedModel, updates: int, restarts: Sequence[Restart] = (), begin: int = 0
 ) -> np.ndarray:
-    """Return the momentum of every update of a run, in float64.
-
-    The schedule of ``ema`` itself is asked, and the model is restarted on the way, so it is used
-    up afterwards. 1 stands for a copy, 0 for an update that ``interval`` leaves out.
+    """Return the momentum of every update of a run: 1 for a copy, 0 where ``interval`` skips it.
 
     Args:
-        ema: An averaged model of mmema, of any layers, before its first update.
-        updates: Number of updates, at least 0.
-        restarts: The plan of the run, in the order of time. Defaults to none.
+        ema: An average, of any layers, before its first update; it is restarted on the way.
+        updates: Number of updates.
+        restarts: The plan of the run, in the order of time.
         begin: Updates before this one copy and are not counted, as EMAHook's ``begin_iter``.
-            Defaults to 0.
-
-    Returns:
-        An array of ``updates`` values.
-
-    Example:
-        >>> import torch
-        >>> from mmema import RestartableExpMomentumEMA
-        >>> ema = RestartableExpMomentumEMA(torch.nn.Linear(1, 1), momentum=0.1, gamma=10)
-        >>> momenta(ema, 4, [Restart(iteration=2, update=2, steps=0)]).round(4).tolist()
-        [1.0, 0.8369, 1.0, 0.8369]
     """
-    values = np.ones(updates)
-    steps, ahead = int(ema.steps), deque(restarts)
-    for i in range(updates):
+    values, steps, ahead = np.ones(updates), int(ema.steps), deque(restarts)
+    for i in range(begin, updates):
         while ahead and ahead[0].update <= i:
             ema.steps.fill_(steps)
             ahead.popleft().apply(ema)
             steps = int(ema.steps)
-        if i < begin:
-            continue
         if steps:
             values[i] = 0.0 if steps % ema.interval else ema.momentum_at(steps)
         steps += 1
@@ -57,22 +37,8 @@ def momenta(
 def shares(momenta: np.ndarray) -> np.ndarray:
     """Return the weight that the source at each update has in the average after the last one.
 
-    ``share_i = m_i * prod_{j > i} (1 - m_j)``
-
-    A hard restart copies (``m = 1``), which leaves nothing of all before. The shares sum to one if
-    there is a copy.
-
-    Args:
-        momenta: The momentum of each update, as :func:`momenta` gives them.
-
-    Returns:
-        An array of as many values, float64.
-
-    Example:
-        >>> shares(np.array([1.0, 0.5, 0.25])).tolist()
-        [0.375, 0.375, 0.25]
+    ``share_i = m_i * prod_{j > i} (1 - m_j)``, so a copy (``m = 1``) leaves nothing of all before.
     """
-    momenta = np.asarray(momenta, dtype=np.float64)
     kept_by_later = np.cumprod((1 - momenta)[::-1])[::-1]
     return momenta * np.append(kept_by_later[1:], 1.0)[: len(momenta)]
 

@@ -13,13 +13,10 @@ from .rule import Moment, RestartRule
 
 
 class RuleProgress:
-    """State of a rule in a run, of a size that does not grow with the run.
+    """State of a rule in a run.
 
     A moment is due from its time on until it is done, so a run that is resumed past it restarts at
     once. Milestones and switches are remembered one by one, of ``every`` the last multiple.
-
-    Args:
-        rule: The rule.
     """
 
     def __init__(self, rule: RestartRule) -> None:
@@ -30,68 +27,44 @@ class RuleProgress:
         self.kept: list = []  # names of kept best checkpoints; plateaus go back to the last
         self.validated: int | None = None  # when the last validation was, in the loop's time
         self.just_resumed = False
-        self._moments: dict = {}  # explicit ones, with the momentum that each sets
-        self._next: dict = {}  # time of the next moment by unit
 
     def begin(self, facts: RunFacts) -> None:
-        """Take in the facts of the run that begins or goes on.
-
-        Raises:
-            RunError: If the rule does not fit the run.
-        """
+        """Take in the facts of the run that begins or goes on; a rule must fit it."""
         self._facts = facts
         self._moments = explicit_moments(self.rule, facts)
-        self._look_ahead()
 
     def is_due(self, now: dict) -> bool:
         """Tell whether to restart at the current ``epoch`` and ``iter``."""
-        return self.plateau_due or any(now[unit] >= at for unit, at in self._next.items())
+        return self.plateau_due or bool(self._due(now))
 
-    def take_due(self, now: dict, momentum: float) -> list:
-        """Return the due restarts, and mark them done; a plateau gives way to a moment.
-
-        Args:
-            now: The current ``epoch`` and ``iter``.
-            momentum: The average's momentum, to which a plateau adds.
-        """
-        rule, plateau = self.rule, self.rule.plateau if self.plateau_due else None
-        due = {m: v for m, v in self._moments.items() if now[m.unit] >= m.at and m not in self.done}
+    def _due(self, now: dict) -> dict:
+        """Return the moments that are due, with the momentum that each sets."""
+        rule, due = self.rule, {}
+        for moment, momentum in self._moments.items():
+            if now[moment.unit] >= moment.at and moment not in self.done:
+                due[moment] = momentum
         if rule.every:
             last = min(now[rule.unit], self._facts.end(rule.unit) - 1) // rule.every * rule.every
-            if last > self._last_multiple():
+            if last > 0 and Moment(rule.unit, last) not in self.done:
                 due[Moment(rule.unit, last)] = rule.momentum
+        return due
+
+    def take_due(self, now: dict, momentum: float) -> list:
+        """Return the due restarts, and mark them done; a plateau gives way to a moment."""
+        rule, plateau, due = self.rule, self.rule.plateau, self._due(now)
+        if due:
+            restarts = [restart_at(at, value, rule, self._facts) for at, value in due.items()]
+        else:
+            values = rule.values(plateau.momentum_after(momentum), plateau.source)
+            restarts = [Restart(-1, -1, (f'{plateau.metric} stopped improving',), values, rule)]
         self.done += due
         self.plateau_due = False
-        self._look_ahead()
-        if plateau is None or due:
-            return [restart_at(moment, value, rule, self._facts) for moment, value in due.items()]
-        value, source = plateau.momentum_after(momentum), plateau.source or rule.source
-        why = (f'{plateau.metric} stopped improving',)
-        return [Restart(-1, -1, why, rule, rule.steps, value, rule.gamma, source)]
-
-    def _look_ahead(self) -> None:
-        """Forget all but the last multiple of ``every``; note the next moment of each unit."""
-        latest = {}
-        for moment in sorted(self.done, key=lambda moment: moment.at):
-            if moment not in self._moments:  # a multiple, or from a config that was changed
-                latest[moment.unit, self._is_multiple(moment)] = moment
-        self.done = [m for m in self.done if m in self._moments] + list(latest.values())
-        ahead = [moment for moment in self._moments if moment not in self.done]
-        if self.rule.every:
-            multiple = self._last_multiple() + self.rule.every
-            if multiple < self._facts.end(self.rule.unit):
-                ahead.append(Moment(self.rule.unit, multiple))
-        self._next = {}
-        for moment in ahead:
-            self._next[moment.unit] = min(moment.at, self._next.get(moment.unit, moment.at))
-
-    def _last_multiple(self) -> int:
-        """Return the last multiple of ``every`` that is done, 0 if none is."""
-        return max((m.at for m in self.done if self._is_multiple(m)), default=0)
-
-    def _is_multiple(self, moment: Moment) -> bool:
-        rule = self.rule
-        return bool(rule.every) and moment.unit == rule.unit and moment.at % rule.every == 0
+        if rule.every:  # the last multiple stands for all, so that the state does not grow
+            others = [m for m in self.done if m not in self._moments and m.unit == rule.unit]
+            multiples = sorted(m.at for m in others if m.at % rule.every == 0)
+            forgotten = {Moment(rule.unit, at) for at in multiples[:-1]}
+            self.done = [moment for moment in self.done if moment not in forgotten]
+        return restarts
 
     def see_validation(self, metrics: dict, now: int) -> None:
         """Take in the metrics of a validation; rank 0 decides about a plateau for all ranks."""
@@ -125,10 +98,7 @@ class RuleProgress:
 def due_restart(progresses: Sequence[RuleProgress], now: dict, momentum: float) -> Restart:
     """Return one restart for all that is due by these rules, and mark it done.
 
-    Args:
-        progresses: The states of rules of one average; at least one is due.
-        now: The current ``epoch`` and ``iter``.
-        momentum: The average's momentum.
+    Each of them is due; a plateau adds to the average's ``momentum``.
     """
     due = [restart for progress in progresses for restart in progress.take_due(now, momentum)]
     return merged(sorted(due, key=lambda restart: restart.iteration))

@@ -51,9 +51,6 @@ def complete(runner: Runner, checkpoint: dict) -> None:
         )
 
 
-# --- kept copies --------------------------------------------------------------------------------
-
-
 def keep_best(runner: Runner) -> tuple:
     """Copy the best checkpoint so far to a name of its own, that of the current iteration.
 
@@ -61,12 +58,8 @@ def keep_best(runner: Runner) -> tuple:
     After a resume from an older checkpoint the best one of that time can be gone; then the copy
     that was made at the same iteration before serves again.
 
-    Returns:
-        The name of the copy, None without a best checkpoint; and the copies that a run resumed from
-        the best checkpoint would go back to.
-
-    Raises:
-        RunError: If the best checkpoint is gone.
+    Returns the name of the copy, None without a best checkpoint; and the copies that a run resumed
+    from the best checkpoint would go back to.
     """
     best = next(iter(best_files(runner)), None)
     if best is None:
@@ -92,9 +85,8 @@ def keep_best(runner: Runner) -> tuple:
         part = kept.with_suffix('.part')
         shutil.copyfile(file, part)
         os.replace(part, kept)
-    return kept.name, [
-        name for state in checkpoint['ema_restart'] for name in kept_names(state)[-1:]
-    ]
+    named = [name for state in checkpoint['ema_restart'] for name in kept_names(state)[-1:]]
+    return kept.name, named
 
 
 def kept_names(state: dict) -> list:
@@ -113,14 +105,11 @@ def drop_kept(runner: Runner, progresses: list, still_named: list) -> None:
     oldest = _oldest_checkpoint(runner)
     before = {name for progress in progresses for name in progress.kept}
     for progress in progresses:
-        if oldest is None:  # a resume can need every copy; a state needs to name the last alone
-            progress.kept = progress.kept[-1:]
-            continue
-        needed = [name for name in progress.kept if _iteration_of(name) < oldest][-1:] + still_named
-        progress.kept = [n for n in progress.kept if n in needed or _iteration_of(n) >= oldest]
-    after = {name for progress in progresses for name in progress.kept}
-    if oldest is not None and is_main_process():
-        for name in before - after:
+        earlier = [name for name in progress.kept if _iteration_of(name) < oldest]
+        dropped = set(earlier).difference(earlier[-1:], still_named)
+        progress.kept = [name for name in progress.kept if name not in dropped]
+    if is_main_process():
+        for name in before.difference(*(progress.kept for progress in progresses)):
             (Path(runner.work_dir) / name).unlink(missing_ok=True)
 
 
@@ -128,38 +117,26 @@ def _iteration_of(name: str) -> int:
     return int(Path(name).stem.rsplit('_', 1)[-1])
 
 
-def _oldest_checkpoint(runner: Runner) -> int | None:
-    """Return the iteration of the oldest checkpoint that is left, None where none is deleted."""
-    iterations = []
+def _oldest_checkpoint(runner: Runner) -> int:
+    """Return the iteration of the oldest checkpoint that is left."""
+    oldest = []
     for hook in _checkpoint_hooks(runner):
-        if hook.max_keep_ckpts <= 0:
-            return None
         unit = len(runner.train_dataloader) if hook.by_epoch else 1
-        iterations += [number * unit for number in hook.keep_ckpt_ids]
-    return min(iterations, default=0)
+        # A hook that deletes none has no such list.
+        oldest.append(min(getattr(hook, 'keep_ckpt_ids', None) or [0]) * unit)
+    return min(oldest, default=0)
 
 
-def kept_file(runner: Runner, name: str) -> Path:
-    """Return the place of a copy: the work folder, or the one that the run was resumed from.
-
-    Raises:
-        RunError: If it is in neither.
-    """
+def go_back(runner: Runner, ema: BaseAveragedModel, name: str) -> None:
+    """Put back model, average, optimizer and AMP scaler of a copy; time, data and LR go on."""
     resumed_from = Path(str(runner._load_from or '')).parent
-    for folder in (Path(runner.work_dir), resumed_from):
-        if (folder / name).is_file():
-            return folder / name
-    raise RunError(
-        f'the run goes back to {name} at restarts, but {runner.work_dir} does not hold it. Copy it '
-        'there from the folder of the run that was resumed.'
-    )
-
-
-# --- the rewind ---------------------------------------------------------------------------------
-
-
-def go_back(runner: Runner, ema: BaseAveragedModel, file: Path) -> None:
-    """Put back model, average, optimizer and AMP scaler; epoch, data order and LR go on."""
+    files = [folder / name for folder in (Path(runner.work_dir), resumed_from)]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise RunError(
+            f'the run goes back to {name} at restarts, but {runner.work_dir} does not hold it. '
+            'Copy it there from the folder of the run that was resumed.'
+        )
     checkpoint = _load_checkpoint(str(file), map_location='cpu')
     state = checkpoint['ema_state_dict']
     # MMEngine saves the averaged weights as `state_dict`, the raw ones in the place of the average.

@@ -13,14 +13,9 @@ FOLLOWED = ('PipelineSwitchHook', 'YOLOXModeSwitchHook')
 
 @dataclass(frozen=True)
 class Moment:
-    """A time in a run: the beginning of the epoch, or the iteration, with a 0-based index.
+    """A time in a run: the beginning of the epoch, or the iteration, with a 0-based index."""
 
-    Args:
-        unit: ``'epoch'`` or ``'iter'``.
-        at: The index.
-    """
-
-    unit: str
+    unit: str  # 'epoch' or 'iter'
     at: int
 
     def __str__(self) -> str:
@@ -52,7 +47,15 @@ class RestartRule:
     plateau: Plateau | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
-        _check_milestones(self.milestones)
+        milestones, number = self.milestones, len(self.momenta)
+        if milestones is None:
+            milestones = ()
+        if not isinstance(milestones, (list, tuple)):
+            raise TypeError(f'milestones must be a list of integers, got {milestones!r}')
+        for at in milestones:
+            check_integer('a milestone', at)
+        if list(milestones) != sorted(set(milestones)):
+            raise ValueError(f'milestones must rise, got {milestones}')
         if self.every is not None:
             check_integer('every', self.every)
         check_bool('by_epoch', self.by_epoch)
@@ -60,7 +63,7 @@ class RestartRule:
             check_choice('follow', self.follow, FOLLOWED)
         if self.on_plateau is not None:
             object.__setattr__(self, 'plateau', Plateau.of(self.on_plateau))
-        planned = bool(self.milestones or self.every or self.follow)
+        planned = bool(milestones or self.every or self.follow)
         if not planned and self.plateau is None:
             raise ValueError(
                 'EMARestartHook must have a trigger, got none of milestones, every, follow and '
@@ -73,7 +76,15 @@ class RestartRule:
             )
         if self.steps is not None:
             check_integer('steps', self.steps, least=0)
-        self._check_momentum()
+        for value in self.momenta:
+            if value is not None:
+                check_momentum(value)
+        alone = number == len(milestones) and not (self.every or self.follow)
+        if isinstance(self.momentum, (list, tuple)) and not alone:
+            raise ValueError(
+                'a list of momentum must have one value for each milestone, and no other trigger '
+                f'but on_plateau, got {number} values for {len(milestones)} milestones'
+            )
         if self.gamma is not None:
             check_positive('gamma', self.gamma)
         check_choice('source', self.source, SOURCES)
@@ -81,19 +92,6 @@ class RestartRule:
         if self.steps is None and self.source == 'model' and not any(changes):
             raise ValueError(
                 'a restart with steps=None must change momentum, gamma or source, got none of them'
-            )
-
-    def _check_momentum(self) -> None:
-        for value in self.momenta:
-            if value is not None:
-                check_momentum(value)
-        number = len(self.milestones or ())
-        alone = not (self.every or self.follow)
-        each = isinstance(self.momentum, (list, tuple))
-        if each and not (alone and len(self.momentum) == number):
-            raise ValueError(
-                'a list of momentum must have one value for each milestone, and no other trigger '
-                f'but on_plateau, got {len(self.momentum)} values for {number} milestones'
             )
 
     @property
@@ -106,6 +104,13 @@ class RestartRule:
     def unit(self) -> str:
         """The unit of ``milestones`` and ``every``."""
         return 'epoch' if self.by_epoch else 'iter'
+
+    def values(self, momentum: float | None, source: str | None = None) -> dict:
+        """Return the values that a restart sets by name, without those that it leaves alone."""
+        values = {'steps': self.steps, 'momentum': momentum, 'gamma': self.gamma}
+        if (source or self.source) != 'model':
+            values['source'] = source or self.source
+        return {name: value for name, value in values.items() if value is not None}
 
     @property
     def uses_best(self) -> bool:
@@ -123,14 +128,3 @@ class RestartRule:
 
     def _arguments(self) -> dict:
         return {item.name: getattr(self, item.name) for item in fields(self) if item.init}
-
-
-def _check_milestones(milestones) -> None:
-    if milestones is None:
-        return
-    if not isinstance(milestones, (list, tuple)):
-        raise TypeError(f'milestones must be a list of integers, got {milestones!r}')
-    for at in milestones:
-        check_integer('a milestone', at)
-    if list(milestones) != sorted(set(milestones)):
-        raise ValueError(f'milestones must rise, got {milestones}')

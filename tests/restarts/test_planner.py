@@ -44,7 +44,7 @@ def test_a_restart_comes_before_the_update_of_its_iteration_or_the_next_one():
 def test_the_values_of_each_milestone():
     rule = RestartRule(milestones=[1, 2], momentum=[0.3, 0.2], gamma=9, steps=None)
     first, second = plan([rule], EPOCHS)
-    assert (first.steps, first.momentum, first.gamma, first.source) == (None, 0.3, 9, 'model')
+    assert first.values == dict(momentum=0.3, gamma=9)
     assert second.changes == dict(momentum=0.2, gamma=9)
 
 
@@ -55,10 +55,10 @@ def test_two_rules_at_one_iteration_make_one_restart_with_the_values_of_both():
     ]
     for order in (rules, rules[::-1]):
         both, alone = plan(order, EPOCHS)
-        assert (both.iteration, both.steps, both.source) == (8, 3, 'best')
+        assert (both.iteration, both.values['steps'], both.values['source']) == (8, 3, 'best')
         assert both.changes == dict(momentum=0.1, gamma=7)
         assert set(both.causes) == {'epoch 2', 'iter 8'}
-        assert (alone.iteration, alone.steps, alone.changes) == (12, None, dict(momentum=0.1))
+        assert (alone.iteration, alone.values) == (12, dict(momentum=0.1))
 
 
 @pytest.mark.parametrize(
@@ -82,13 +82,13 @@ def test_two_rules_that_contradict_each_other_are_refused_by_name(name, first, s
 
 
 def test_a_later_restart_wins_where_it_sets_a_value():
-    first = Restart(4, 4, ('iter 4',), steps=3, momentum=0.1, source='ema')
-    second = Restart(9, 9, ('iter 9',), steps=None, gamma=5)
+    first = Restart(4, 4, ('iter 4',), dict(steps=3, momentum=0.1, source='ema'))
+    second = Restart(9, 9, ('iter 9',), dict(gamma=5))
     result = merged([first, second])
-    assert (result.iteration, result.steps, result.source) == (9, 3, 'ema')
+    assert (result.iteration, result.values['steps'], result.values['source']) == (9, 3, 'ema')
     assert result.changes == dict(momentum=0.1, gamma=5)
     assert result.causes == ('iter 4', 'iter 9')
-    assert merged([second, Restart(10, 10, steps=0, gamma=6)]).gamma == 6
+    assert merged([second, Restart(10, 10, (), dict(steps=0, gamma=6))]).changes == dict(gamma=6)
 
 
 def test_rules_that_do_not_fit_the_run():
