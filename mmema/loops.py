@@ -89,7 +89,7 @@ class EMAValLoop(ValLoop):
         """
         if not isinstance(self.runner._train_loop, BaseLoop):
             # Without training all of them are the loaded weights, and one evaluation is enough.
-            return self._run_with(_MainRunner(self.runner, {}))
+            return self._evaluate({})
         averages, self.results, others = averages_of(ema_hook_of(self.runner)), {}, {}
         for name in self.weights:
             self.runner.logger.info(f'Evaluating the {name} weights ...')
@@ -97,23 +97,38 @@ class EMAValLoop(ValLoop):
             if name != 'raw':
                 swap = averaged_weights(self.runner.model, averages[name])
             with kept_rng(), swap:  # an iterator over a dataloader draws a number
-                self.results[name] = self._run_with(_QuietRunner(self.runner))
+                self.results[name] = self._evaluate()
             prefix = self.prefix if name == 'raw' else name
             others.update({f'{prefix}/{key}': v for key, v in self.results[name].items()})
         self.runner.logger.info('Evaluating the EMA weights ...')
-        metrics = self._run_with(_MainRunner(self.runner, others))
+        metrics = self._evaluate(others)
         self._compare({key: value for key, value in metrics.items() if key not in others})
         return metrics
 
-    def _run_with(self, runner: _QuietRunner) -> dict:
-        own, self._runner = self._runner, runner
+    def _evaluate(self, others: dict | None = None) -> dict:
+        """Evaluate with hooks, which receive the metrics ``others`` too; with None without any."""
+        runner, call_hook, swapped = self.runner, self.runner.call_hook, False
+
+        def call(name, **kwargs):
+            nonlocal swapped
+            if others is None:
+                return
+            if name == 'after_val_epoch':
+                swapped = False
+                _add(others, kwargs['metrics'], runner)
+            call_hook(name, **kwargs)
+            if name == 'before_val_epoch':
+                swapped = True
+
+        runner.call_hook = call
         try:
             return super().run()
-        except BaseException:
-            runner.restore_weights()
-            raise
         finally:
-            self._runner = own
+            runner.call_hook = call_hook
+            if swapped and not isinstance(ema_hook_of(runner), EMAHook):
+                for hook in runner.hooks:  # MMEngine's hook leaves the average in the model
+                    if isinstance(hook, (StockEMAHook, EMARecalibrateHook)):
+                        hook.after_val_epoch(runner, metrics={})
             for metric in self.evaluator.metrics:
                 metric.results.clear()  # those of a validation that failed halfway
 
@@ -136,50 +151,10 @@ class EMAValLoop(ValLoop):
             runner.logger.info(table(scores, metric, less, unit))
 
 
-class _QuietRunner:
-    """The runner without its hooks, for the evaluation of other weights than the main ones."""
-
-    def __init__(self, runner: Runner):
-        self.runner = runner
-
-    def __getattr__(self, name):
-        return getattr(self.runner, name)
-
-    def call_hook(self, name, **kwargs):
-        pass
-
-    def restore_weights(self):
-        pass
-
-
-class _MainRunner(_QuietRunner):
-    """The runner with its hooks, which receive the metrics of the other weights, too."""
-
-    def __init__(self, runner: Runner, others: dict):
-        super().__init__(runner)
-        self.others = others
-        self.swapped = False
-
-    def call_hook(self, name, **kwargs):
-        if name == 'after_val_epoch':
-            self.swapped = False
-            self._add_others(kwargs['metrics'])
-        self.runner.call_hook(name, **kwargs)
-        if name == 'before_val_epoch':
-            self.swapped = True
-
-    def _add_others(self, metrics):
-        if metrics:
-            metrics.update(self.others)
-            return
-        for name, value in self.others.items():
-            if isinstance(value, (int, float, np.number)):
-                self.runner.message_hub.update_scalar(f'val/{name}', value)
-
-    def restore_weights(self):
-        if not self.swapped:
-            return
-        for hook in self.runner.hooks:
-            stock = isinstance(hook, StockEMAHook) and not isinstance(hook, EMAHook)
-            if stock or isinstance(hook, EMARecalibrateHook):
-                hook.after_val_epoch(self.runner, metrics={})
+def _add(others: dict, metrics: dict, runner: Runner) -> None:
+    if metrics:
+        metrics.update(others)
+        return
+    for name, value in others.items():
+        if isinstance(value, (int, float, np.number)):
+            runner.message_hub.update_scalar(f'val/{name}', value)

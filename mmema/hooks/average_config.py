@@ -19,19 +19,12 @@ RESERVED = ('raw', 'ema', 'set')
 
 @dataclass(frozen=True)
 class AverageConfig:
-    """The arguments of one average, checked as far as they can be without a model.
-
-    Args:
-        ema_type: Averaged model in the registry, or its class.
-        arguments: Arguments of the averaged model.
-        horizon: Horizon in place of ``momentum``. Defaults to None.
-        rule: When the average is restarted, if it is one of ``also``. Defaults to None.
-    """
+    """The arguments of one average, checked as far as they can be without a model."""
 
     ema_type: str | type
     arguments: dict = field(default_factory=dict)
     horizon: str | float | None = None
-    rule: RestartRule | None = None
+    rule: RestartRule | None = None  # only of an average in `also`
 
     def __post_init__(self) -> None:
         if self.horizon is not None:
@@ -58,22 +51,6 @@ class AverageConfig:
         if self.rule is not None and not issubclass(cls, Restartable):
             raise ValueError(f'restart needs a restartable average, got {cls.__name__}')
 
-    def beside(self, given: dict) -> AverageConfig:
-        """Return the config of an average of ``also``; what it does not give is taken from here."""
-        given = dict(given)
-        ema_type = given.pop('ema_type', self.ema_type)
-        cls = class_of(ema_type)
-        if cls is None:
-            raise ValueError(f'ema_type must name an averaged model, got {ema_type!r}')
-        arguments = {name: value for name, value in self.arguments.items() if takes(cls, name)}
-        horizon = None if 'momentum' in given or not takes(cls, 'momentum') else self.horizon
-        if 'horizon' in given:
-            arguments.pop('momentum', None)
-            horizon = given.pop('horizon')
-        restart = given.pop('restart', None)
-        rule = None if restart is None else rule_beside(restart)
-        return AverageConfig(ema_type, {**arguments, **given}, horizon, rule)
-
 
 def also_configs(also: dict | None, main: AverageConfig) -> dict:
     """Return the configs of the averages in ``also``, by name; an error names the entry."""
@@ -88,14 +65,28 @@ def also_configs(also: dict | None, main: AverageConfig) -> dict:
         if not isinstance(given, dict):
             raise TypeError(f'also[{name!r}] must be a dict of arguments, got {given!r}')
         try:
-            configs[name] = main.beside(given)
+            configs[name] = _beside(main, **given)
         except (TypeError, ValueError) as error:
             raise type(error)(f'also[{name!r}]: {error}') from None
     return configs
 
 
-def rule_beside(arguments: dict) -> RestartRule:
-    """Return the restart rule of an average of ``also``, which must not change the training."""
+def _beside(main: AverageConfig, ema_type=None, horizon=None, restart=None, **given):
+    """Return the config of an average of ``also``; what it is not given is the main one's."""
+    ema_type = main.ema_type if ema_type is None else ema_type
+    cls = class_of(ema_type)
+    if cls is None:
+        raise ValueError(f'ema_type must name an averaged model, got {ema_type!r}')
+    arguments = {name: value for name, value in main.arguments.items() if takes(cls, name)}
+    if horizon is not None:
+        arguments.pop('momentum', None)
+    elif 'momentum' not in given and takes(cls, 'momentum'):
+        horizon = main.horizon
+    rule = None if restart is None else _rule_beside(restart)
+    return AverageConfig(ema_type, {**arguments, **given}, horizon, rule)
+
+
+def _rule_beside(arguments: dict) -> RestartRule:
     if not isinstance(arguments, dict):
         raise TypeError(f'restart must be a dict of arguments, got {arguments!r}')
     known = [f.name for f in fields(RestartRule) if f.init and f.name != 'source']

@@ -63,23 +63,21 @@ class EMAMonitorHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None
     ) -> None:
         """Measure, if LoggerHook is about to write."""
-        if not self._is_due(runner, batch_idx):
+        if self.interval is not None or self._logger is None:
+            due = self.every_n_inner_iters(batch_idx, self.interval or 10)
+        else:
+            # LoggerHook also writes at the end of an epoch that is shorter than its interval.
+            last = self.end_of_epoch(runner.train_dataloader, batch_idx)
+            short = len(runner.train_dataloader) <= self._logger.interval
+            due = self.every_n_inner_iters(batch_idx, self._logger.interval)
+            due |= last and (short or not self._logger.ignore_last)
+        if not due:
             return
         for name, average in averages_of(self._ema_hook).items():
             prefix = f'train/ema_{name}_' if name else 'train/ema_'
             distance = relative_distance(average.module, runner.model)
             for key, value in {**state_of(average), 'distance': distance}.items():
                 runner.message_hub.update_scalar(f'{prefix}{key}', value)
-
-    def _is_due(self, runner: Runner, batch_idx: int) -> bool:
-        if self.interval is not None or self._logger is None:
-            return self.every_n_inner_iters(batch_idx, self.interval or 10)
-        if self.every_n_inner_iters(batch_idx, self._logger.interval):
-            return True
-        # LoggerHook also writes at the end of an epoch that is shorter than its interval.
-        last = self.end_of_epoch(runner.train_dataloader, batch_idx)
-        short = len(runner.train_dataloader) <= self._logger.interval
-        return last and (short or not self._logger.ignore_last)
 
 
 def state_of(ema_model: BaseAveragedModel) -> dict:
@@ -98,14 +96,10 @@ def state_of(ema_model: BaseAveragedModel) -> dict:
 @torch.no_grad()
 def relative_distance(average: nn.Module, source: nn.Module) -> float:
     """Return ``||average - source|| / ||source||`` over the parameters, each tensor once."""
-    apart, size = [], []
+    norms = []
     for pair, is_buffer in pairs_of(average, unwrapped(source)):
         if not is_buffer and is_number(pair.source):
             own = pair.source.to(pair.average.dtype)
-            apart.append(torch.linalg.vector_norm(pair.average.to(own.device) - own))
-            size.append(torch.linalg.vector_norm(own))
-    if not size:
-        return 0.0
-    device = size[0].device
-    norms = [torch.stack([n.to(device) for n in part]).norm() for part in (apart, size)]
-    return float(norms[0] / norms[1])
+            norms.append(torch.stack([(pair.average.to(own.device) - own).norm(), own.norm()]))
+    apart, size = torch.stack([both.to(norms[0].device) for both in norms]).norm(dim=0)
+    return float(apart / size)

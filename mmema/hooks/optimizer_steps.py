@@ -13,19 +13,21 @@ class OptimizerSteps:
     """
 
     def __init__(self):
-        self._optimizers: list = []
         self._handles: list = []
         self._steps = 0
         self._iterations_without: int | None = 0  # None after the first step, or the warning
 
     def begin_iteration(self, optim_wrapper) -> None:
-        """Count from zero; watch the optimizers anew if they have been replaced."""
-        optimizers = watchable_optimizers(optim_wrapper)
-        if [*map(id, optimizers)] != [*map(id, self._optimizers)]:
-            for handle in self._handles:
-                handle.remove()
-            self._handles = [o.register_step_post_hook(self._count) for o in optimizers]
-            self._optimizers = optimizers
+        """Count from zero; the optimizers may have been replaced."""
+        for handle in self._handles:
+            handle.remove()
+        wrappers = [optim_wrapper]
+        if hasattr(optim_wrapper, 'optim_wrappers'):  # an OptimWrapperDict
+            wrappers = optim_wrapper.values()
+        optimizers = [getattr(wrapper, 'optimizer', None) for wrapper in wrappers]
+        watchable = all(hasattr(optimizer, 'register_step_post_hook') for optimizer in optimizers)
+        watched = optimizers if watchable else []
+        self._handles = [one.register_step_post_hook(self._count) for one in watched]
         self._steps = 0
 
     def _count(self, optimizer, args, kwargs) -> None:
@@ -36,11 +38,9 @@ class OptimizerSteps:
 
     def end_iteration(self, optim_wrapper) -> bool:
         """Return whether an optimizer has made a step in this iteration."""
-        if self._optimizers:
-            stepped = self._steps > 0
-        else:
-            should_update = getattr(optim_wrapper, 'should_update', None)
-            stepped = should_update is None or should_update()
+        stepped = self._steps > 0
+        if not self._handles:
+            stepped = getattr(optim_wrapper, 'should_update', lambda: True)()
         if self._iterations_without is not None:
             self._iterations_without = None if stepped else self._iterations_without + 1
         return stepped
@@ -54,12 +54,3 @@ class OptimizerSteps:
                 'each of them.'
             )
             self._iterations_without = None
-
-
-def watchable_optimizers(optim_wrapper) -> list:
-    """Return the optimizers of an OptimWrapper or OptimWrapperDict, or none if one has no hooks."""
-    is_dict = hasattr(optim_wrapper, 'optim_wrappers')
-    wrappers = optim_wrapper.values() if is_dict else [optim_wrapper]
-    optimizers = [getattr(wrapper, 'optimizer', None) for wrapper in wrappers]
-    watchable = all(hasattr(optimizer, 'register_step_post_hook') for optimizer in optimizers)
-    return optimizers if watchable else []

@@ -10,7 +10,6 @@ from typing import Callable, Iterable
 import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.hooks import EMAHook as StockEMAHook
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -71,8 +70,8 @@ class EMARecalibrateHook(Hook):
         self.batches = batches
         self.interval = interval
         self.mode = mode
-        # Statistics of the source and of the average, from a measurement to its validation.
-        self._measured: tuple[list[Tensor], list[Tensor]] | None = None
+        # Statistics of the source, from a measurement to its validation.
+        self._own: list[Tensor] | None = None
 
     def before_train(self, runner: Runner) -> None:
         """Raise RunError at the start of a run that could not be measured at its end."""
@@ -87,23 +86,30 @@ class EMARecalibrateHook(Hook):
                 'EMARecalibrateHook works before validations, but this run has none. Set '
                 'val_dataloader, val_cfg and val_evaluator.'
             )
-        _refuse_order(runner.hooks, runner.hooks.index(self))
+        place = runner.hooks.index(self)
+        for number, hook in enumerate(runner.hooks):
+            early = number < place and isinstance(hook, CheckpointHook)
+            if early or number > place and hook is ema_hook:
+                raise RunError(
+                    'EMARecalibrateHook must come after EMAHook and before CheckpointHook, but '
+                    f'{type(hook).__name__} comes {"before" if early else "after"} it. Give the '
+                    'hooks their own priorities: leave out priority=.'
+                )
         if not isinstance(runner._train_dataloader, dict):
             raise RunError(
                 'EMARecalibrateHook builds a dataloader of its own, so train_dataloader must be a '
                 f'config (a dict), got a {type(runner._train_dataloader).__name__}'
             )
-        self._average = ema_hook.ema_model.module
-        self._averages = {name: ema.module for name, ema in averages_of(ema_hook).items()}
+        self._ema_hook = ema_hook
         self._source = unwrapped(runner.model)
-        if not measurable(self._average):
+        if not measurable(ema_hook.ema_model.module):
             raise RunError(
                 'the model has no BatchNorm whose running statistics training moves. '
                 'Remove EMARecalibrateHook.'
             )
         own = {p.device for p in self._source.parameters()}
-        for average in self._averages.values():
-            devices = {p.device for p in average.parameters()}
+        for average in averages_of(ema_hook).values():
+            devices = {p.device for p in average.module.parameters()}
             if devices != own:
                 raise RunError(
                     'an average must be on the device of the model to be measured there, but one '
@@ -125,33 +131,28 @@ class EMARecalibrateHook(Hook):
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Give the model, which has the averaged weights now, their statistics too."""
-        if self._measured is not None:
-            copy_all(statistics(self._source), self._measured[1])
+        if self._own is not None and not self._ema_hook.ema_model.update_buffers:
+            # With update_buffers EMAHook has swapped them already.
+            copy_all(statistics(self._source), statistics(self._ema_hook.ema_model.module))
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         """Restore the statistics of the model, before the best checkpoint is saved."""
-        if self._measured is not None:
-            for model, values in zip((self._source, self._average), self._measured):
-                copy_all(statistics(model), values)
-            self._measured = None
+        if self._own is not None:
+            copy_all(statistics(self._source), self._own)
+            self._own = None
 
     def _measure_if_due(self, runner: Runner, now: int) -> None:
-        self._measured = None  # that of a validation that failed
-        if self._is_due(runner.train_loop, now):
-            weights = getattr(runner.val_loop, 'weights', ())  # those that EMAValLoop evaluates
-            for name, average in self._averages.items():
-                if not name or name in weights:
-                    self._measure(runner, average, name)
-            models = self._source, self._average
-            self._measured = tuple([t.clone() for t in statistics(model)] for model in models)
-
-    def _is_due(self, loop, now: int) -> bool:
+        self._own = None  # that of a validation that failed
+        loop = runner.train_loop
         if not validation_follows(loop, now):
-            return False
-        if self.interval is None or now == last_of(loop):
-            return now == last_of(loop)
+            return
         done = sum(validation_follows(loop, step) for step in range(1, now + 1))
-        return done % self.interval == 0
+        if now == last_of(loop) or self.interval and done % self.interval == 0:
+            weights = getattr(runner.val_loop, 'weights', ())  # those that EMAValLoop evaluates
+            for name, average in averages_of(self._ema_hook).items():
+                if not name or name in weights:
+                    self._measure(runner, average.module, name)
+            self._own = [tensor.clone() for tensor in statistics(self._source)]
 
     def _measure(self, runner: Runner, average: nn.Module, name: str) -> None:
         with kept_rng():
@@ -188,15 +189,7 @@ def measure_statistics(
     """Set the running mean and variance of each BatchNorm to their plain mean over batches.
 
     All other buffers, and the layers that no finite data reached on every rank, stay as they are.
-
-    Args:
-        model: A model of MMEngine, with a ``data_preprocessor``.
-        batches: Batches of a dataloader.
-        mode: The ``mode`` of the model's ``forward``. Defaults to 'tensor'.
-        context: Returns the context manager of a forward, such as autocast. Defaults to none.
-
-    Returns:
-        The number of batches, of layers that were measured, and of those that were not.
+    Returns the number of batches, of layers that were measured, and of those that were not.
     """
     norms = measurable(model)
     momenta = [norm.momentum for norm in norms]
@@ -259,15 +252,3 @@ def _finish(norm: _BatchNorm) -> bool:
     for tensor in tensors:
         all_reduce(tensor, op='mean')  # nothing where there is one rank
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
-
-
-def _refuse_order(hooks: list, place: int) -> None:
-    """Raise RunError if hooks are called in an order that mixes the statistics up."""
-    early = [hook for hook in hooks[:place] if isinstance(hook, CheckpointHook)]
-    late = [hook for hook in hooks[place:] if isinstance(hook, StockEMAHook)]
-    for hook in early + late:
-        raise RunError(
-            'EMARecalibrateHook must come after EMAHook and before CheckpointHook, but '
-            f'{type(hook).__name__} comes {"before" if early else "after"} it. Give the hooks '
-            'their own priorities: leave out priority=.'
-        )

@@ -28,11 +28,7 @@ def parsed_horizon(horizon: str | float) -> tuple[float, str]:
 
 
 def momentum_of_horizon(horizon: str | float, interval: int, facts: RunFacts) -> float:
-    """Return the momentum of an average that remembers so many of the run's recent updates.
-
-    Raises:
-        RunError: If the run has no epochs, or too few updates.
-    """
+    """Return the momentum of an average that remembers so many of the run's recent updates."""
     updates, unit = parsed_horizon(horizon)
     if unit == 'epoch' and not facts.by_epoch:
         raise RunError(
@@ -91,17 +87,17 @@ def settle(
     They count as the constructor's; values that a restart has set stay. A horizon is one of this
     run: it is not scaled.
     """
-    changed = getattr(ema, '_changed', ())
-    own = {name: getattr(ema, name, None) for name in ('momentum', 'gamma')}
-    own = {n: v for n, v in own.items() if isinstance(v, (int, float)) and n not in changed}
     if horizon is not None and not hasattr(ema, 'momentum'):
         raise RunError(f'horizon={horizon!r} must be of a momentum; {type(ema).__name__} has none')
+    set_later = getattr(ema, '_changed', ())
+    names = [n for n in ('momentum', 'gamma') if hasattr(ema, n) and n not in set_later]
+    own = {name: getattr(ema, name) for name in names}
     new, why = {}, []
     if base is not None:
         batch = effective_batch(runner, facts)
         new = scaled(own, batch / base)
         why.append(f'a batch of {batch} with base_batch_size={base}')
-    if horizon is not None and 'momentum' not in changed:
+    if horizon is not None and 'momentum' in own:
         new['momentum'] = momentum_of_horizon(horizon, ema.interval, facts)
         why.append(f'horizon={horizon!r}')
     if hasattr(ema, 'schedule'):
