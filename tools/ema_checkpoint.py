@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Look into a checkpoint, export its EMA or raw weights, take over the EMA state of other codes.
+"""Look into a checkpoint, export an average or the raw weights, take over averages of other codes.
 
 tools/ema_checkpoint.py inspect work_dirs/digits/epoch_50.pth
 tools/ema_checkpoint.py export work_dirs/digits/epoch_50.pth --weights ema -o yolov5_n_digits.pth
+tools/ema_checkpoint.py best work_dirs/digits -o digits_best.pth
 tools/ema_checkpoint.py convert dfine/last.pth -o dfine_mmema.pth
 """
 
@@ -19,7 +20,8 @@ def main():
     except ImportError as error:
         cli.die(f'{error}: install mmema (pip install -e . in its checkout)')
     try:
-        {'inspect': inspect, 'export': export, 'convert': convert}[args.command](args)
+        command = {'inspect': inspect, 'export': export, 'best': best, 'convert': convert}
+        command[args.command](args)
     except CheckpointError as error:
         cli.die(as_options(str(error)))
 
@@ -35,9 +37,24 @@ def parse_args():
 
     two = commands.add_parser('export', help='write one set of weights to a file for inference')
     add_file(two)
-    two.add_argument('--weights', choices=['ema', 'raw'], default='ema', help='default: ema')
-    add_output(two, '.pth or .safetensors; the file is called name-<8 digits of its sha256>')
-    two.add_argument('--exact-name', action='store_true', help='leave the hash out of the name')
+    two.add_argument(
+        '--weights',
+        metavar='NAME',
+        default='ema',
+        help='ema, raw or another average of the run (default: ema)',
+    )
+    add_export(two)
+
+    best = commands.add_parser('best', help='write the best weights of a whole run to a file')
+    best.add_argument('folder', metavar='WORK_DIR', help='the folder of the run')
+    best.add_argument(
+        '--metric', metavar='M', help='coco/bbox_mAP ... (default: of save_best, else the first)'
+    )
+    best.add_argument(
+        '--rule', choices=['greater', 'less'], help='which is better (default: as in the config)'
+    )
+    add_trust(best)
+    add_export(best)
 
     three = commands.add_parser('convert', help='write a checkpoint that an MMEngine run resumes')
     add_file(three)
@@ -48,11 +65,20 @@ def parse_args():
 
 def add_file(parser):
     parser.add_argument('file', help='the checkpoint')
+    add_trust(parser)
+
+
+def add_trust(parser):
     parser.add_argument(
         '--trust',
         action='store_true',
         help='read files with any object in them, as those of YOLOv5; can run code in the file',
     )
+
+
+def add_export(parser):
+    add_output(parser, '.pth or .safetensors; the file is called name-<8 digits of its sha256>')
+    parser.add_argument('--exact-name', action='store_true', help='leave the hash out of the name')
 
 
 def add_output(parser, text):
@@ -81,7 +107,21 @@ def export(args):
 
     exact = args.exact_name
     out = export(args.file, args.output, args.weights, args.force, args.trust, not exact)
-    print(f'{"EMA" if args.weights == "ema" else "raw"} weights of {args.file}: {out}')
+    print(f'{"EMA" if args.weights == "ema" else args.weights} weights of {args.file}: {out}')
+
+
+def best(args):
+    from _best import find_best
+
+    from mmema.checkpoints.export import export
+
+    metric, best, compared = find_best(args.folder, args.metric, args.rule)
+    (unit, number), file = best.saved.time, best.saved.file
+    record = {'metric': metric, 'score': best.score, unit: number}
+    exact = args.exact_name
+    out = export(file, args.output, best.weights, args.force, args.trust, not exact, record)
+    print(f'{metric} {best.score:.4g}: {best.weights} weights, {unit} {number}; best of {compared}')
+    print(f'{best.weights} weights of {file}: {out}')
 
 
 def convert(args):
