@@ -16,23 +16,16 @@ from .messages import RunError
 
 
 def ema_hook_of(runner: Runner) -> StockEMAHook:
-    """Return the run's EMAHook, the stock one or ours.
-
-    Raises:
-        RunError: If the run has none, or several.
-    """
+    """Return the run's EMAHook, the stock one or ours; there must be one."""
     found = [hook for hook in runner.hooks if isinstance(hook, StockEMAHook)]
     if len(found) != 1:
-        raise RunError(
-            f'the run must have one EMAHook, got {len(found)}. '
-            + (
-                'For several averages give the others in also: '
-                "dict(type='mmema.EMAHook', also=dict(short=dict(momentum=0.001)))"
-                if found
-                else 'Add to custom_hooks: '
-                "dict(type='EMAHook', ema_type='mmema.RestartableExpMomentumEMA')"
-            )
+        ours = (
+            'For several averages give the others in also: '
+            "dict(type='mmema.EMAHook', also=dict(short=dict(momentum=0.001)))"
         )
+        stock = "dict(type='EMAHook', ema_type='mmema.RestartableExpMomentumEMA')"
+        advice = ours if found else f'Add to custom_hooks: {stock}'
+        raise RunError(f'the run must have one EMAHook, got {len(found)}. {advice}')
     return found[0]
 
 
@@ -47,15 +40,14 @@ def what_loads(runner: Runner) -> tuple[str, bool]:
     Hooks are called by ``Runner.resume`` and ``Runner.load_checkpoint`` in the same way, and
     ``runner._resume`` is the wish that the run began with, not the call that loads now.
     """
-    file, resumes, frame = 'the checkpoint', None, sys._getframe(1)
+    calls, frame = {}, sys._getframe(1)
     while frame is not None:
         if frame.f_locals.get('self') is runner:
-            if frame.f_code.co_name == 'load_checkpoint':
-                file, resumes = str(frame.f_locals.get('filename', file)), False
-            elif frame.f_code.co_name == 'resume':
-                return str(frame.f_locals.get('filename', file)), True
+            calls.setdefault(frame.f_code.co_name, frame.f_locals)
         frame = frame.f_back
-    return file, runner._resume if resumes is None else resumes
+    call = calls.get('resume', calls.get('load_checkpoint', {}))
+    resumes = 'resume' in calls or 'load_checkpoint' not in calls and bool(runner._resume)
+    return str(call.get('filename', 'the checkpoint')), resumes
 
 
 def validation_follows(loop, now: int) -> bool:
@@ -78,13 +70,10 @@ def last_of(loop) -> int:
 @contextmanager
 def kept_rng():
     """Give back the state of every random generator that training draws from."""
-    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
-        yield
-    finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
-        torch.set_rng_state(kept[2])
-        if devices:
-            torch.cuda.set_rng_state_all(devices)
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Sequence
 
-from mmengine.dist import barrier
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from mmengine.runner.base_loop import BaseLoop
@@ -87,8 +86,6 @@ class EMARestartHook(Hook):
         self._progresses: list = []  # of all restart hooks, in the first of them
         self._best_files: list = []
 
-    # --- the start of a run ---------------------------------------------------------------------
-
     def before_run(self, runner: Runner) -> None:
         """Choose the file to resume from, before MMEngine opens it."""
         choose_checkpoint(runner)
@@ -137,8 +134,6 @@ class EMARestartHook(Hook):
         for line in advice(rules, planned, facts, ema):
             runner.logger.warning(f'EMARestartHook: {line}')
 
-    # --- training -------------------------------------------------------------------------------
-
     def before_train_epoch(self, runner: Runner) -> None:
         """Catch up on a validation which the resumed checkpoint was saved before."""
         catch_up(runner, self.progress)
@@ -164,8 +159,6 @@ class EMARestartHook(Hook):
             rewind.complete(runner, checkpoint)
         self._best_files = best_files
 
-    # --- the restart ----------------------------------------------------------------------------
-
     def _restart(self, runner: Runner, progresses: list, now: dict) -> None:
         ema, model, weights = self._ema, unwrapped(runner.model), None
         before = values_of(ema)
@@ -188,7 +181,7 @@ class EMARestartHook(Hook):
         log_restart(runner, ema, restart, before, end=end)
 
     def _best_copy(self, runner: Runner, restart: Restart, progresses: list) -> str | None:
-        """Return the kept copy to go back to, on every rank when the file is whole.
+        """Return the kept copy to go back to.
 
         After a plateau that is the best one of the stage before, where a moment has ended one.
         """
@@ -196,7 +189,6 @@ class EMARestartHook(Hook):
         if restart.iteration < 0 and users[-1].kept and users[-1].done:
             return users[-1].kept[-1]
         name, still_named = on_main(lambda: rewind.keep_best(runner))
-        barrier()
         if name is not None:
             for progress in users:
                 progress.kept.append(name)

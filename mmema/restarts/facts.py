@@ -8,7 +8,7 @@ from mmengine.hooks import EMAHook as StockEMAHook
 from mmengine.runner import IterBasedTrainLoop, Runner
 
 from ..run import last_of, validation_follows
-from .rewind import saves_best
+from .rewind import checkpoint_hooks
 from .rule import FOLLOWED, Moment
 
 
@@ -61,7 +61,7 @@ def facts_of(runner: Runner, ema_hook: StockEMAHook) -> RunFacts:
         # With several optimizers the step of the most frequent.
         accumulation = min(getattr(each, '_accumulative_counts', 1) for each in wrappers)
     first_best = None
-    if saves_best(runner):
+    if any(hook.save_best is not None for hook in checkpoint_hooks(runner)):
         last = last_of(loop)
         first = next((now for now in range(1, last) if validation_follows(loop, now)), last)
         first_best = first * (epoch_length or 1)
@@ -80,9 +80,8 @@ def switches_of(runner: Runner) -> dict:
     """Return the 0-based epochs before which hooks switch in this run, by the hook's name."""
     switches: dict = {}
     for hook in runner.hooks:
-        for name in FOLLOWED:
-            if not any(cls.__name__ == name for cls in type(hook).__mro__):
-                continue
+        classes = [cls.__name__ for cls in type(hook).__mro__]
+        for name in set(FOLLOWED).intersection(classes):
             if hasattr(hook, 'switch_epoch'):
                 epoch = hook.switch_epoch
             else:  # YOLOXModeSwitchHook compares epoch + 1, so it switches one epoch earlier

@@ -37,10 +37,6 @@ def plan(rules: Sequence[RestartRule], facts: RunFacts) -> list:
     """Return the restarts of a run in the order of time, one for each iteration that has any.
 
     Restarts by plateau are not known before the run.
-
-    Raises:
-        RunError: If a rule does not fit the run, or two rules want different values at one
-            iteration.
     """
     restarts = []
     for rule in rules:
@@ -53,8 +49,7 @@ def plan(rules: Sequence[RestartRule], facts: RunFacts) -> list:
     restarts.sort(key=lambda restart: restart.iteration)
     groups = [list(group) for _, group in groupby(restarts, key=lambda restart: restart.iteration)]
     for group in groups:
-        for one, other in combinations(group, 2):
-            _refuse_conflict(one, other)
+        _refuse_conflicts(group)
     return [merged(group) for group in groups]
 
 
@@ -62,9 +57,6 @@ def explicit_moments(rule: RestartRule, facts: RunFacts) -> dict:
     """Return the milestones and followed switches of a rule, with the momentum that each sets.
 
     Some may lie beyond the end of the run.
-
-    Raises:
-        RunError: If the rule does not fit the run.
     """
     if not facts.by_epoch and (rule.follow or rule.by_epoch and (rule.milestones or rule.every)):
         raise RunError(
@@ -98,11 +90,13 @@ def merged(restarts: Sequence[Restart]) -> Restart:
     return replace(restarts[-1], causes=tuple(causes), values=values)
 
 
-def _refuse_conflict(one: Restart, other: Restart) -> None:
-    for name, value in one.values.items():
-        if other.values.get(name, value) != value:
-            raise RunError(
-                f'two restarts before iteration {other.iteration} must agree on {name}, got '
-                f'{value!r} from {one.rule} and {other.values[name]!r} from {other.rule}. Give '
-                f'both the same {name}, or one of them other moments.'
-            )
+def _refuse_conflicts(restarts: Sequence[Restart]) -> None:
+    for one, other in combinations(restarts, 2):
+        for name, first in one.values.items():
+            second = other.values.get(name, first)
+            if first != second:
+                raise RunError(
+                    f'two restarts before iteration {one.iteration} must agree on {name}, got '
+                    f'{first!r} from {one.rule} and {second!r} from {other.rule}. Give both the '
+                    f'same {name}, or one of them other moments.'
+                )

@@ -76,15 +76,16 @@ class Plateau:
         return max(momentum, min(momentum + self.momentum_add, limit))
 
 
+@dataclass
 class PlateauWatch:
-    """Count of the validations in a row that did not improve the metric of a :class:`Plateau`."""
+    """Count of the validations in a row that did not improve a metric."""
 
-    def __init__(self, plateau: Plateau) -> None:
-        self.plateau = plateau
-        self.best: float | None = None
-        self.without_improvement = 0
+    metric: str
+    rule: str
+    best: float | None = None
+    without_improvement: int = 0
 
-    def see(self, metrics: dict, counting: bool) -> bool:
+    def see(self, metrics: dict, patience: int, counting: bool) -> bool:
         """Take in the metrics of a validation; return whether a restart is due.
 
         After it, the comparison starts anew: the next validation counts as an improvement. Without
@@ -92,33 +93,18 @@ class PlateauWatch:
         """
         if not metrics:
             return False
-        plateau = self.plateau
-        if plateau.metric not in metrics:
+        if self.metric not in metrics:
             raise RunError(
-                f"on_plateau['metric'] must be one of the run's metrics, got {plateau.metric!r}; "
+                f"on_plateau['metric'] must be one of the run's metrics, got {self.metric!r}; "
                 f'there are {sorted(metrics)}'
             )
-        value, best = float(metrics[plateau.metric]), self.best
-        sign = 1 if plateau.rule == 'greater' else -1
+        value, best = float(metrics[self.metric]), self.best
+        sign = 1 if self.rule == 'greater' else -1
         if best is None or math.isnan(best) or sign * value > sign * best:
             self.best, self.without_improvement = value, 0
         elif counting:
             self.without_improvement += 1
-        due = self.without_improvement >= plateau.patience
+        due = self.without_improvement >= patience
         if due:
             self.best, self.without_improvement = None, 0
         return due
-
-    def state_dict(self) -> dict:
-        """Return best value and count, and the metric and rule that they belong to."""
-        return {
-            'metric': self.plateau.metric,
-            'rule': self.plateau.rule,
-            'best': self.best,
-            'without_improvement': self.without_improvement,
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        """Take over a state of the same metric and rule; leave any other."""
-        if (state['metric'], state['rule']) == (self.plateau.metric, self.plateau.rule):
-            self.best, self.without_improvement = state['best'], state['without_improvement']

@@ -39,8 +39,8 @@ def shares(momenta: np.ndarray) -> np.ndarray:
 
     ``share_i = m_i * prod_{j > i} (1 - m_j)``, so a copy (``m = 1``) leaves nothing of all before.
     """
-    kept_by_later = np.cumprod((1 - momenta)[::-1])[::-1]
-    return momenta * np.append(kept_by_later[1:], 1.0)[: len(momenta)]
+    kept_by_later = np.cumprod((1 - momenta)[:0:-1])[::-1]
+    return momenta * np.append(kept_by_later, 1.0)
 
 
 def share_of_blocks(shares: np.ndarray, length: int) -> np.ndarray:

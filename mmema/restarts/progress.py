@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Sequence
 
 from .facts import RunFacts
@@ -20,8 +21,8 @@ class RuleProgress:
     """
 
     def __init__(self, rule: RestartRule) -> None:
-        self.rule = rule
-        self.watch = None if rule.plateau is None else PlateauWatch(rule.plateau)
+        self.rule, plateau = rule, rule.plateau
+        self.watch = plateau and PlateauWatch(plateau.metric, plateau.rule)
         self.done: list = []
         self.plateau_due = False
         self.kept: list = []  # names of kept best checkpoints; plateaus go back to the last
@@ -51,10 +52,11 @@ class RuleProgress:
 
     def take_due(self, now: dict, momentum: float) -> list:
         """Return the due restarts, and mark them done; a plateau gives way to a moment."""
-        rule, plateau, due = self.rule, self.rule.plateau, self._due(now)
+        rule, due = self.rule, self._due(now)
         if due:
             restarts = [restart_at(at, value, rule, self._facts) for at, value in due.items()]
         else:
+            plateau = rule.plateau
             values = rule.values(plateau.momentum_after(momentum), plateau.source)
             restarts = [Restart(-1, -1, (f'{plateau.metric} stopped improving',), values, rule)]
         self.done += due
@@ -69,9 +71,10 @@ class RuleProgress:
     def see_validation(self, metrics: dict, now: int) -> None:
         """Take in the metrics of a validation; rank 0 decides about a plateau for all ranks."""
         self.validated = now
-        if self.watch is not None:
-            counting = bool(self.done) or not self.rule.plateau.after_restart
-            self.plateau_due |= on_main(lambda: self.watch.see(metrics, counting))
+        plateau = self.rule.plateau
+        if plateau is not None:
+            counting = bool(self.done) or not plateau.after_restart
+            self.plateau_due |= on_main(lambda: self.watch.see(metrics, plateau.patience, counting))
 
     def state_dict(self) -> dict:
         """Return the state for a checkpoint, of plain values."""
@@ -79,7 +82,7 @@ class RuleProgress:
             'arguments': self.rule.key,
             'done': [str(moment) for moment in self.done],
             'plateau_due': self.plateau_due,
-            'plateau': self.watch.state_dict() if self.watch else None,
+            'plateau': self.watch and asdict(self.watch),
             'kept': list(self.kept),
             'validated': self.validated,
         }
@@ -91,8 +94,9 @@ class RuleProgress:
         self.kept = kept_names(state)
         self.validated = state.get('validated')
         self.just_resumed = True
-        if self.watch and state['plateau']:
-            self.watch.load_state_dict(state['plateau'])
+        saved, watch = state['plateau'], self.watch
+        if saved and watch and (saved['metric'], saved['rule']) == (watch.metric, watch.rule):
+            self.watch = PlateauWatch(**saved)
 
 
 def due_restart(progresses: Sequence[RuleProgress], now: dict, momentum: float) -> Restart:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -17,18 +18,14 @@ from ..messages import RunError, warn
 from ..update.pairs import unwrapped
 
 
-def saves_best(runner: Runner) -> bool:
-    """Tell whether the run has a CheckpointHook that saves a best checkpoint."""
-    return any(hook.save_best is not None for hook in _checkpoint_hooks(runner))
-
-
-def _checkpoint_hooks(runner: Runner) -> list:
+def checkpoint_hooks(runner: Runner) -> list:
+    """Return the hooks that save checkpoints."""
     return [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
 
 
 def best_files(runner: Runner) -> list:
     """Return the best checkpoints so far, in the order of the metrics of ``save_best``."""
-    hook = next(iter(_checkpoint_hooks(runner)), None)
+    hook = next(iter(checkpoint_hooks(runner)), None)
     metrics = getattr(hook, 'key_indicators', None) or []
     keys = ('best_ckpt', *(f'best_ckpt_{metric}' for metric in metrics))
     known = runner.message_hub.runtime_info
@@ -58,8 +55,7 @@ def keep_best(runner: Runner) -> tuple:
     After a resume from an older checkpoint the best one of that time can be gone; then the copy
     that was made at the same iteration before serves again.
 
-    Returns the name of the copy, None without a best checkpoint; and the copies that a run resumed
-    from the best checkpoint would go back to.
+    Returns the copy's name, None without a best checkpoint; and the copies which that one names.
     """
     best = next(iter(best_files(runner)), None)
     if best is None:
@@ -102,7 +98,11 @@ def drop_kept(runner: Runner, progresses: list, still_named: list) -> None:
     back to the last copy before it. Checkpoints after it name the same copies, or later ones; only
     the best checkpoint can be older, and names ``still_named``.
     """
-    oldest = _oldest_checkpoint(runner)
+    oldest = math.inf
+    for hook in checkpoint_hooks(runner):
+        unit = len(runner.train_dataloader) if hook.by_epoch else 1
+        # A hook that deletes none has no such list.
+        oldest = min(oldest, *(at * unit for at in getattr(hook, 'keep_ckpt_ids', None) or [0]))
     before = {name for progress in progresses for name in progress.kept}
     for progress in progresses:
         earlier = [name for name in progress.kept if _iteration_of(name) < oldest]
@@ -115,16 +115,6 @@ def drop_kept(runner: Runner, progresses: list, still_named: list) -> None:
 
 def _iteration_of(name: str) -> int:
     return int(Path(name).stem.rsplit('_', 1)[-1])
-
-
-def _oldest_checkpoint(runner: Runner) -> int:
-    """Return the iteration of the oldest checkpoint that is left."""
-    oldest = []
-    for hook in _checkpoint_hooks(runner):
-        unit = len(runner.train_dataloader) if hook.by_epoch else 1
-        # A hook that deletes none has no such list.
-        oldest.append(min(getattr(hook, 'keep_ckpt_ids', None) or [0]) * unit)
-    return min(oldest, default=0)
 
 
 def go_back(runner: Runner, ema: BaseAveragedModel, name: str) -> None:

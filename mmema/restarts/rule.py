@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Sequence
 
 from ..arguments import check_bool, check_choice, check_integer, check_momentum, check_positive
@@ -44,7 +44,6 @@ class RestartRule:
     momentum: float | Sequence[float] | None = None
     gamma: float | None = None
     source: str = 'model'
-    plateau: Plateau | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         milestones, number = self.milestones, len(self.momenta)
@@ -61,15 +60,13 @@ class RestartRule:
         check_bool('by_epoch', self.by_epoch)
         if self.follow is not None:
             check_choice('follow', self.follow, FOLLOWED)
-        if self.on_plateau is not None:
-            object.__setattr__(self, 'plateau', Plateau.of(self.on_plateau))
-        planned = bool(milestones or self.every or self.follow)
-        if not planned and self.plateau is None:
+        plateau, planned = self.plateau, bool(milestones or self.every or self.follow)
+        if not planned and plateau is None:
             raise ValueError(
                 'EMARestartHook must have a trigger, got none of milestones, every, follow and '
                 'on_plateau'
             )
-        if self.plateau and self.plateau.after_restart and not planned:
+        if plateau and plateau.after_restart and not planned:
             raise ValueError(
                 "on_plateau['after_restart'] must come with another trigger, got none: nothing "
                 'would ever begin it'
@@ -88,11 +85,16 @@ class RestartRule:
         if self.gamma is not None:
             check_positive('gamma', self.gamma)
         check_choice('source', self.source, SOURCES)
-        changes = (self.momentum, self.gamma, self.plateau and self.plateau.momentum_add)
+        changes = (self.momentum, self.gamma, plateau and plateau.momentum_add)
         if self.steps is None and self.source == 'model' and not any(changes):
             raise ValueError(
                 'a restart with steps=None must change momentum, gamma or source, got none of them'
             )
+
+    @property
+    def plateau(self) -> Plateau | None:
+        """The plateau trigger, checked."""
+        return None if self.on_plateau is None else Plateau.of(self.on_plateau)
 
     @property
     def momenta(self) -> list:
@@ -120,11 +122,8 @@ class RestartRule:
     @property
     def key(self) -> str:
         """The arguments as text, by which a checkpoint knows the rule."""
-        return repr(tuple(self._arguments().values()))
+        return repr(tuple(vars(self).values()))
 
     def __str__(self) -> str:
-        given = {n: v for n, v in self._arguments().items() if v != getattr(RestartRule, n)}
+        given = {n: v for n, v in vars(self).items() if v != getattr(RestartRule, n)}
         return f'EMARestartHook({", ".join(f"{name}={value!r}" for name, value in given.items())})'
-
-    def _arguments(self) -> dict:
-        return {item.name: getattr(self, item.name) for item in fields(self) if item.init}
