@@ -22,6 +22,7 @@ def test_refuses_before_it_imports(tmp_path, monkeypatch, arguments, reason):
     assert reason in refusal('test.py', *arguments, folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_refuses_the_weights_of_another_model(tmp_path):
     torch.save({'state_dict': {}}, tmp_path / 'odd.pth')
     reason = refusal('test.py', CONFIG, 'odd.pth', folder=tmp_path)

@@ -90,6 +90,7 @@ def test_refuses_before_it_imports(tmp_path, monkeypatch, arguments, reason):
     assert reason in refusal('train.py', *arguments, folder=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('option', 'reason'),
     [
@@ -106,12 +107,14 @@ def test_refuses_a_bad_option(data, tmp_path, option, reason):
     assert reason in refusal('train.py', CONFIG, *options, folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_an_error_while_training_keeps_its_traceback(data, tmp_path):
     options = [*small_run(data, 1), 'custom_hooks.0.momentun=0.1']
     with pytest.raises(TypeError, match="unexpected keyword argument 'momentun'"):
         call_here('train.py', CONFIG, *options, folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_refuses_annotations_cut_short(data, tmp_path):
     (tmp_path / 'cut.json').write_text('{"images": [')
     options = [*small_run(data, 1), f'train_dataloader.dataset.ann_file={tmp_path}/cut.json']
