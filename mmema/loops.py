@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Sequence
 
-import numpy as np
+from mmengine.hooks import CheckpointHook, RuntimeInfoHook
 from mmengine.hooks import EMAHook as StockEMAHook
 from mmengine.runner import IterBasedTrainLoop, Runner, ValLoop
 from mmengine.runner.base_loop import BaseLoop
@@ -15,8 +15,9 @@ from .hooks.recalibrate import EMARecalibrateHook
 from .messages import RunError, warn
 from .registry import LOOPS, register_everywhere
 from .run import averages_of, ema_hook_of, kept_rng, last_of, now_of
-from .scores import chosen_metric, raw_ahead, table
 from .swap import averaged_weights
+
+AHEAD = 3  # validations in a row after which the log says that the raw weights are ahead
 
 
 @register_everywhere(LOOPS)
@@ -38,10 +39,7 @@ class EMAValLoop(ValLoop):
     If a validation fails or is interrupted, the raw weights are put back into the model.
 
     Args:
-        runner: The runner.
-        dataloader: The validation dataloader or its config.
-        evaluator: The evaluator or its config.
-        fp16: Whether to evaluate in half precision. Defaults to False.
+        runner, dataloader, evaluator, fp16: As of MMEngine's loop.
         prefix: Prefix of the raw metrics' names, before a slash. Defaults to 'raw'.
         weights: Weights to evaluate beside the main average: 'raw' and names in ``also``. Defaults
             to None, all.
@@ -82,11 +80,7 @@ class EMAValLoop(ValLoop):
         self.results: dict[str, dict] = {}  # metrics of the last validation by name of the weights
 
     def run(self) -> dict:
-        """Evaluate the raw weights and the averages in ``also``, then the main average.
-
-        Returns:
-            The metrics of the main average, followed by those of the others.
-        """
+        """Evaluate all weights; return the metrics of the main average, then of the others."""
         if not isinstance(self.runner._train_loop, BaseLoop):
             # Without training all of them are the loaded weights, and one evaluation is enough.
             return self._evaluate({})
@@ -115,7 +109,10 @@ class EMAValLoop(ValLoop):
                 return
             if name == 'after_val_epoch':
                 swapped = False
-                _add(others, kwargs['metrics'], runner)
+                if kwargs['metrics']:
+                    kwargs['metrics'].update(others)
+                else:
+                    RuntimeInfoHook().after_val_epoch(runner, others)  # to the log only
             call_hook(name, **kwargs)
             if name == 'before_val_epoch':
                 swapped = True
@@ -137,24 +134,53 @@ class EMAValLoop(ValLoop):
         runner, loop = self.runner, self.runner.train_loop
         if not main:
             return
-        metric, less = chosen_metric(runner, main)
+        metric, less = _chosen_metric(runner, main)
         now, scores = now_of(runner), runner.message_hub.runtime_info.get('ema_scores', {})
         for name, metrics in {'ema': main, **self.results}.items():
             if metric in metrics:
                 scores.setdefault(name, []).append((now, float(metrics[metric])))
         runner.message_hub.update_info('ema_scores', scores)
-        line = raw_ahead(scores, metric, less)
+        line = _raw_ahead(scores, metric, less)
         if line:
             warn(line)
         if now == last_of(loop) or getattr(loop, 'stop_training', False):
             unit = 'iter' if isinstance(loop, IterBasedTrainLoop) else 'epoch'
-            runner.logger.info(table(scores, metric, less, unit))
+            runner.logger.info(_table(scores, metric, less, unit))
 
 
-def _add(others: dict, metrics: dict, runner: Runner) -> None:
-    if metrics:
-        metrics.update(others)
-        return
-    for name, value in others.items():
-        if isinstance(value, (int, float, np.number)):
-            runner.message_hub.update_scalar(f'val/{name}', value)
+def _chosen_metric(runner: Runner, metrics: dict) -> tuple[str, bool]:
+    """Return the first metric of ``save_best`` that there is, and whether less is better."""
+    for hook in runner.hooks:
+        if isinstance(hook, CheckpointHook) and hook.save_best is not None:
+            for name, rule in zip(hook.key_indicators, hook.rules):
+                if name in metrics:
+                    return name, rule == 'less'
+    return next(iter(metrics)), False
+
+
+def _raw_ahead(scores: dict, metric: str, less: bool) -> str:
+    """Return a line if the raw weights have been better for three validations by now, else ''."""
+    raw_at = dict(scores.get('raw', []))
+    pairs = [(ema, raw_at[at]) for at, ema in scores['ema'] if at in raw_at][-AHEAD - 1 :]
+    ahead = [raw < ema if less else raw > ema for ema, raw in pairs]
+    said_before = len(ahead) > AHEAD and ahead[0]
+    if len(ahead) < AHEAD or not all(ahead[-AHEAD:]) or said_before:
+        return ''
+    numbers = ', '.join(f'{ema:.4g} against {raw:.4g}' for ema, raw in pairs[-AHEAD:])
+    return (
+        f'the average has been worse than the raw weights for {AHEAD} validations in a row, '
+        f'{metric}: {numbers}. Its horizon may be too long for this stage: try a larger momentum '
+        'or smaller gamma, a restart where the data changes (mmema.EMARestartHook), or several '
+        'averages at once (also= of mmema.EMAHook).'
+    )
+
+
+def _table(scores: dict, metric: str, less: bool, unit: str) -> str:
+    """Return the best and the last score of all weights as lines of text."""
+    rows = [('weights', 'best', unit, 'last')]
+    for name, points in scores.items():
+        at, best = (min if less else max)(points, key=lambda point: point[1])
+        rows.append((name, f'{best:.4f}', str(at), f'{points[-1][1]:.4f}'))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows]
+    return '\n'.join([f'{metric} of all weights', *(line.rstrip() for line in lines)])

@@ -84,7 +84,6 @@ class Swap:
             tensor.data = stand_in
 
     def trained_state(self) -> dict:
-        """Return ``model.state_dict()`` with the trained weights."""
         own = {id(tensor): data for tensor, data in self.trained}
         state = self.model.state_dict(keep_vars=True)
         for key, value in state.items():
@@ -93,11 +92,7 @@ class Swap:
         return state
 
     def undo(self) -> bool:
-        """Restore the memory of every tensor.
-
-        Returns:
-            False if the model has other layers by now; it keeps the averaged weights, as its own.
-        """
+        """Restore all tensors; return False if new layers keep the model from it."""
         _swapped.discard(self.ema)
         if _shapes(self.model) != self.shapes:
             for tensor, _ in self.trained:

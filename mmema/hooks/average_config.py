@@ -90,16 +90,16 @@ def _rule_beside(arguments: dict) -> RestartRule:
     if not isinstance(arguments, dict):
         raise TypeError(f'restart must be a dict of arguments, got {arguments!r}')
     known = [f.name for f in fields(RestartRule) if f.init and f.name != 'source']
-    wrong = [name for name in arguments if name not in known]
-    plateau = arguments.get('on_plateau')
-    if 'source' in wrong or isinstance(plateau, dict) and plateau.get('source') is not None:
+    wrong = [name for name in arguments if name not in (*known, 'source')]
+    if wrong:
+        raise TypeError(f'restart takes ({", ".join(known)}), got {listed(wrong)}')
+    rule = RestartRule(**arguments)
+    if 'source' in arguments or rule.plateau and rule.plateau.source:
         raise ValueError(
             'an average of also must not change the training, but restart has a source. Leave it '
             'out, or restart the main average with an EMARestartHook.'
         )
-    if wrong:
-        raise TypeError(f'restart takes ({", ".join(known)}), got {listed(wrong)}')
-    return RestartRule(**arguments)
+    return rule
 
 
 def class_of(ema_type: str | type) -> type | None:

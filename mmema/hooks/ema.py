@@ -16,6 +16,7 @@ from ..checkpoints.resume import check_ema_state, choose_checkpoint
 from ..messages import RunError, listed, warn
 from ..registry import HOOKS
 from ..restarts.facts import facts_of
+from ..restarts.live import catch_up
 from ..run import ema_hook_of, what_loads
 from ..swap import Swap
 from ..update.pairs import canonical_name, unwrapped
@@ -135,19 +136,18 @@ class EMAHook(StockEMAHook):
             self._made_for = (runner, source)
             self._settled = False
         if not self._settled and isinstance(runner._train_loop, BaseLoop):
-            self._settle(runner)
-        self._guard_loops(runner)
-
-    def _settle(self, runner: Runner) -> None:
-        """Work out momentum and gamma, now that the run is known."""
-        self._settled = True
-        base = self.base_batch_size or auto_scale_base(runner)
-        for average in self._averages.values():
-            horizon = average.config.horizon
-            if base or horizon:
-                facts = facts_of(runner, self)
-                text = settle(runner, average.ema_model, horizon, base, facts)
-                runner.logger.info(f'EMAHook, {average.label}: {text or "no momentum to scale"}')
+            self._settled = True
+            base = self.base_batch_size or auto_scale_base(runner)
+            for average in self._averages.values():
+                ema, horizon = average.ema_model, average.config.horizon
+                if base or horizon:
+                    text = settle(runner, ema, horizon, base, facts_of(runner, self))
+                    text = text or 'no momentum to scale'
+                    runner.logger.info(f'EMAHook, {average.label}: {text}')
+        for loop in (getattr(runner, '_val_loop', None), getattr(runner, '_test_loop', None)):
+            guarded = getattr(getattr(loop, 'run', None), 'func', None) == self._run_and_restore
+            if isinstance(loop, BaseLoop) and not guarded:
+                loop.run = partial(self._run_and_restore, loop.run)
 
     def _averages_of(self, runner: Runner) -> list[RunAverage]:
         """Return the averages; make them if a loop, a load or a save came before the run."""
@@ -173,7 +173,8 @@ class EMAHook(StockEMAHook):
     def before_train_epoch(self, runner: Runner) -> None:
         """Catch up on a validation that decides about a plateau, after a resume."""
         for average in self._averages.values():
-            average.catch_up(runner)
+            if average.progress is not None:
+                catch_up(runner, average.progress)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         """Copy weights that were loaded meanwhile; begin to count the optimizer's steps."""
@@ -230,13 +231,6 @@ class EMAHook(StockEMAHook):
                 'switch_to_deploy does): it keeps them, and cannot be trained on.'
             )
 
-    def _guard_loops(self, runner: Runner) -> None:
-        """Make both loops restore the trained weights after an exception, too."""
-        for loop in (getattr(runner, '_val_loop', None), getattr(runner, '_test_loop', None)):
-            guarded = getattr(getattr(loop, 'run', None), 'func', None) == self._run_and_restore
-            if isinstance(loop, BaseLoop) and not guarded:
-                loop.run = partial(self._run_and_restore, loop.run)
-
     def _run_and_restore(self, run, *args, **kwargs):
         try:
             return run(*args, **kwargs)
@@ -255,7 +249,11 @@ class EMAHook(StockEMAHook):
         averages = self._averages_of(runner)
         self._report()
         if hasattr(runner, 'strategy'):
-            mend_flexible_checkpoint(runner, checkpoint)
+            # FlexibleRunner of MMEngine 0.10.7 leaves the prefix of the DDP wrapper in the names,
+            # and where a validation saves, counts what is over once more: a resumed run skips one.
+            checkpoint['state_dict'] = weights_to_cpu(unwrapped(runner.model).state_dict())
+            if not runner.model.training:
+                checkpoint['meta'].update(epoch=runner.epoch, iter=runner.iter)
         try:
             if self._swap is None:
                 for average in averages:
@@ -301,28 +299,13 @@ class EMAHook(StockEMAHook):
 
 
 def refuse_unsaved(runner: Runner) -> None:
-    """Raise RunError if checkpoints of the run cannot hold the average.
-
-    Two strategies of FlexibleRunner save and load without calling hooks.
-    """
+    """Raise RunError for the two strategies of FlexibleRunner that save without calling hooks."""
     strategies = [cls.__name__ for cls in type(getattr(runner, 'strategy', None)).__mro__]
-    for name in ('DeepSpeedStrategy', 'ColossalAIStrategy'):
-        if name in strategies:
-            raise RunError(
-                f'an average must be saved to be resumed, but the checkpoints of {name} cannot '
-                "hold it. Train with strategy=dict(type='DDPStrategy'), or without EMAHook."
-            )
-
-
-def mend_flexible_checkpoint(runner: Runner, checkpoint: dict) -> None:
-    """Make a checkpoint of FlexibleRunner what Runner saves.
-
-    MMEngine 0.10.7 leaves the prefix of the DDP wrapper in the names, and counts the epoch or the
-    iteration that is over once more where a validation saves: a resumed run would skip one.
-    """
-    checkpoint['state_dict'] = weights_to_cpu(unwrapped(runner.model).state_dict())
-    if not runner.model.training:
-        checkpoint['meta'].update(epoch=runner.epoch, iter=runner.iter)
+    for name in {'DeepSpeedStrategy', 'ColossalAIStrategy'}.intersection(strategies):
+        raise RunError(
+            f'an average must be saved to be resumed, but the checkpoints of {name} cannot hold '
+            "it. Train with strategy=dict(type='DDPStrategy'), or without EMAHook."
+        )
 
 
 def exchange_weights(checkpoint: dict) -> None:

@@ -57,22 +57,20 @@ class EMAMonitorHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Find the EMAHook and the LoggerHook of the run."""
         self._ema_hook = ema_hook_of(runner)
-        self._logger = next((h for h in runner.hooks if isinstance(h, LoggerHook)), None)
+        loggers = [hook for hook in runner.hooks if isinstance(hook, LoggerHook)] or [LoggerHook()]
+        self._interval = self.interval or loggers[0].interval
+        self._ignore_last = loggers[0].ignore_last
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None
     ) -> None:
         """Measure, if LoggerHook is about to write."""
-        if self.interval is not None or self._logger is None:
-            due = self.every_n_inner_iters(batch_idx, self.interval or 10)
-        else:
+        if not self.every_n_inner_iters(batch_idx, self._interval):
             # LoggerHook also writes at the end of an epoch that is shorter than its interval.
+            writes = len(runner.train_dataloader) <= self._interval or not self._ignore_last
             last = self.end_of_epoch(runner.train_dataloader, batch_idx)
-            short = len(runner.train_dataloader) <= self._logger.interval
-            due = self.every_n_inner_iters(batch_idx, self._logger.interval)
-            due |= last and (short or not self._logger.ignore_last)
-        if not due:
-            return
+            if self.interval is not None or not (last and writes):
+                return
         for name, average in averages_of(self._ema_hook).items():
             prefix = f'train/ema_{name}_' if name else 'train/ema_'
             distance = relative_distance(average.module, runner.model)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from copy import deepcopy
 from functools import partial
 from itertools import islice
 from typing import Callable, Iterable
@@ -102,7 +103,7 @@ class EMARecalibrateHook(Hook):
             )
         self._ema_hook = ema_hook
         self._source = unwrapped(runner.model)
-        if not measurable(ema_hook.ema_model.module):
+        if not any(map(is_measured, self._source.train().modules())):
             raise RunError(
                 'the model has no BatchNorm whose running statistics training moves. '
                 'Remove EMARecalibrateHook.'
@@ -119,7 +120,7 @@ class EMARecalibrateHook(Hook):
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Measure, if a validation that is due follows."""
-        if isinstance(runner.train_loop, EpochBasedTrainLoop):
+        if not isinstance(runner.train_loop, IterBasedTrainLoop):
             self._measure_if_due(runner, runner.epoch + 1)
 
     def after_train_iter(
@@ -191,59 +192,37 @@ def measure_statistics(
     All other buffers, and the layers that no finite data reached on every rank, stay as they are.
     Returns the number of batches, of layers that were measured, and of those that were not.
     """
-    norms = measurable(model)
-    momenta = [norm.momentum for norm in norms]
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    number, measured = 0, []
-    try:
-        with _train_mode(model):
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # torch: the plain mean over all batches
-            for batch in batches:
-                number += 1
-                batch = model.data_preprocessor(batch, True)
-                args, kwargs = ((), batch) if isinstance(batch, dict) else (batch, {})
-                with context():
-                    model(*args, **kwargs, mode=mode)
-            measured = [norm for norm in norms if _finish(norm)]
-    finally:
-        for norm, momentum in zip(norms, momenta):
-            norm.momentum = momentum
-        new = {id(tensor) for norm in measured for tensor in (norm.running_mean, norm.running_var)}
-        for buffer, value in before:
-            if id(buffer) not in new:
-                buffer.copy_(value)
-    return number, len(measured), len(norms) - len(measured)
+    twin = deepcopy(model).train()  # a forward may change more than the statistics
+    pairs = [(a, b) for a, b in zip(model.modules(), twin.modules()) if is_measured(b)]
+    for _, norm in pairs:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch: the plain mean over all batches
+    number = 0
+    for batch in batches:
+        number += 1
+        batch = twin.data_preprocessor(batch, True)
+        args, kwargs = ((), batch) if isinstance(batch, dict) else (batch, {})
+        with context():
+            twin(*args, **kwargs, mode=mode)
+    measured = [(own, norm) for own, norm in pairs if _finish(norm)]
+    for own, norm in measured:
+        own.running_mean.copy_(norm.running_mean)
+        own.running_var.copy_(norm.running_var)
+    return number, len(measured), len(pairs) - len(measured)
+
+
+def is_measured(module: nn.Module) -> bool:
+    """Return whether a layer of a model in training measures statistics; norm_eval keeps some."""
+    return isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
 
 
 def statistics(model: nn.Module) -> list[Tensor]:
-    """Return all running means and variances, in the order of the layers."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     tensors = [t for norm in norms for t in (norm.running_mean, norm.running_var)]
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def measurable(model: nn.Module) -> list[_BatchNorm]:
-    """Return the BatchNorm layers that training measures; norm_eval keeps others fixed."""
-    with _train_mode(model):
-        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
-    return [norm for norm in norms if norm.running_mean is not None]
-
-
-@contextmanager
-def _train_mode(model: nn.Module):
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def _finish(norm: _BatchNorm) -> bool:
-    """Average over the ranks; return whether there is a result."""
     reached = (norm.num_batches_tracked > 0).long()
     all_reduce(reached, op='min')  # a layer that one rank left out is left out by all
     if not int(reached):

@@ -13,7 +13,7 @@ from ..checkpoints.resume import check_ema_state
 from ..messages import RunError, listed, warn
 from ..restarts.advice import beyond_the_end
 from ..restarts.facts import facts_of
-from ..restarts.live import catch_up, check_rule, log_restart, momentum_of, values_of
+from ..restarts.live import check_rule, log_restart, momentum_of, values_of
 from ..restarts.progress import RuleProgress, due_restart
 from ..run import now_of
 from ..swap import copy_weights
@@ -39,12 +39,10 @@ class RunAverage:
         self._non_finite = set(names_of_non_finite(self.ema_model.module))  # masks, for example
 
     def copy(self, source: nn.Module) -> None:
-        """Copy the source, unless the average has weights of its own."""
         if not self.has_own_weights:
             copy_weights(self.ema_model.module, source)
 
     def update(self, source: nn.Module, begun: bool) -> None:
-        """Update the average; it is a copy of the source until blending has begun."""
         if not begun:
             self.ema_model.steps.zero_()  # an update at 0 copies, except for values that it skips
         self.ema_model.update_parameters(source)
@@ -65,8 +63,6 @@ class RunAverage:
                 'values out.'
             )
 
-    # --- restarts of an average of `also` ---------------------------------------------------------
-
     def begin(self, runner: Runner, ema_hook: EMAHook) -> None:
         """Check the restart rule at the beginning of a training."""
         if self.progress is None:
@@ -85,13 +81,7 @@ class RunAverage:
         for line in beyond_the_end([rule], facts):
             warn(f'{self.label}: {line}')
 
-    def catch_up(self, runner: Runner) -> None:
-        """Catch up on a validation which the resumed checkpoint was saved before."""
-        if self.progress is not None:
-            catch_up(runner, self.progress)
-
     def restart_if_due(self, runner: Runner) -> None:
-        """Restart the average if a trigger of its rule is due and not yet done."""
         now = {'epoch': runner.epoch, 'iter': runner.iter}
         if self.progress is not None and self.progress.is_due(now):
             ema, before = self.ema_model, values_of(self.ema_model)
@@ -100,13 +90,11 @@ class RunAverage:
             log_restart(runner, ema, restart, before, self.name)
 
     def see_validation(self, runner: Runner) -> None:
-        """Take in the metrics of this average, which EMAValLoop has."""
         if self.progress is not None:
             metrics = getattr(runner.val_loop, 'results', {}).get(self.name, {})
             self.progress.see_validation(metrics, now_of(runner))
 
     def state(self) -> dict:
-        """Return the EMA state and that of the restart rule, for ``ema_also``."""
         restart = self.progress and self.progress.state_dict()
         return {'state_dict': weights_to_cpu(self.ema_model.state_dict()), 'restart': restart}
 
@@ -117,7 +105,6 @@ class RunAverage:
         self.has_own_weights = True
 
     def resume_from(self, saved: dict, source: nn.Module, strict: bool, file: str) -> None:
-        """Load what :meth:`state` returned; an error names the average."""
         try:
             check_ema_state({'ema_state_dict': saved['state_dict']}, self.ema_model, file)
             self.resume(saved['state_dict'], source, strict)
