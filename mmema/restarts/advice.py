@@ -68,7 +68,6 @@ def _switches_without_restart(rules, planned, facts, ema):
 
 
 def _without_a_best(rules, planned, facts):
-    best = [restart for restart in planned if restart.values.get('source') == 'best']
     if facts.first_best is None:
         if any(rule.uses_best for rule in rules):
             yield (
@@ -76,6 +75,7 @@ def _without_a_best(rules, planned, facts):
                 'current weights. Set default_hooks.checkpoint.save_best.'
             )
         return
+    best = [restart for restart in planned if restart.values.get('source') == 'best']
     early = [restart.causes[0] for restart in best if restart.iteration < facts.first_best]
     if early:
         subject = f'restarts {listed(early)} come' if early[1:] else f'restart {early[0]!r} comes'

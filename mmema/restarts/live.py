@@ -70,12 +70,10 @@ def catch_up(runner: Runner, progress) -> None:
 
 def on_main(decide: Callable):
     """Return on every rank what ``decide()`` returns, or raises, on rank 0."""
-    answer = [None, None]
-    if is_main_process():
-        try:
-            answer[0] = decide()
-        except Exception as error:  # the other ranks wait for an answer, so they get this one
-            answer[1] = error
+    try:
+        answer = [decide() if is_main_process() else None, None]
+    except Exception as error:  # the other ranks wait for an answer, so they get this one
+        answer = [None, error]
     broadcast_object_list(answer)
     if answer[1] is not None:
         raise answer[1]

@@ -43,11 +43,10 @@ class Plateau:
         check_choice("on_plateau['rule']", self.rule, ('greater', 'less'))
         for name in ('momentum_add', 'max_momentum'):
             value = getattr(self, name)
-            if value is None:
-                continue
-            check_number(f'on_plateau[{name!r}]', value)
-            if not 0 < value < 1:
-                raise ValueError(f'on_plateau[{name!r}] must be in (0, 1), got {value}')
+            if value is not None:
+                check_number(f'on_plateau[{name!r}]', value)
+                if not 0 < value < 1:
+                    raise ValueError(f'on_plateau[{name!r}] must be in (0, 1), got {value}')
         if self.max_momentum is not None and self.momentum_add is None:
             raise ValueError(
                 "on_plateau['max_momentum'] needs on_plateau['momentum_add'], got None for it"
@@ -104,7 +103,7 @@ class PlateauWatch:
             self.best, self.without_improvement = value, 0
         elif counting:
             self.without_improvement += 1
-        due = self.without_improvement >= patience
-        if due:
-            self.best, self.without_improvement = None, 0
-        return due
+        if self.without_improvement < patience:
+            return False
+        self.best, self.without_improvement = None, 0
+        return True

@@ -23,7 +23,7 @@ class RuleProgress:
     def __init__(self, rule: RestartRule) -> None:
         self.rule, plateau = rule, rule.plateau
         self.watch = plateau and PlateauWatch(plateau.metric, plateau.rule)
-        self.done: list = []
+        self.done: dict = {}  # moments, in the order in which they were done
         self.plateau_due = False
         self.kept: list = []  # names of kept best checkpoints; plateaus go back to the last
         self.validated: int | None = None  # when the last validation was, in the loop's time
@@ -59,13 +59,13 @@ class RuleProgress:
             plateau = rule.plateau
             values = rule.values(plateau.momentum_after(momentum), plateau.source)
             restarts = [Restart(-1, -1, (f'{plateau.metric} stopped improving',), values, rule)]
-        self.done += due
+        self.done.update(due)
         self.plateau_due = False
         if rule.every:  # the last multiple stands for all, so that the state does not grow
             others = [m for m in self.done if m not in self._moments and m.unit == rule.unit]
             multiples = sorted(m.at for m in others if m.at % rule.every == 0)
-            forgotten = {Moment(rule.unit, at) for at in multiples[:-1]}
-            self.done = [moment for moment in self.done if moment not in forgotten]
+            for at in multiples[:-1]:
+                del self.done[Moment(rule.unit, at)]
         return restarts
 
     def see_validation(self, metrics: dict, now: int) -> None:
@@ -77,7 +77,6 @@ class RuleProgress:
             self.plateau_due |= on_main(lambda: self.watch.see(metrics, plateau.patience, counting))
 
     def state_dict(self) -> dict:
-        """Return the state for a checkpoint, of plain values."""
         return {
             'arguments': self.rule.key,
             'done': [str(moment) for moment in self.done],
@@ -89,7 +88,7 @@ class RuleProgress:
 
     def load_state_dict(self, state: dict) -> None:
         """Take over a state; one of mmema 0.1.0 lists every moment that is done."""
-        self.done = [Moment.parse(text) for text in state['done']]
+        self.done = dict.fromkeys(map(Moment.parse, state['done']))
         self.plateau_due = state['plateau_due']
         self.kept = kept_names(state)
         self.validated = state.get('validated')

@@ -19,7 +19,6 @@ from ..update.pairs import unwrapped
 
 
 def checkpoint_hooks(runner: Runner) -> list:
-    """Return the hooks that save checkpoints."""
     return [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
 
 
@@ -101,8 +100,8 @@ def drop_kept(runner: Runner, progresses: list, still_named: list) -> None:
     oldest = math.inf
     for hook in checkpoint_hooks(runner):
         unit = len(runner.train_dataloader) if hook.by_epoch else 1
-        # A hook that deletes none has no such list.
-        oldest = min(oldest, *(at * unit for at in getattr(hook, 'keep_ckpt_ids', None) or [0]))
+        left = getattr(hook, 'keep_ckpt_ids', None) or [0]  # a hook that deletes none has no list
+        oldest = min(oldest, min(left) * unit)
     before = {name for progress in progresses for name in progress.kept}
     for progress in progresses:
         earlier = [name for name in progress.kept if _iteration_of(name) < oldest]
@@ -143,7 +142,6 @@ def _put_back_optimizer(wrapper, state: dict) -> None:
             _put_back_optimizer(inner, state[name])
         return
     # Learning rate and its like stay: schedulers work on the values that they find there.
-    groups = wrapper.optimizer.state_dict()['param_groups']
-    state = {**state, 'param_groups': groups}
+    state = {**state, 'param_groups': wrapper.optimizer.state_dict()['param_groups']}
     state.pop('base_param_settings', None)
     wrapper.load_state_dict(state)

@@ -46,9 +46,7 @@ class RestartRule:
     source: str = 'model'
 
     def __post_init__(self) -> None:
-        milestones, number = self.milestones, len(self.momenta)
-        if milestones is None:
-            milestones = ()
+        milestones = () if self.milestones is None else self.milestones
         if not isinstance(milestones, (list, tuple)):
             raise TypeError(f'milestones must be a list of integers, got {milestones!r}')
         for at in milestones:
@@ -76,6 +74,7 @@ class RestartRule:
         for value in self.momenta:
             if value is not None:
                 check_momentum(value)
+        number = len(self.momenta)
         alone = number == len(milestones) and not (self.every or self.follow)
         if isinstance(self.momentum, (list, tuple)) and not alone:
             raise ValueError(
@@ -93,18 +92,15 @@ class RestartRule:
 
     @property
     def plateau(self) -> Plateau | None:
-        """The plateau trigger, checked."""
         return None if self.on_plateau is None else Plateau.of(self.on_plateau)
 
     @property
     def momenta(self) -> list:
         """The momentum of each milestone where they differ, else the only one; None if unset."""
-        each = isinstance(self.momentum, (list, tuple))
-        return list(self.momentum) if each else [self.momentum]
+        return list(self.momentum) if isinstance(self.momentum, (list, tuple)) else [self.momentum]
 
     @property
     def unit(self) -> str:
-        """The unit of ``milestones`` and ``every``."""
         return 'epoch' if self.by_epoch else 'iter'
 
     def values(self, momentum: float | None, source: str | None = None) -> dict:
