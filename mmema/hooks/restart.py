@@ -98,19 +98,13 @@ class EMARestartHook(Hook):
         ema = getattr(ema_hook_of(runner), 'ema_model', None)
         if ema is not None:  # FlexibleRunner loads before the average is made
             check_ema_state(checkpoint, ema, file)
-        state = self._own_state(runner, checkpoint.get('ema_restart', []))
-        if state is not None:
-            self.progress.load_state_dict(state)
-
-    def _own_state(self, runner: Runner, states: list) -> dict | None:
-        """Return the state of this hook's rule, else the one in its place, of a changed config."""
-        hooks = restart_hooks_of(runner)
-        for state in states:
-            if state['arguments'] == self.rule.key:
-                return state
-        place, keys = hooks.index(self), [hook.rule.key for hook in hooks]
-        changed = place < len(states) and states[place]['arguments'] not in keys
-        return states[place] if changed else None
+        hooks, states = restart_hooks_of(runner), checkpoint.get('ema_restart', [])
+        keys, place = [hook.rule.key for hook in hooks], hooks.index(self)
+        own = [state for state in states if state['arguments'] == self.rule.key]
+        # Without one, the state in its place, of a config that was changed.
+        own += [state for state in states[place : place + 1] if state['arguments'] not in keys]
+        if own:
+            self.progress.load_state_dict(own[0])
 
     def before_train(self, runner: Runner) -> None:
         """Plan the run, check it, and give advice; the first restart hook acts for all of them."""
@@ -181,11 +175,8 @@ class EMARestartHook(Hook):
         log_restart(runner, ema, restart, before, end=end)
 
     def _best_copy(self, runner: Runner, restart: Restart, progresses: list) -> str | None:
-        """Return the kept copy to go back to.
-
-        After a plateau that is the best one of the stage before, where a moment has ended one.
-        """
         users = [progress for progress in progresses if progress.rule.uses_best]
+        # After a plateau the best one of the stage before, where a moment has ended one.
         if restart.iteration < 0 and users[-1].kept and users[-1].done:
             return users[-1].kept[-1]
         name, still_named = on_main(lambda: rewind.keep_best(runner))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from itertools import combinations, groupby
+from itertools import combinations
 from typing import Sequence
 
 from ..messages import RunError
@@ -38,19 +38,19 @@ def plan(rules: Sequence[RestartRule], facts: RunFacts) -> list:
 
     Restarts by plateau are not known before the run.
     """
-    restarts = []
+    groups: dict = {}  # restarts by iteration
     for rule in rules:
         moments = explicit_moments(rule, facts)
         if rule.every:
             multiples = range(rule.every, facts.end(rule.unit), rule.every)
             moments.update({Moment(rule.unit, at): rule.momentum for at in multiples})
-        restarts += [restart_at(moment, value, rule, facts) for moment, value in moments.items()]
-    restarts = [restart for restart in restarts if restart.iteration < facts.iterations]
-    restarts.sort(key=lambda restart: restart.iteration)
-    groups = [list(group) for _, group in groupby(restarts, key=lambda restart: restart.iteration)]
-    for group in groups:
-        _refuse_conflicts(group)
-    return [merged(group) for group in groups]
+        for moment, momentum in moments.items():
+            restart = restart_at(moment, momentum, rule, facts)
+            groups.setdefault(restart.iteration, []).append(restart)
+    times = [at for at in sorted(groups) if at < facts.iterations]
+    for at in times:
+        _refuse_conflicts(groups[at])
+    return [merged(groups[at]) for at in times]
 
 
 def explicit_moments(rule: RestartRule, facts: RunFacts) -> dict:
