@@ -270,7 +270,7 @@ class EMAHook(StockEMAHook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Resume the averages, or let them be copies of the loaded model."""
-        main, *others = self._averages_of(runner)
+        averages = self._averages_of(runner)
         self._restore()
         file, resumes = what_loads(runner)
         source, strict = self._source(runner), self.strict_load
@@ -280,16 +280,16 @@ class EMAHook(StockEMAHook):
                     'There is no `ema_state_dict` in checkpoint. `EMAHook` will make a copy of '
                     f'`state_dict` as the initial `ema_state_dict` ({file})'
                 )
-            for average in (main, *others):
+            for average in averages:
                 average.load(checkpoint, strict)
             return
-        check_ema_state(checkpoint, main.ema_model, file)
+        check_ema_state(checkpoint, self.ema_model, file)
         exchange_weights(checkpoint)
-        main.resume(checkpoint['ema_state_dict'], source, strict)
-        saved = checkpoint.get('ema_also', {})
-        for average in others:
+        main = {'state_dict': checkpoint['ema_state_dict']}
+        saved = {'': main, **checkpoint.get('ema_also', {})}
+        for average in averages:
             if average.name in saved:
-                average.resume_from(saved[average.name], source, strict, file)
+                average.resume(saved[average.name], source, strict, file)
             else:
                 warn(f'{file} has no average {average.name!r}: it begins as a copy of the weights')
                 average.load(checkpoint, strict)

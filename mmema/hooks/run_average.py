@@ -98,18 +98,14 @@ class RunAverage:
         restart = self.progress and self.progress.state_dict()
         return {'state_dict': weights_to_cpu(self.ema_model.state_dict()), 'restart': restart}
 
-    def resume(self, state: dict, source: nn.Module, strict: bool) -> None:
-        """Load an EMA state; non-persistent buffers, which no state has, are the source's."""
-        copy_weights(self.ema_model.module, source)
-        self.ema_model.load_state_dict(state, strict=strict)
-        self.has_own_weights = True
-
-    def resume_from(self, saved: dict, source: nn.Module, strict: bool, file: str) -> None:
+    def resume(self, saved: dict, source: nn.Module, strict: bool, file: str) -> None:
         try:
             check_ema_state({'ema_state_dict': saved['state_dict']}, self.ema_model, file)
-            self.resume(saved['state_dict'], source, strict)
+            copy_weights(self.ema_model.module, source)  # no state has non-persistent buffers
+            self.ema_model.load_state_dict(saved['state_dict'], strict=strict)
         except (RunError, RuntimeError) as error:
             raise RunError(f'{self.label}: {error}') from None
+        self.has_own_weights = True
         if self.progress is not None and saved['restart'] is not None:
             self.progress.load_state_dict(saved['restart'])
 

@@ -16,6 +16,7 @@ from runs import EMA, LineModel, assert_same, ema_of, loader, log_of, make_runne
 from torch import nn
 
 import mmema
+from mmema.messages import RunError
 
 OURS = dict(EMA, type='mmema.EMAHook')
 STOCK = EMA
@@ -300,6 +301,14 @@ def test_13_an_incomplete_state_is_not_resumed(tmp_path, change, message, averag
     with pytest.raises(ValueError, match=message):
         runner.train()
     assert int(ema_of(runner).steps) == 0
+
+
+def test_13_a_state_of_another_schedule_is_one_clear_error(tmp_path):
+    make_runner(tmp_path, ema=OURS, epochs=1).train()
+    ema = dict(type='mmema.EMAHook', ema_type='mmema.RestartableConstantEMA', momentum=0.1)
+    runner = make_runner(tmp_path, ema=ema, epochs=2, resume=True)
+    with pytest.raises(RunError, match="the average: .* has 'exp' and RestartableConstantEMA has"):
+        runner.train()
 
 
 def test_13_stock_replaces_the_average(tmp_path):
