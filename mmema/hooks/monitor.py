@@ -99,5 +99,7 @@ def relative_distance(average: nn.Module, source: nn.Module) -> float:
         if not is_buffer and is_number(pair.source):
             own = pair.source.to(pair.average.dtype)
             norms.append(torch.stack([(pair.average.to(own.device) - own).norm(), own.norm()]))
+    if not norms:
+        return 0.0
     apart, size = torch.stack([both.to(norms[0].device) for both in norms]).norm(dim=0)
     return float(apart / size)
