@@ -1,1 +1,1 @@
-"""The registered hooks, one class a file."""
+"""The registered hooks, and the parts of EMAHook."""
