@@ -4,7 +4,7 @@ They are not copied here. Name a checkout of MMEngine 0.10.7 to run them:
 
     MMENGINE_SOURCE=../mmengine python -m pytest tests/upstream
 
-What each of them asserts is asserted of our classes in tests/test_averaged.py, test_variants.py,
+What each of them asserts is asserted of our classes in tests/test_averaged.py, test_restartable.py,
 test_swap.py and hooks/test_ema.py, too. docs/upstream.md says why some are left out.
 """
 
