@@ -9,15 +9,11 @@ from __future__ import annotations
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import LOOPS as MMENGINE_LOOPS
 from mmengine.registry import MODELS as MMENGINE_MODELS
-from mmengine.registry import PARAM_SCHEDULERS as MMENGINE_PARAM_SCHEDULERS
 from mmengine.registry import Registry
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmema', locations=['mmema'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmema', locations=['mmema'])
 LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope='mmema', locations=['mmema'])
-PARAM_SCHEDULERS = Registry(
-    'parameter scheduler', parent=MMENGINE_PARAM_SCHEDULERS, scope='mmema', locations=['mmema']
-)
 
 
 def register_everywhere(registry: Registry):
