@@ -17,6 +17,8 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
 
+from mmema.run import averages_of, ema_hook_of
+
 # A run by iterations waits for two seconds at the end of each epoch; ours have four iterations.
 mmengine.runner.loops.time = SimpleNamespace(sleep=lambda seconds: None)
 
@@ -241,9 +243,11 @@ _number = itertools.count()
 
 
 def state_of(runner):
-    """All tensors of a run: raw, averaged, and the optimizer's."""
+    """All tensors of a run: raw, of every average, and the optimizer's."""
     state = {f'raw.{name}': t.clone() for name, t in runner.model.state_dict().items()}
-    state.update({f'ema.{name}': t.clone() for name, t in ema_of(runner).state_dict().items()})
+    for name, average in averages_of(ema_hook_of(runner)).items():
+        tensors = average.state_dict().items()
+        state.update({f'{name or "ema"}.{key}': tensor.clone() for key, tensor in tensors})
     for index, slots in runner.optim_wrapper.optimizer.state_dict()['state'].items():
         state.update({f'optimizer.{index}.{name}': t.clone() for name, t in slots.items()})
     return state

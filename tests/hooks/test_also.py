@@ -39,13 +39,6 @@ def also_of(runner):
     return ema_hook_of(runner).also
 
 
-def whole_state(runner):
-    state = state_of(runner)
-    for name, ema in also_of(runner).items():
-        state.update({f'{name}.{key}': t.clone() for key, t in ema.state_dict().items()})
-    return state
-
-
 def alone(name, base=OURS, also=ALSO):
     """Return the hooks of a run whose main average has the config of one in ``also``."""
     given = dict(also[name])
@@ -90,7 +83,8 @@ def test_each_equals_a_run_of_its_own(tmp_path, settings):
         assert_same(expected, also_of(together)[name].state_dict())
     plain = make_runner(tmp_path / 'plain', ema=base, **settings)
     plain.train()
-    assert_same(state_of(plain), state_of(together))
+    expected, found = state_of(plain), state_of(together)
+    assert_same(expected, {key: found[key] for key in expected})
     if 'hard' in also and 'optim_wrapper' not in settings:
         assert also_of(together)['hard'].restarts == 1
         assert also_of(together)['plateau'].restarts >= 1
@@ -127,7 +121,7 @@ def test_crashed_and_resumed_it_ends_with_the_same_bits(tmp_path, seed):
             cut.train()
     resumed = make_runner(tmp_path / 'cut', *hooks, resume=True, **settings)
     resumed.train()
-    assert_same(whole_state(whole), whole_state(resumed))
+    assert_same(state_of(whole), state_of(resumed))
     restarts = {name: getattr(ema, 'restarts', 0) for name, ema in also_of(resumed).items()}
     assert restarts['hard'] == 1 and restarts['soft'] == 3 and restarts['uniform'] == 2
 
@@ -561,4 +555,4 @@ def test_averages_in_main_memory_are_staged_once(tmp_path, monkeypatch):
     far.train()
     averages = averages_of(ema_hook_of(far)).values()
     assert len({id(ema._follower.stage) for ema in averages}) == 1
-    assert_same(whole_state(whole), whole_state(far))
+    assert_same(state_of(whole), state_of(far))

@@ -34,6 +34,22 @@ RUNS = {
         hooks=[hook(every=9, by_epoch=False, momentum=0.04, source='ema')],
         checkpoint=dict(interval=3, max_keep_ckpts=2),
     ),
+    'also': dict(
+        epochs=12,
+        ema=dict(
+            type='mmema.EMAHook',
+            momentum=0.1,
+            gamma=8,
+            also=dict(
+                hard=dict(restart=dict(milestones=[3, 7], gamma=5)),
+                soft=dict(update_buffers=True, restart=dict(every=3, steps=4)),
+                plateau=dict(restart=dict(on_plateau=dict(PLATEAU, rule='less'))),
+                mean=dict(ema_type='mmema.RestartableUniformAverage', interval=2),
+            ),
+        ),
+        val_cfg=dict(type='mmema.EMAValLoop'),
+        checkpoint=dict(max_keep_ckpts=2),
+    ),
 }
 
 
