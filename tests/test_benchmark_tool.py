@@ -92,3 +92,23 @@ def test_the_parts_of_an_update_make_one():
         '| copy',
         '| a whole update',
     ]
+
+
+@pytest.mark.slow
+def test_several_averages_take_their_time_and_memory(monkeypatch):
+    pytest.importorskip('mmyolo')
+    monkeypatch.setattr(benchmark, 'SEVERAL', (1, 3))
+    found = benchmark.measure_several('YOLOv5-n', rounds=3, device='cpu')
+    assert [len(seconds) for seconds, _ in found.values()] == [3, 3]
+    weights = 4 * sum(t.numel() for t in benchmark.floats(benchmark.build('YOLOv5-n', 'cpu')))
+    one, three = (size for _, size in found.values())
+    assert 0.9 * weights < one < 3 * weights  # beside the first one's: Python objects
+    assert 1.8 * weights < three - one < 3 * weights
+
+
+def test_the_table_of_several_averages():
+    found = {1: ([0.001, 0.002, 0.003], 2e6), 2: ([0.004, 0.004, 0.003], 4.5e6)}
+    assert benchmark.several_table('X', found).splitlines()[2:] == [
+        '| 1 | 2.00 | 1.00 | 2.0 |',
+        '| 2 | 4.00 | 2.00 | 4.5 |',
+    ]

@@ -18,11 +18,15 @@ from __future__ import annotations
 
 import argparse
 import gc
+import multiprocessing
 import platform
 import random
+import re
 import subprocess
 import time
+from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from statistics import median
@@ -32,6 +36,7 @@ from torch import nn
 
 import mmema
 from mmema.update import native
+from mmema.update.staging import staged_once
 
 MOMENTUM = 0.0002
 YOLO = {
@@ -43,6 +48,7 @@ LARGE = '300 M'
 LIMIT = 'limit: one flat lerp_'
 COPY = '3 passes at the speed of a copy'
 AHEAD = 20_000_000  # clock cycles for the program to run ahead: about 10 ms
+SEVERAL = (1, 2, 4, 8, 16)  # averages in one run
 OURS = ('mmema', 'mmema, update_buffers')
 
 
@@ -371,6 +377,51 @@ def measure_parts(names, rounds):
     return found
 
 
+def update_of_several(model, count):
+    """Return an update of several averages of a model, as those in `also` of mmema.EMAHook."""
+    averages = [mmema.ExpMomentumEMA(model, MOMENTUM * (k + 1), 1e-3) for k in range(count)]
+
+    def update():
+        with staged_once():
+            for average in averages:
+                average.update_parameters(model)
+
+    return update
+
+
+def measure_several(name, rounds, device):
+    """Return {number of averages: (seconds of an update of all, bytes that they take)}."""
+    model = build(name, device)
+    works = {count: update_of_several(model, count) for count in SEVERAL}
+    for work in works.values():
+        work()  # copies
+    states = {'': (nothing, on_cpu if device == 'cpu' else on_device)}
+    seconds = measured(works, rounds, states)['']
+    # In new processes: memory that was freed in this one would be used again.
+    spawn = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
+        taken = pool.map(partial(memory_of_several, name, device=device), SEVERAL)
+        return {count: (seconds[count], size) for count, size in zip(SEVERAL, taken)}
+
+
+def memory_of_several(name, count, device):
+    """Return the bytes that a process needs for several averages and their updates."""
+    model = build(name, device)
+    before = memory_used(device)
+    update = update_of_several(model, count)
+    for _ in range(3):
+        update()
+    gc.collect()
+    return memory_used(device) - before
+
+
+def memory_used(device):
+    """Return the bytes in use: of a GPU by torch, else all that this process has."""
+    if device != 'cpu':
+        return torch.cuda.memory_allocated()
+    return 1024 * int(re.search(r'VmRSS:\s+(\d+)', Path('/proc/self/status').read_text())[1])
+
+
 # --- tables and picture -------------------------------------------------------------------------
 
 
@@ -404,6 +455,15 @@ def parts_table(found):
     for part in next(iter(found.values())):
         cells = [f'{median(seconds[part]) * 1e3:.2f}' for seconds in found.values()]
         lines.append(f'| {part} | {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def several_table(name, found):
+    one, _ = found[SEVERAL[0]]
+    lines = [f'| averages of {name} | ms of an update of all | x one | MB |', '| --- ' * 4 + '|']
+    for count, (seconds, size) in found.items():
+        times = median(a / b for a, b in zip(seconds, one))
+        lines.append(f'| {count} | {median(seconds) * 1e3:.2f} | {times:.2f} | {size / 1e6:.1f} |')
     return '\n'.join(lines)
 
 
@@ -501,6 +561,8 @@ def main():
         if args.device == 'cpu':
             yolos = [name for name in args.models if name in YOLO]
             text.append(parts_table(measure_parts(yolos, args.rounds)))
+        several = measure_several('YOLOv5-s', args.rounds, args.device)
+        text.append(several_table('YOLOv5-s', several))
         text.append(iteration_table(measure_iteration(args.rounds, args.device)))
         growth = measure_growth(max(3, args.rounds // 4), args.device)
         text.append(growth_table(growth))
