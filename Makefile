@@ -9,12 +9,13 @@ WORK_DIR := work_dirs/digits
 EVIDENCE := work_dirs/evidence
 ABLATE := $(RUN) tools/ablate.py --out $(EVIDENCE)
 ARGS ?=
+DEVICE ?= cuda
 JOBS ?= 2
 PYTEST := $(RUN) -m pytest -n $(JOBS) --dist loadfile
 SEED ?= $(shell date +%s)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train evidence test quick extensive clean
+.PHONY: help setup train evidence gpu test quick extensive clean
 
 help:  ## print this list
 	@echo 'usage: make TARGET'
@@ -35,6 +36,9 @@ evidence: $(READY)  ## run the experiment of docs/evidence.md: 30 trainings, hou
 	$(ABLATE) configs/digits/yolov5_n_ablation_fifth.py --seeds 6 $(ARGS)
 	$(ABLATE) configs/digits/rtmdet_tiny_ablation.py --seeds 6 $(ARGS)
 	$(ABLATE) configs/digits/rtmdet_tiny_ablation_fifth.py --seeds 6 $(ARGS)
+
+gpu:  ## test and measure on a GPU, without set-up: PYTHON is one that has torch and MMEngine
+	$(PYTHON) tools/gpu_report.py --device $(DEVICE) $(ARGS)
 
 test: $(READY)  ## check the style and run the tests: 8 minutes on 2 cores (more cores: JOBS=4)
 	$(RUN) -m ruff check .

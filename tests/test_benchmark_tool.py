@@ -73,9 +73,9 @@ def test_a_ratio_is_the_median_of_the_ratios_within_a_round():
 
 
 def test_on_the_host_nothing_is_a_multiple_of_one_launch():
-    seconds = {benchmark.LIMIT: [0.001], 'a': [0.003]}
-    assert benchmark.cell_of(seconds, 'a', 'device') == '3.00 (3.00)'
-    assert benchmark.cell_of(seconds, 'a', 'host') == '3.00'
+    seconds = {benchmark.LIMIT: [0.001] * 3, 'a': [0.002, 0.003, 0.004]}
+    assert benchmark.cell_of(seconds, 'a', 'device') == '3.00 ± 0.50 (3.00)'
+    assert benchmark.cell_of(seconds, 'a', 'host') == '3.00 ± 0.50'
     assert benchmark.cell_of(seconds, benchmark.LIMIT, 'host') == '-'
     assert benchmark.cell_of(seconds, 'b', 'host') == '-'
 

@@ -2,7 +2,7 @@
 
     python tools/benchmark.py                  # the table of docs/performance.md, about 4 minutes
     python tools/benchmark.py --quick          # the smallest model, some seconds
-    python tools/benchmark.py --device cuda    # on a GPU
+    python tools/benchmark.py --device cuda    # on a GPU; `make gpu` runs the tests, too
 
 The limit is one flat ``lerp_`` over all weights: two are read, one is written. Every round runs
 all contenders in a new order, so that whatever else the machine does hits all alike; a figure is
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import multiprocessing
 import platform
 import random
@@ -29,8 +30,9 @@ from copy import deepcopy
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
+import model_shapes
 import torch
 from torch import nn
 
@@ -39,11 +41,7 @@ from mmema.update import native
 from mmema.update.staging import staged_once
 
 MOMENTUM = 0.0002
-YOLO = {
-    'YOLOv5-n': 'yolov5_n-v61_syncbn_fast_8xb16-300e_coco',
-    'YOLOv5-s': 'yolov5_s-v61_syncbn_fast_8xb16-300e_coco',
-    'YOLOv5-l': 'yolov5_l-v61_syncbn_fast_8xb16-300e_coco',
-}
+YOLO = tuple(model_shapes.CONFIGS)
 LARGE = '300 M'
 LIMIT = 'limit: one flat lerp_'
 COPY = '3 passes at the speed of a copy'
@@ -149,7 +147,27 @@ CONTENDERS = {
     'YOLOv5 / D-FINE loop': plain_loop,
     'torch._foreach_lerp_ alone': lists_made_once,
 }
-ON_GPU = {"mmema, device='cpu'": lambda model: mmema_class(model, device='cpu')}
+STAGED, SYNCHRONOUS = "mmema, device='cpu'", 'synchronous copies to main memory'
+
+
+def synchronous_copies(model):
+    """An average in main memory that waits for every tensor."""
+    average = deepcopy(model).cpu()
+
+    @torch.no_grad()
+    def update(model):
+        for own, source in zip(average.parameters(), model.parameters()):
+            own.lerp_(source.cpu(), MOMENTUM)
+        for own, source in zip(average.buffers(), model.buffers()):
+            own.copy_(source)
+
+    return lambda: average, update
+
+
+ON_GPU = {
+    STAGED: lambda model: mmema_class(model, device='cpu'),
+    SYNCHRONOUS: synchronous_copies,
+}
 
 
 def limits(model):
@@ -184,7 +202,7 @@ def checked(model, makes):
     for name, make in makes.items():
         try:
             module, update = make(model)
-        except ImportError:
+        except (ImportError, AssertionError):  # mmyolo asserts mmcv's version
             continue
         update(model)  # a first update copies, or finds both equal
         before = [p.detach().clone() for p in list(module().parameters())[:50]]
@@ -272,14 +290,17 @@ def build(name, device):
         # 24 blocks of a transformer 1024 wide: 12 tensors each.
         layer = nn.TransformerEncoderLayer(1024, 16, 4096, batch_first=True)
         return nn.Sequential(*(deepcopy(layer) for _ in range(24))).to(device)
-    from mmengine.config import Config
-    from mmengine.utils import get_installed_path
-    from mmyolo.registry import MODELS
-    from mmyolo.utils import register_all_modules
+    if has_mmyolo():
+        return model_shapes.real_model(name).train().to(device)
+    return model_shapes.stand_in(name).train().to(device)
 
-    register_all_modules()
-    path = f'{get_installed_path("mmyolo")}/.mim/configs/yolov5/{YOLO[name]}.py'
-    return MODELS.build(Config.fromfile(path).model).train().to(device)
+
+def has_mmyolo():
+    try:
+        import mmyolo.models  # noqa: F401
+    except (ImportError, AssertionError):  # it asserts mmcv's version
+        return False
+    return True
 
 
 def measure_models(names, rounds, device):
@@ -309,9 +330,62 @@ def measure_models(names, rounds, device):
     return found
 
 
-def measure_iteration(rounds, device, pixels=128, batch=4):
-    """Return seconds of a YOLOv5-n training iteration: alone, with mmema, with mmyolo."""
-    model = build('YOLOv5-n', device)
+def measure_launches(names, device):
+    """Return {model: {contender: (kernels and copies, waits) of one update}}."""
+    from torch.autograd import DeviceType
+
+    found = {}
+    for name in names:
+        model = build(name, device)
+        found[name] = {}
+        for contender, work in checked(model, {**CONTENDERS, **ON_GPU}).items():
+            work()
+            torch.cuda.synchronize()
+            with torch.profiler.profile() as profile:
+                work()
+            events = profile.events()
+            on_gpu = [e.name for e in events if e.device_type == DeviceType.CUDA]
+            launches = sum('Sync' not in each for each in on_gpu)
+            # A copy to pageable memory waits, too, without a call that says so.
+            pageable = sum('Pageable' in each for each in on_gpu)
+            waits = sum('Synchronize' in e.name for e in events if e.device_type == DeviceType.CPU)
+            waits -= 1  # of the profiler's own end
+            found[name][contender] = (launches, max(waits, 0) + pageable)
+    return found
+
+
+def measure_swap(name, rounds, device):
+    """Return seconds to give a model its averaged weights and to take them away again."""
+    from mmengine.hooks import EMAHook
+    from mmengine.model import ExponentialMovingAverage
+
+    model = build(name, device)
+    ours, stock = mmema.ExpMomentumEMA(model, MOMENTUM), EMAHook()
+    stock.src_model, stock.ema_model = model, ExponentialMovingAverage(model, MOMENTUM)
+
+    def swapped():
+        with mmema.averaged_weights(model, ours):
+            pass
+
+    def exchanged():
+        stock._swap_ema_parameters()
+        stock._swap_ema_parameters()
+
+    works = {'mmema': swapped, 'mmengine': exchanged}
+    clock = on_cpu if device == 'cpu' else on_both
+    return measured(works, rounds, {'': (nothing, clock)})['']
+
+
+def measure_iteration(rounds, device):
+    """Return seconds of a training iteration, alone and with averages.
+
+    On a CPU of YOLOv5-n with 4 pictures of 128 pixels; on a GPU of YOLOv5-s with 16 of 640, with
+    mixed precision.
+    """
+    name, pixels, batch = ('YOLOv5-n', 128, 4) if device == 'cpu' else ('YOLOv5-s', 640, 16)
+    model = build(name, device)
+    amp = device != 'cpu'
+    scaler = getattr(torch.amp, 'GradScaler', torch.cuda.amp.GradScaler)(enabled=amp)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
     pictures = torch.rand(batch, 3, pixels, pixels, device=device)
     boxes = torch.tensor([[i, 1, 16, 16, 80, 96] for i in range(batch)], device=device).float()
@@ -319,10 +393,13 @@ def measure_iteration(rounds, device, pixels=128, batch=4):
     samples = {'bboxes_labels': boxes, 'img_metas': [meta] * batch}
 
     def step():
-        losses = model.loss(pictures, samples)
+        with torch.autocast(device, torch.float16 if amp else torch.bfloat16, enabled=amp):
+            losses = model.loss(pictures, samples)
+        loss = sum(sum(v) if isinstance(v, (list, tuple)) else v.sum() for v in losses.values())
         optimizer.zero_grad()
-        sum(sum(v) if isinstance(v, (list, tuple)) else v.sum() for v in losses.values()).backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
 
     def with_update(update):
         def work():
@@ -438,15 +515,37 @@ def models_table(found):
 def cell_of(seconds, name, state):
     if name not in seconds or (state == 'host' and name in (LIMIT, COPY)):
         return '-'
-    text = f'{median(seconds[name]) * 1e3:.2f}'
+    text = with_spread(seconds[name])
     return text if state == 'host' else f'{text} ({ratio(seconds, name, LIMIT):.2f})'
 
 
-def iteration_table(seconds):
-    lines = ['| YOLOv5-n, one training iteration | ms | more than none |', '| --- | --- | --- |']
+def with_spread(seconds):
+    """Return the median in ms, and half the distance between the quartiles."""
+    low, middle, high = quantiles(seconds, n=4, method='inclusive')
+    return f'{middle * 1e3:.2f} ± {(high - low) / 2 * 1e3:.2f}'
+
+
+def iteration_table(seconds, device):
+    model = 'YOLOv5-n' if device == 'cpu' else 'YOLOv5-s with mixed precision'
+    lines = [f'| {model}, one training iteration | ms | more than none |', '| --- | --- | --- |']
     for name, values in seconds.items():
         more = 100 * (ratio(seconds, name, 'no average') - 1)
-        lines.append(f'| {name} | {median(values) * 1e3:.1f} | {more:+.1f} % |')
+        lines.append(f'| {name} | {with_spread(values)} | {more:+.1f} % |')
+    return '\n'.join(lines)
+
+
+def swap_table(name, seconds):
+    lines = [f'| averaged weights into {name} and out again | ms |', '| --- | --- |']
+    lines += [f'| {who} | {with_spread(values)} |' for who, values in seconds.items()]
+    return '\n'.join(lines)
+
+
+def launches_table(found):
+    heads = [f'{name}, {what}' for name in found for what in ('launches', 'waits')]
+    lines = [f'| one update | {" | ".join(heads)} |', '| --- |' + ' --- |' * len(heads)]
+    for contender in dict.fromkeys(each for counts in found.values() for each in counts):
+        cells = [n for counts in found.values() for n in counts.get(contender, ('-', '-'))]
+        lines.append(f'| {contender} | {" | ".join(map(str, cells))} |')
     return '\n'.join(lines)
 
 
@@ -486,6 +585,7 @@ def draw(found, growth, path):
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout='constrained')
+    right.set_visible(bool(growth))
     warm = {name: s for (name, state), s in found.items() if state in ('warm', 'device')}
     names = [
         n for n in dict.fromkeys(n for s in warm.values() for n in s) if n not in (LIMIT, COPY)
@@ -537,7 +637,11 @@ def main():
     parser.add_argument('--rounds', type=int, default=100, help='of the smallest model')
     parser.add_argument('--threads', type=int, help="torch's; default: torch's own choice")
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'], help='default: cpu')
-    parser.add_argument('--out', type=Path, help='folder for performance.md and performance.png')
+    parser.add_argument(
+        '--out',
+        type=Path,
+        help='folder for performance.md, .json (seconds of every round) and .png',
+    )
     args = parser.parse_args()
     if args.rounds < 3:
         parser.error(f'--rounds must be at least 3, got {args.rounds}')
@@ -553,25 +657,41 @@ def main():
     if args.device != 'cpu':
         where = f'{torch.cuda.get_device_name()}, driver {driver()}, CUDA {torch.version.cuda}'
     part = 'mmema compiled' if native.compiled else 'mmema not compiled'
+    if not has_mmyolo():
+        where += '; mmyolo is not installed: stand-ins with the tensors of its models'
     text = [f'{where}; Python {platform.python_version()}, torch {torch.__version__}, {part}']
     found = measure_models(args.models, args.rounds, args.device)
     text.append(models_table(found))
-    growth = {}
+    figures, growth, yolos = {}, {}, [name for name in args.models if name in YOLO]
+    if args.device == 'cpu':
+        text.append('Launches and waits of a GPU: not measured.')
+    else:
+        figures['launches'] = measure_launches(yolos, args.device)
+        text.append(launches_table(figures['launches']))
+    figures['swap'] = measure_swap(args.models[0], args.rounds, args.device)
+    text.append(swap_table(args.models[0], figures['swap']))
     if not args.quick:
         if args.device == 'cpu':
-            yolos = [name for name in args.models if name in YOLO]
             text.append(parts_table(measure_parts(yolos, args.rounds)))
-        several = measure_several('YOLOv5-s', args.rounds, args.device)
-        text.append(several_table('YOLOv5-s', several))
-        text.append(iteration_table(measure_iteration(args.rounds, args.device)))
+        figures['several'] = measure_several('YOLOv5-s', args.rounds, args.device)
+        text.append(several_table('YOLOv5-s', figures['several']))
+        if has_mmyolo():
+            figures['iteration'] = measure_iteration(args.rounds, args.device)
+            text.append(iteration_table(figures['iteration'], args.device))
+        else:
+            text.append('A training iteration: not measured, mmyolo is not installed.')
         growth = measure_growth(max(3, args.rounds // 4), args.device)
         text.append(growth_table(growth))
     print('\n\n'.join(['', *text]))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / 'performance.md').write_text('\n\n'.join(text) + '\n')
-        if growth:
-            draw(found, growth, args.out / 'performance.png')
+        updates = {}
+        for (model, state), seconds in found.items():
+            updates.setdefault(model, {})[state] = seconds
+        figures = {'where': text[0], 'device': args.device, 'updates': updates, **figures}
+        (args.out / 'performance.json').write_text(json.dumps(figures, indent=1))
+        draw(found, growth, args.out / 'performance.png')
 
 
 if __name__ == '__main__':

@@ -1,6 +1,8 @@
 """The cost of an update, counted: operators, kernel calls and bytes, never time."""
 
+import sys
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,13 +17,16 @@ from mmema import ExpMomentumEMA, RestartableExpMomentumEMA
 from mmema.update import native
 from mmema.update.pairs import copy_all
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'tools'))
+
+import model_shapes
+
 both_ways = pytest.mark.usefixtures('both_ways')
 
 needs_compiled_blend = pytest.mark.skipif(
     not hasattr(native.compiled, 'ContiguousPairs'),
     reason='needs `python -m mmema.build_native` on Linux',
 )
-YOLOV5_S = 'yolov5/yolov5_s-v61_syncbn_fast_8xb16-300e_coco.py'
 
 
 @pytest.fixture
@@ -55,15 +60,7 @@ def detector_like(blocks=40, width=8):
 
 
 def yolov5_s():
-    pytest.importorskip('mmyolo')
-    from mmengine.config import Config
-    from mmengine.utils import get_installed_path
-    from mmyolo.registry import MODELS
-    from mmyolo.utils import register_all_modules
-
-    register_all_modules()
-    path = f'{get_installed_path("mmyolo")}/.mim/configs/{YOLOV5_S}'
-    return MODELS.build(Config.fromfile(path).model)
+    return model_shapes.stand_in('YOLOv5-s')
 
 
 def calls_of_an_update(model, update_buffers):

@@ -168,3 +168,39 @@ def test_moving_source_and_average_is_seen(source):
         model.conv.weight.add_(4)
     ema.update_parameters(model)
     torch.testing.assert_close(ema.module.conv.weight, before + 1)
+
+
+@ON_GPU
+@BUFFERS
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_sixteen_bit_weights_have_a_float32_average_on_the_gpu(source, dtype, update_buffers):
+    model = Toy().to(source, dtype)
+    ema = ExpMomentumEMA(model, 0.1, 3, update_buffers=update_buffers)
+    follows_the_reference(model, ema, blended_names(model, update_buffers), rtol=1e-2)
+    assert ema.module.conv.weight.dtype == torch.float32
+    assert ema.module.conv.weight.device.type == source
+
+
+@ON_GPU
+@BUFFERS
+def test_channels_last_weights_on_the_gpu_are_blended_by_one_operator(source, update_buffers):
+    model = detector_like().to(source, memory_format=torch.channels_last)
+    ema = ExpMomentumEMA(model, 0.1, 3, update_buffers=update_buffers)
+    follows_the_reference(model, ema, blended_names(model, update_buffers))
+    assert not ema._follower._blended.single
+    assert ema.module[0][0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@ON_GPU
+def test_a_compiled_model_on_the_gpu_is_the_model(source):
+    pytest.importorskip('triton')
+    model = detector_like(blocks=2).to(source)
+    compiled, generator = torch.compile(model), seeded(0)
+    ours, twin = ExpMomentumEMA(model, 0.1, 3), ExpMomentumEMA(compiled, 0.1, 3)
+    for _ in range(3):
+        compiled(torch.rand(2, 8, 16, 16, device=source)).sum().backward()
+        shake_on_cpu(model, generator)
+        ours.update_parameters(model)
+        twin.update_parameters(compiled)
+    expected = {name: t.cpu() for name, t in tensors_of(ours.module).items()}
+    assert all(torch.equal(t.cpu(), expected[n]) for n, t in tensors_of(twin.module).items())
