@@ -10,8 +10,10 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import Runner
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mmema
+from mmema.run import ema_hook_of
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'tools'))
@@ -168,3 +170,27 @@ def test_trains_switches_and_averages(leaf, tiny_set, tmp_path):
     apart = [n for n in parameters if not torch.equal(average[n], source[f'module.{n}'])]
     assert len(apart) > len(parameters) / 2
     assert all(torch.equal(source[f'module.{n}'], value) for n, value in parameters.items())
+
+
+@pytest.mark.slow
+def test_several_averages_are_in_log_tensorboard_and_table(tiny_set, tmp_path):
+    config = short_run('yolov5_n_several', tiny_set, tmp_path)
+    swa = config.custom_hooks[0].also.swa
+    assert swa.restart.milestones == [config.digits_switch_epoch]
+    swa.restart.milestones = [1]  # where the short run switches
+    runner = Runner.from_cfg(config)
+    runner.train()
+    also = ema_hook_of(runner).also
+    assert [ema.restarts for ema in also.values()] == [0, 1, 1]
+    (scalars,) = tmp_path.glob('*/vis_data/scalars.json')
+    lines = [json.loads(line) for line in scalars.read_text().splitlines()]
+    (metrics,) = (line for line in lines if 'coco/bbox_mAP' in line)
+    events = EventAccumulator(f'{runner._log_dir}/vis_data').Reload()
+    for name in ('', 'raw/', 'short/', 'restarted/', 'swa/'):
+        metric = f'{name}coco/bbox_mAP'
+        (event,) = events.Scalars(metric)
+        assert event.value == pytest.approx(metrics[metric])  # a float32
+    (log,) = tmp_path.glob('*/*.log')
+    table = log.read_text().split('coco/bbox_mAP of all weights\n')[1].splitlines()
+    names = [line.split()[0] for line in table[:6]]
+    assert names == ['weights', 'ema', 'raw', 'short', 'restarted', 'swa']
