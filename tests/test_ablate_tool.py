@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -169,6 +170,22 @@ def test_report_from_a_small_csv(small, capsys):
         ['hard_40 − none_40', '+1.00', '+2.00', '+3.00'],
     ]
     assert (small / 'differences.png').read_bytes()[:4] == b'\x89PNG'
+
+
+def test_the_published_report_is_that_of_the_published_data(tmp_path):
+    published = ROOT / 'docs' / 'evidence'
+    shutil.copy(published / 'runs.csv', tmp_path)
+    reporting.report(tmp_path)
+    assert (tmp_path / 'report.md').read_text() == (published / 'report.md').read_text()
+    rows = reporting.read_rows(published / 'runs.csv')
+    (setting, *_) = reporting.settings_of(rows, published)
+    assert (setting.name, len(setting.seeds)) == ('YOLOv5-n, to 1 %', 12)
+    (primary, second, *_) = reporting.comparisons(setting)
+    # The figures in README and docs/evidence.md.
+    assert primary.last.mean() == pytest.approx(0.048, abs=5e-4)
+    assert (primary.last > 0).all()
+    assert reporting.t_interval(primary.last) == pytest.approx((0.041, 0.0545), abs=5e-4)
+    assert second.last.mean() == pytest.approx(-0.0026, abs=5e-5)
 
 
 def test_ranges_over_the_horizons(tmp_path):
