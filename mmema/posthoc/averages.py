@@ -1,0 +1,185 @@
+"""Averages made after a training: as if restarted, as if of another horizon, plain means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple, Sequence
+
+import numpy as np
+
+from ..checkpoints.export import write_weights
+from ..checkpoints.files import load
+from ..checkpoints.formats import CheckpointError, State
+from .facts import MAIN, FileFacts, check_same_run, facts_in
+from .history import NOTHING, Given, momenta_between, settings_of
+from .mixture import STATISTICS, Part, copied_tensors, mix
+from .profiles import Fit, Stored
+from .profiles import fit as fit_profiles
+
+MOST_KEPT = 0.99  # of `restart`: more than this share of the later average is the earlier one's
+MOST_ERROR = 0.1  # of `fit`: relative error of the profile
+MOST_SIZE = 1000  # of `fit`: sum of the absolute coefficients
+ROUNDING = 2.0**-24  # of float32, relative
+
+
+class Made(NamedTuple):
+    """Weights made from stored ones, and how."""
+
+    state: State
+    meta: dict  # of the new file; meta['mmema'] has the recipe
+    lines: list[tuple]  # (label, text) for people
+
+    def write(self, out: str | Path, force: bool = False) -> Path:
+        """Write a checkpoint for inference; raise CheckpointError if it cannot be written."""
+        return write_weights(Path(out), self.state, self.meta, force)
+
+
+def restart(
+    before: str | Path,
+    after: str | Path,
+    name: str = MAIN,
+    given: Given = NOTHING,
+    trust: bool = False,
+) -> Made:
+    """Return an average as if it had been restarted at the earlier of two checkpoints.
+
+    ``A' = (A_t - W A_s) / (1 - W)`` with ``W`` the product of ``1 - m`` over the updates between:
+    the average of all weights after the earlier file, each in its proportion.
+
+    Args:
+        before: The earlier checkpoint of a run with an EMAHook, stock or ours.
+        after: The later one.
+        name: 'ema', the main average, or its name in ``also``. Defaults to 'ema'.
+        given: What the files do not say. Defaults to nothing.
+        trust: As of :func:`mmema.checkpoints.files.load`.
+
+    Raises:
+        CheckpointError: If the files are not of one run in this order, do not say how the average
+            was updated, or have less than one percent that is not of before.
+    """
+    one, other = facts_in(before, trust), facts_in(after, trust)
+    notes = check_same_run(one, other)
+    momenta = momenta_between(one, other, name, given)
+    if not momenta.any():
+        raise CheckpointError(f'the average {name} was not updated between {before} and {after}')
+    kept = float(np.prod(1 - momenta))
+    if kept > MOST_KEPT:
+        raise CheckpointError(
+            f'{kept:.2%} of the average in {after} is that of {before}, and more than '
+            f'{MOST_KEPT:.0%} leaves too little: take files further apart than {len(momenta)} '
+            'updates'
+        )
+    copied, more = _copied(other, [name], trust)
+    parts = [
+        Part(one.file, name, -kept / (1 - kept)),
+        Part(other.file, name, 1 / (1 - kept)),
+    ]
+    state = mix(parts if kept else parts[1:], copied, trust)
+    lines = [
+        ('average', f'{name}, as if restarted hard after {one.time}, at {other.time}'),
+        ('updates', f'{len(momenta):,} between the files'),
+        ('W', f'{kept:.4g} of the later average was of before'),
+        ('rounding', f'that of the updates between, enlarged {1 / (1 - kept):.3g} times'),
+    ]
+    if kept == 0:
+        lines[-1:] = [
+            (
+                'note',
+                f'a copy of the weights was between the files, so the later one has nothing of '
+                f'before: its own {name} weights are the result',
+            )
+        ]
+    record = {'made': 'restart', 'after': one.time, 'at': other.time, 'kept': kept}
+    meta = _meta(other, name, record, steps=len(momenta))
+    return Made(state, meta, lines + [('note', text) for text in notes + more])
+
+
+def fitted(stored: Sequence[Stored], wanted: np.ndarray, force: bool = False) -> Fit:
+    """Return the fit of a wanted profile by those of stored weights.
+
+    Raises:
+        CheckpointError: If the profile is off by more than 10 %, or the coefficients are so large
+            that they spoil the weights, unless ``force``.
+    """
+    if not stored:
+        raise CheckpointError('there are no averages and no raw weights to mix')
+    found = fit_profiles([one.profile for one in stored], wanted)
+    if found.error > MOST_ERROR and not force:
+        raise CheckpointError(
+            f'the nearest mixture is {found.error:.1%} off the wanted profile, more than '
+            f'{MOST_ERROR:.0%}: it needs more checkpoints, or averages of other horizons in also. '
+            'force=True takes it all the same'
+        )
+    if found.size > MOST_SIZE and not force:
+        raise CheckpointError(
+            f'the coefficients sum to {found.size:,.0f} without their signs, more than '
+            f'{MOST_SIZE:,}: the roundings of the files would be enlarged as much. force=True '
+            'takes them all the same'
+        )
+    return found
+
+
+def mixture(
+    stored: Sequence[Stored], found: Fit, record: dict | None = None, trust: bool = False
+) -> Made:
+    """Return the mixture of stored weights with the coefficients of a fit."""
+    used = [(one, c) for one, c in zip(stored, found.coefficients) if abs(c) > 1e-12]
+    last = stored[-1].facts
+    names = list(dict.fromkeys(one.weights for one, _ in used))
+    copied, notes = _copied(last, names, trust)
+    parts = [Part(one.facts.file, one.weights, float(c)) for one, c in used]
+    state = mix(parts, copied, trust)
+    files = len({part.file for part in parts})
+    lines = [
+        ('profile', f'{found.error:.2%} off the wanted one'),
+        ('coefficients', f'{len(used)} of {files} files, {found.size:.3g} without their signs'),
+        ('rounding', f'{found.size * ROUNDING:.1g} of a weight at most, in float32 files'),
+    ]
+    record = {'made': 'fit', 'error': found.error, **(record or {})}
+    return Made(state, _meta(last, 'ema', record), lines + [('note', text) for text in notes])
+
+
+def mean(files: Sequence[str | Path], weights: str = 'raw', trust: bool = False) -> Made:
+    """Return the plain mean of one set of weights over files.
+
+    Floating-point tensors are averaged, BatchNorm's statistics too; all others are those of the
+    last file.
+
+    Args:
+        files: Two or more checkpoints of one model, the last one in time at the end.
+        weights: 'raw', 'ema' or a name in ``also``. Defaults to 'raw'.
+        trust: As of :func:`mmema.checkpoints.files.load`.
+
+    Raises:
+        CheckpointError: If the files are fewer than two, one is named twice, or they are of
+            different models or lack the weights.
+    """
+    paths = [Path(file) for file in files]
+    if len(paths) < 2 or len({path.resolve() for path in paths}) < len(paths):
+        raise CheckpointError(
+            f'a mean is of at least two files, each once, got {", ".join(map(str, paths)) or None}'
+        )
+    state = mix([Part(path, weights, 1 / len(paths)) for path in paths], None, trust)
+    meta = load(paths[-1], trust).meta
+    about = {'weights': f'mean of {weights}', 'made': 'mean', 'of': [p.name for p in paths]}
+    lines = [('mean', f'of the {weights} weights in {len(paths)} files')]
+    if any(name.endswith(STATISTICS) for name in state):
+        lines.append(('note', STATISTICS_NOTE))
+    return Made(state, {**meta, 'mmema': about}, lines)
+
+
+STATISTICS_NOTE = (
+    "BatchNorm's statistics are averaged too, and belong to no weights: measure them with "
+    'tools/recalibrate_bn.py CONFIG FILE -o OUT'
+)
+
+
+def _copied(file: FileFacts, names: Sequence[str], trust: bool) -> tuple[State, list[str]]:
+    """Return the tensors of a file that are taken as they are, and notes."""
+    blends = [settings_of(file, n).get('update_buffers', False) for n in names if n != 'raw']
+    known = all(blends) and not file.recalibrates if file.hook else None
+    return copied_tensors(load(file.file, trust), names, known)
+
+
+def _meta(file: FileFacts, name: str, record: dict, steps: int | None = None) -> dict:
+    return {**file.meta, 'mmema': {'weights': name, 'steps': steps, **record}}
