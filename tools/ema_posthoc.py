@@ -123,7 +123,7 @@ def restart(args):
 
 
 def fit(args):
-    from mmema.posthoc.averages import fitted, mixture
+    from mmema.posthoc.averages import fit
     from mmema.posthoc.profiles import exponential, stored_profiles, uniform
 
     files = facts_of_run(args.folder, args.trust)
@@ -138,13 +138,13 @@ def fit(args):
     stored, notes = stored_profiles(files)
     for note in notes:
         cli.note(f'note: {note}')
-    found = fitted(stored, wanted, args.force)
     record = {
         key: value
         for key in ('momentum', 'gamma', 'restart_at', 'uniform')
         if (value := getattr(args, key)) is not None
     }
-    show(mixture(stored, found, record, args.trust), args.output, args.force)
+    made, found = fit(stored, wanted, record, args.force, args.trust)
+    show(made, args.output, args.force)
     if args.plot:
         plot(args.plot, wanted, found, files)
 

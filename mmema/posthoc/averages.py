@@ -11,8 +11,8 @@ from ..checkpoints.export import write_weights
 from ..checkpoints.files import load
 from ..checkpoints.formats import CheckpointError, State
 from .facts import MAIN, FileFacts, check_same_run, facts_in
-from .history import NOTHING, Given, momenta_between, settings_of
-from .mixture import STATISTICS, Part, copied_tensors, mix
+from .history import NOTHING, Given, momenta_between, repeats_tied, settings_of
+from .mixture import STATISTICS, Part, Pattern, mix, pattern_of
 from .profiles import Fit, Stored
 from .profiles import fit as fit_profiles
 
@@ -69,12 +69,15 @@ def restart(
             f'{MOST_KEPT:.0%} leaves too little: take files further apart than {len(momenta)} '
             'updates'
         )
-    copied, more = _copied(other, [name], trust)
+    pattern = _pattern(other, [name], repeats_tied(other, name, given), trust)
+    shares = {}  # W, by how often a tensor is blended at an update
+    for times in {1, *pattern.times.values()}:
+        shares[times] = kept**times
     parts = [
-        Part(one.file, name, -kept / (1 - kept)),
-        Part(other.file, name, 1 / (1 - kept)),
+        Part(one.file, name, {times: -w / (1 - w) for times, w in shares.items()}),
+        Part(other.file, name, {times: 1 / (1 - w) for times, w in shares.items()}),
     ]
-    state = mix(parts if kept else parts[1:], copied, trust)
+    state = mix(parts if kept else parts[1:], pattern, trust)
     lines = [
         ('average', f'{name}, as if restarted hard after {one.time}, at {other.time}'),
         ('updates', f'{len(momenta):,} between the files'),
@@ -91,11 +94,24 @@ def restart(
         ]
     record = {'made': 'restart', 'after': one.time, 'at': other.time, 'kept': kept}
     meta = _meta(other, name, record, steps=len(momenta))
-    return Made(state, meta, lines + [('note', text) for text in notes + more])
+    return Made(state, meta, lines + [('note', text) for text in notes + pattern.notes])
 
 
-def fitted(stored: Sequence[Stored], wanted: np.ndarray, force: bool = False) -> Fit:
-    """Return the fit of a wanted profile by those of stored weights.
+def fit(
+    stored: Sequence[Stored],
+    wanted: np.ndarray,
+    record: dict | None = None,
+    force: bool = False,
+    trust: bool = False,
+) -> tuple[Made, Fit]:
+    """Return the mixture of stored weights that is nearest to a wanted average, and its fit.
+
+    Args:
+        stored: Weights in the files of one run; see :func:`stored_profiles`.
+        wanted: The profile of the wanted average, over all updates of the run.
+        record: More about it to keep in ``meta['mmema']``. Defaults to None.
+        force: Whether a bad fit is taken. Defaults to False.
+        trust: As of :func:`mmema.checkpoints.files.load`.
 
     Raises:
         CheckpointError: If the profile is off by more than 10 %, or the coefficients are so large
@@ -103,7 +119,40 @@ def fitted(stored: Sequence[Stored], wanted: np.ndarray, force: bool = False) ->
     """
     if not stored:
         raise CheckpointError('there are no averages and no raw weights to mix')
-    found = fit_profiles([one.profile for one in stored], wanted)
+    found = _nearest(stored, wanted, 1, force)
+    last = stored[-1].facts
+    used = [number for number, c in enumerate(found.coefficients) if abs(c) > 1e-12]
+    names = list(dict.fromkeys(stored[number].weights for number in used))
+    pattern = _pattern(last, names, any(stored[number].repeats for number in used), trust)
+    fits = {1: found}
+    for times in {*pattern.times.values()} - {1}:
+        fits[times] = _nearest(stored, wanted, times, force)
+        used = range(len(stored))
+    parts = [
+        Part(
+            stored[number].facts.file,
+            stored[number].weights,
+            {times: float(one.coefficients[number]) for times, one in fits.items()},
+        )
+        for number in used
+    ]
+    state = mix(parts, pattern, trust)
+    error = max(one.error for one in fits.values())
+    size = max(one.size for one in fits.values())
+    files = len({part.file for part in parts})
+    lines = [
+        ('profile', f'{error:.2%} off the wanted one'),
+        ('coefficients', f'{len(parts)} in {files} files, {size:.3g} without their signs'),
+        ('rounding', f'{size * ROUNDING:.1g} of a weight at most, in float32 files'),
+        *(('note', text) for text in pattern.notes),
+    ]
+    record = {'made': 'fit', 'error': error, **(record or {})}
+    return Made(state, _meta(last, 'ema', record), lines), found
+
+
+def _nearest(stored: Sequence[Stored], wanted: np.ndarray, times: int, force: bool) -> Fit:
+    """Return the fit for tensors that are blended so often; refuse a bad one unless ``force``."""
+    found = fit_profiles([one.profile(times) for one in stored], wanted)
     if found.error > MOST_ERROR and not force:
         raise CheckpointError(
             f'the nearest mixture is {found.error:.1%} off the wanted profile, more than '
@@ -117,26 +166,6 @@ def fitted(stored: Sequence[Stored], wanted: np.ndarray, force: bool = False) ->
             'takes them all the same'
         )
     return found
-
-
-def mixture(
-    stored: Sequence[Stored], found: Fit, record: dict | None = None, trust: bool = False
-) -> Made:
-    """Return the mixture of stored weights with the coefficients of a fit."""
-    used = [(one, c) for one, c in zip(stored, found.coefficients) if abs(c) > 1e-12]
-    last = stored[-1].facts
-    names = list(dict.fromkeys(one.weights for one, _ in used))
-    copied, notes = _copied(last, names, trust)
-    parts = [Part(one.facts.file, one.weights, float(c)) for one, c in used]
-    state = mix(parts, copied, trust)
-    files = len({part.file for part in parts})
-    lines = [
-        ('profile', f'{found.error:.2%} off the wanted one'),
-        ('coefficients', f'{len(used)} of {files} files, {found.size:.3g} without their signs'),
-        ('rounding', f'{found.size * ROUNDING:.1g} of a weight at most, in float32 files'),
-    ]
-    record = {'made': 'fit', 'error': found.error, **(record or {})}
-    return Made(state, _meta(last, 'ema', record), lines + [('note', text) for text in notes])
 
 
 def mean(files: Sequence[str | Path], weights: str = 'raw', trust: bool = False) -> Made:
@@ -159,7 +188,7 @@ def mean(files: Sequence[str | Path], weights: str = 'raw', trust: bool = False)
         raise CheckpointError(
             f'a mean is of at least two files, each once, got {", ".join(map(str, paths)) or None}'
         )
-    state = mix([Part(path, weights, 1 / len(paths)) for path in paths], None, trust)
+    state = mix([Part(path, weights, {1: 1 / len(paths)}) for path in paths], trust=trust)
     meta = load(paths[-1], trust).meta
     about = {'weights': f'mean of {weights}', 'made': 'mean', 'of': [p.name for p in paths]}
     lines = [('mean', f'of the {weights} weights in {len(paths)} files')]
@@ -174,11 +203,11 @@ STATISTICS_NOTE = (
 )
 
 
-def _copied(file: FileFacts, names: Sequence[str], trust: bool) -> tuple[State, list[str]]:
-    """Return the tensors of a file that are taken as they are, and notes."""
+def _pattern(file: FileFacts, names: Sequence[str], repeats: bool, trust: bool) -> Pattern:
+    """Return the pattern of a mixture of a run's averages; ``file`` is the last one."""
     blends = [settings_of(file, n).get('update_buffers', False) for n in names if n != 'raw']
     known = all(blends) and not file.recalibrates if file.hook else None
-    return copied_tensors(load(file.file, trust), names, known)
+    return pattern_of(load(file.file, trust), names, known, repeats)
 
 
 def _meta(file: FileFacts, name: str, record: dict, steps: int | None = None) -> dict:

@@ -108,6 +108,18 @@ def settings_of(file: FileFacts, name: str) -> dict:
     return {**hook, **own}
 
 
+def repeats_tied(file: FileFacts, name: str, given: Given = NOTHING) -> bool:
+    """Return whether an average blends a tied tensor once for each of its names.
+
+    The classes of MMEngine, MMDetection and MMYOLO do, with ``update_buffers=True``: they go
+    through a ``state_dict``.
+    """
+    settings, average = settings_of(file, name), average_in(file, name)
+    kind = str(settings.get('ema_type') or given.ema_type)
+    blends_buffers = settings.get('update_buffers', not settings)
+    return not average.schedule and not kind.startswith('mmema.') and bool(blends_buffers)
+
+
 def _twin(file: FileFacts, name: str, begin: AverageFacts, given: Given) -> Restartable:
     """Return an average of one layer with the schedule and the state that the real one had."""
     settings, end = settings_of(file, name), average_in(file, name)

@@ -20,16 +20,28 @@ class Part(NamedTuple):
 
     file: Path
     weights: str  # 'ema', 'raw' or the name of an average in also
-    coefficient: float
+    # By how often an average blended a tensor at each update: 1, but for tied tensors of a stock
+    # class; see Pattern.times.
+    coefficients: dict[int, float]
 
 
-def mix(parts: Sequence[Part], copied: State | None = None, trust: bool = False) -> State:
+class Pattern(NamedTuple):
+    """Treatment of each tensor in a mixture."""
+
+    copied: State  # taken as they are; others that are not floating-point are the last file's
+    times: dict[str, int]  # how often the average blended a tensor at each update, where not once
+    notes: list[str]  # for people
+
+
+AS_IT_IS = Pattern({}, {}, [])
+
+
+def mix(parts: Sequence[Part], pattern: Pattern = AS_IT_IS, trust: bool = False) -> State:
     """Return the sum of ``coefficient * weights``, each tensor in the widest dtype of its parts.
 
     Args:
         parts: Their coefficients sum to one.
-        copied: Tensors that are taken as they are. Others that are not floating-point are taken
-            from the last part. Defaults to None.
+        pattern: Defaults to one that sums all floating-point tensors.
         trust: As of :func:`mmema.checkpoints.files.load`.
 
     Raises:
@@ -39,7 +51,7 @@ def mix(parts: Sequence[Part], copied: State | None = None, trust: bool = False)
     by_file: dict = {}
     for part in parts:
         by_file.setdefault(part.file, []).append(part)
-    copied, total = copied or {}, _Sum()
+    copied, total = pattern.copied, _Sum(pattern.times)
     for file, own in by_file.items():
         found = load(file, trust)
         for part in own:
@@ -62,24 +74,27 @@ def weights_in(found: Weights, part: Part) -> State:
     return sets[part.weights]
 
 
-def copied_tensors(
-    found: Weights, names: Sequence[str], blends_statistics: bool | None
-) -> tuple[State, list[str]]:
-    """Return the tensors of the source that its averages copied, and notes about them.
+def pattern_of(
+    found: Weights, names: Sequence[str], blends_statistics: bool | None, repeats: bool
+) -> Pattern:
+    """Return the pattern of a mixture of a run's averages and raw weights.
 
-    Those are all that are not floating-point; all that average and source have in common, bit for
-    bit: copied buffers, frozen parameters; and BatchNorm's statistics, unless they were blended.
+    Copied are all tensors that are not floating-point; all that average and source have in common,
+    bit for bit: copied buffers, frozen parameters; and BatchNorm's statistics, unless they were
+    blended. They are taken from the source.
 
     Args:
-        found: A checkpoint with raw weights.
+        found: The last checkpoint, with raw weights.
         names: The averages.
         blends_statistics: Whether the averages blended the statistics; None to find out: then they
             differ from the source's.
+        repeats: Whether an average blends a tied tensor once for each of its names.
     """
     raw, sets = found.raw, found.sets()
     averages = [sets[name] for name in names if name != 'raw']
     if not averages:
-        return {n: tensor for n, tensor in raw.items() if not tensor.is_floating_point()}, []
+        copied = {n: tensor for n, tensor in raw.items() if not tensor.is_floating_point()}
+        return Pattern(copied, {}, [])
     differ = {n for n, t in _floats(raw).items() if any(not _same(a[n], t) for a in averages)}
     statistics = {n for n in raw if n.endswith(STATISTICS)}
     notes = []
@@ -92,7 +107,29 @@ def copied_tensors(
             "MMYOLO's ExpMomentumEMA. tools/recalibrate_bn.py measures them"
         )
     blended = differ if blends_statistics else differ - statistics
-    return {n: tensor for n, tensor in raw.items() if n not in blended}, notes
+    times = _numbers_of_names(averages[0], raw, blended) if repeats else {}
+    if times:
+        notes.append(
+            f'{len(times)} tensors are tied, and the stock class blends them once for each name; '
+            'this is taken into account'
+        )
+    return Pattern({n: tensor for n, tensor in raw.items() if n not in blended}, times, notes)
+
+
+def _numbers_of_names(average: State, raw: State, names: set[str]) -> dict[str, int]:
+    """Return the number of names of each tied tensor, which has the same values under all of them.
+
+    Whether names share their memory is lost where a checkpoint was written from a GPU.
+    """
+    groups: dict = {}
+    for name in sorted(names):
+        values = tuple(_bytes(state[name]) for state in (average, raw))
+        groups.setdefault((tuple(raw[name].shape), *map(hash, values)), []).append(name)
+    return {name: len(group) for group in groups.values() if len(group) > 1 for name in group}
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _same(average: Tensor, source: Tensor) -> bool:
@@ -106,7 +143,8 @@ def _floats(state: State) -> State:
 class _Sum:
     """Weighted sums of tensors by name, in float64."""
 
-    def __init__(self) -> None:
+    def __init__(self, times: dict[str, int]) -> None:
+        self._times = times
         self._sums: dict = {}
         self._dtypes: dict = {}
 
@@ -124,7 +162,8 @@ class _Sum:
                     f'{part.file} must have weights of one model, but {name} is of shape '
                     f'{tuple(tensor.shape)} instead of {tuple(total.shape)}'
                 )
-            total.add_(tensor.double(), alpha=part.coefficient)
+            coefficient = part.coefficients[self._times.get(name, 1)]
+            total.add_(tensor.double(), alpha=coefficient)
             self._dtypes[name] = torch.promote_types(dtype, tensor.dtype)
 
     def get(self, name: str, default: Tensor) -> Tensor:

@@ -17,15 +17,24 @@ from ..checkpoints.formats import CheckpointError
 from ..restartable import RestartableDebiasedEMA, RestartableExpMomentumEMA
 from ..restarts.profile import momenta, shares
 from .facts import FileFacts, check_same_run
-from .history import average_in, momenta_between
+from .history import average_in, momenta_between, repeats_tied
 
 
 class Stored(NamedTuple):
-    """One set of weights in a file, and its profile."""
+    """One set of weights in a file, and how it was made."""
 
     facts: FileFacts
     weights: str
-    profile: np.ndarray
+    total: int  # updates of the run until its last file
+    momenta: np.ndarray | None = None  # of all updates until this file; None of raw weights
+    repeats: bool = False  # whether it blends a tied tensor once for each of its names
+
+    def profile(self, times: int = 1) -> np.ndarray:
+        """Return the share of each update, for tensors with so many names."""
+        if self.momenta is None:
+            return single(self.facts.updates, self.total)
+        momenta = 1 - (1 - self.momenta) ** (times if self.repeats else 1)
+        return np.concatenate([shares(momenta), np.zeros(self.total - len(momenta))])
 
     def __str__(self) -> str:
         return f'{self.weights} of {self.facts.file.name}'
@@ -65,10 +74,9 @@ def stored_profiles(
         except CheckpointError as error:
             notes.append(f'{name} is left out: {error}')
             continue
-        stored += [Stored(f, name, _padded(shares(h), total)) for f, h in zip(having, histories)]
-    for file in files:
-        if file.has_raw and file.updates:
-            stored.append(Stored(file, 'raw', single(file.updates, total)))
+        repeats = repeats_tied(files[-1], name)
+        stored += [Stored(f, name, total, h, repeats) for f, h in zip(having, histories)]
+    stored += [Stored(f, 'raw', total) for f in files if f.has_raw and f.updates]
     return stored, notes
 
 
@@ -87,10 +95,6 @@ def _histories(files: Sequence[FileFacts], name: str) -> list[np.ndarray]:
         histories.append(so_far)
         before = file
     return histories
-
-
-def _padded(profile: np.ndarray, total: int) -> np.ndarray:
-    return np.concatenate([profile, np.zeros(total - len(profile))])
 
 
 def single(update: int, total: int) -> np.ndarray:

@@ -86,6 +86,38 @@ def test_blended_buffers_are_treated_as_parameters(kind, tmp_path):
     assert_close(made.state, expected)
 
 
+class TiedModel(LineModel):
+    """Two of three layers have the same weight, as the heads of RTMDet for several levels."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(3)))
+        self.layers[2].weight = self.layers[0].weight
+
+    def forward(self, x, y=None, mode='tensor'):
+        return (
+            super().forward(x, y, mode)
+            if mode != 'loss'
+            else dict(loss=(self.layers(self.norm(x)) - y).square().mean())
+        )
+
+
+@pytest.mark.parametrize('update_buffers', [False, True])
+def test_tied_tensors_are_blended_once_for_each_name_by_stock_classes(update_buffers, tmp_path):
+    hook = {**STOCK, 'update_buffers': update_buffers}
+    run = record(tmp_path, hook, model=TiedModel())
+    made = restart(run.file(2), run.file(6))
+    once = exp_momenta(24, 0.1, 8)
+    times = 2 if update_buffers else 1
+    tied = [1 - (1 - m) ** times for m in once]
+    expected = parameters(run.sum(window(once, 8)))
+    for name in ('layers.0.weight', 'layers.2.weight'):
+        expected[name] = run.sum(window(tied, 8))[name]
+    assert_close(parameters(made.state), expected)
+    told = any('tensors are tied' in text for _, text in made.lines)
+    assert told == update_buffers
+
+
 def test_the_written_file_is_evaluated_as_the_average(stock, tmp_path):
     made = restart(stock.file(2), stock.file(6))
     out = made.write(tmp_path / 'out.pth')
