@@ -66,6 +66,37 @@ def parse_args():
     three.add_argument('--trust', action='store_true', help=TRUST)
     add_output(three)
     three.set_defaults(run=mean)
+
+    four = commands.add_parser('choose', help='the best of many such averages, by evaluation')
+    four.add_argument('folder', metavar='WORK_DIR', help='the folder of the run')
+    four.add_argument(
+        '--config', required=True, metavar='CONFIG', help='whose validation set is evaluated on'
+    )
+    four.add_argument('--metric', metavar='M', help='(default: of save_best, else the first)')
+    four.add_argument(
+        '--rule', choices=['greater', 'less'], help='which is better (default: as in the config)'
+    )
+    four.add_argument(
+        '--restart-at',
+        type=int,
+        nargs='+',
+        metavar='EPOCH',
+        help='where averages may begin (default: where the run switched its pipeline)',
+    )
+    four.add_argument(
+        '--batches',
+        type=int,
+        default=0,
+        metavar='N',
+        help="measure BatchNorm's statistics of each on so many training batches (default: 0)",
+    )
+    four.add_argument(
+        '--report-config', metavar='CONFIG', help='evaluate the chosen one on its test set'
+    )
+    four.add_argument('--cfg-options', nargs='+', action='extend', default=[], metavar='K=V')
+    four.add_argument('--trust', action='store_true', help=TRUST)
+    add_output(four)
+    four.set_defaults(run=choose)
     return check(parser, parser.parse_args())
 
 
@@ -106,11 +137,10 @@ def _as_option(match):
 
 
 def show(made, output, force):
-    out = made.write(output, force)
-    width = max(len(label) for label, _ in made.lines)
-    for label, text in made.lines:
+    lines = [*made.lines, ('written', made.write(output, force))]
+    width = max(len(label) for label, _ in lines)
+    for label, text in lines:
         print(f'{label:<{width}}  {text}')
-    print(f'{"written":<{width}}  {out}')
 
 
 def restart(args):
@@ -153,6 +183,15 @@ def mean(args):
     from mmema.posthoc.averages import mean
 
     show(mean(args.files, args.weights, args.trust), args.output, args.force)
+
+
+def choose(args):
+    import _choose
+
+    out = Path(args.output)
+    if out.exists() and not args.force:
+        cli.die(f'{out} exists; --force replaces it')
+    _choose.choose(args, facts_of_run(args.folder, args.trust))
 
 
 def facts_of_run(folder, trust=False):

@@ -119,14 +119,14 @@ def fit(
     """
     if not stored:
         raise CheckpointError('there are no averages and no raw weights to mix')
-    found = _nearest(stored, wanted, 1, force)
+    found = nearest(stored, wanted, 1, force)
     last = stored[-1].facts
     used = [number for number, c in enumerate(found.coefficients) if abs(c) > 1e-12]
     names = list(dict.fromkeys(stored[number].weights for number in used))
     pattern = _pattern(last, names, any(stored[number].repeats for number in used), trust)
     fits = {1: found}
     for times in {*pattern.times.values()} - {1}:
-        fits[times] = _nearest(stored, wanted, times, force)
+        fits[times] = nearest(stored, wanted, times, force)
         used = range(len(stored))
     parts = [
         Part(
@@ -150,7 +150,9 @@ def fit(
     return Made(state, _meta(last, 'ema', record), lines), found
 
 
-def _nearest(stored: Sequence[Stored], wanted: np.ndarray, times: int, force: bool) -> Fit:
+def nearest(
+    stored: Sequence[Stored], wanted: np.ndarray, times: int = 1, force: bool = False
+) -> Fit:
     """Return the fit for tensors that are blended so often; refuse a bad one unless ``force``."""
     found = fit_profiles([one.profile(times) for one in stored], wanted)
     if found.error > MOST_ERROR and not force:
@@ -166,6 +168,13 @@ def _nearest(stored: Sequence[Stored], wanted: np.ndarray, times: int, force: bo
             'takes them all the same'
         )
     return found
+
+
+def taken(stored: Stored, trust: bool = False) -> Made:
+    """Return stored weights as they are."""
+    state = mix([Part(stored.facts.file, stored.weights, {1: 1.0})], trust=trust)
+    meta = _meta(stored.facts, stored.weights, {'made': 'stored', 'at': stored.facts.time})
+    return Made(state, meta, [('weights', str(stored))])
 
 
 def mean(files: Sequence[str | Path], weights: str = 'raw', trust: bool = False) -> Made:
