@@ -85,7 +85,10 @@ class Evaluator:
         for part in ('dataloader', 'cfg', 'evaluator'):
             config.pop(f'val_{part}', None)
         config.update(work_dir=str(work_dir), load_from=None, resume=False, log_level='ERROR')
-        config.experiment_name = label  # a second Runner of this process must not be the first
+        # A second Runner of this process must have nothing of the first.
+        config.experiment_name = label
+        config.visualizer = dict(config.get('visualizer') or {}, name=label, vis_backends=[])
+        config.visualizer.setdefault('type', 'Visualizer')
         with silence():
             self.runner = cli.build_runner(config)
             cli.build_loop(self.runner, 'test')

@@ -154,7 +154,7 @@ def nearest(
     stored: Sequence[Stored], wanted: np.ndarray, times: int = 1, force: bool = False
 ) -> Fit:
     """Return the fit for tensors that are blended so often; refuse a bad one unless ``force``."""
-    found = fit_profiles([one.profile(times) for one in stored], wanted)
+    found = fit_profiles([one.profile(times) for one in stored], wanted, MOST_SIZE)
     if found.error > MOST_ERROR and not force:
         raise CheckpointError(
             f'the nearest mixture is {found.error:.1%} off the wanted profile, more than '

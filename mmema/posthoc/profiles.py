@@ -7,6 +7,7 @@ their profiles.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Sequence
 
 import numpy as np
@@ -147,14 +148,17 @@ def _check_start(start: int, total: int) -> None:
         raise ValueError(f'the first update must be below the {total} of the run, got {start}')
 
 
-def fit(profiles: Sequence[np.ndarray], wanted: np.ndarray) -> Fit:
+def fit(profiles: Sequence[np.ndarray], wanted: np.ndarray, most: float = math.inf) -> Fit:
     """Return the mixture of profiles that is nearest to the wanted one, in least squares.
 
     The coefficients sum to one; they may be negative. Of several solutions it is the smallest.
+    Directions in which the profiles hardly differ are left out, more of them where the coefficients
+    would be too large.
 
     Args:
         profiles: One or more vectors of the wanted one's length.
         wanted: The profile to come near to.
+        most: The sum of the absolute coefficients that is aimed at. Defaults to any.
 
     Example:
         >>> import numpy as np
@@ -163,13 +167,16 @@ def fit(profiles: Sequence[np.ndarray], wanted: np.ndarray) -> Fit:
         (array([-1.,  2.]), 0.0)
     """
     base, *others = profiles
-    if not others:
+    differences = np.stack([other - base for other in others], axis=1) if others else None
+    for least in (1e-9, 1e-5, 1e-4, 1e-3):  # of the singular values, to the largest
         coefficients = np.ones(1)
-    else:
-        # With the first coefficient one minus the others: no constraint is left.
-        differences = np.stack([other - base for other in others], axis=1)
-        rest = np.linalg.lstsq(differences, wanted - base, rcond=1e-9)[0]
-        coefficients = np.concatenate([[1 - rest.sum()], rest])
-    profile = sum(c * p for c, p in zip(coefficients, profiles))
-    error = np.linalg.norm(profile - wanted) / np.linalg.norm(wanted)
-    return Fit(coefficients, profile, float(error))
+        if others:
+            # With the first coefficient one minus the others, no constraint is left.
+            rest = np.linalg.lstsq(differences, wanted - base, rcond=least)[0]
+            coefficients = np.concatenate([[1 - rest.sum()], rest])
+        profile = sum(c * p for c, p in zip(coefficients, profiles))
+        error = np.linalg.norm(profile - wanted) / np.linalg.norm(wanted)
+        found = Fit(coefficients, profile, float(error))
+        if found.size <= most:
+            break
+    return found

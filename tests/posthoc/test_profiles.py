@@ -160,6 +160,19 @@ def test_a_bad_fit_is_refused_unless_forced(stock):
         averages.fit([], wanted)
 
 
+def test_large_coefficients_are_avoided_where_that_is_possible():
+    """Three profiles on a line but for 1e-6: the way there along the line is short, 2 and -1."""
+    line = np.array([0, 0, 1.0, 0]), np.array([0, 0, 0, 1.0])
+    odd = (line[0] + line[1]) / 2 + np.array([1e-6, -1e-6, 0, 0])
+    wanted = 2 * line[0] - line[1] + np.array([0.1, -0.1, 0, 0])
+    assert fit([*line, odd], wanted).size == pytest.approx(2e5, rel=1e-3)
+    assert fit([*line, odd], wanted).error < 1e-6
+    found = fit([*line, odd], wanted, most=1000)
+    np.testing.assert_allclose(found.profile, wanted - [0.1, -0.1, 0, 0], atol=1e-5)
+    assert found.error == pytest.approx(np.sqrt(0.02 / 5.02), rel=1e-4)
+    assert found.size < 4
+
+
 def test_huge_coefficients_are_refused_unless_forced(stock):
     """Two averages that hardly differ give a third one only by their enlarged difference."""
     stored, _ = stored_profiles(facts_of(stock, 6))
