@@ -1,6 +1,7 @@
 """tools/ema_posthoc.py as people call it: what it prints, writes and refuses."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -103,6 +104,17 @@ def test_what_the_files_do_not_say_is_an_option(run, tmp_path):
     given = ['--ema-type', 'ExponentialMovingAverage', '--momentum', 0.1, '--interval', 1]
     call_here(TOOL, *call, *given, folder=tmp_path)
     assert record_in(tmp_path / 'out.pth')['kept'] == pytest.approx(0.9**16)
+
+
+def test_files_of_another_run_in_the_folder_are_left_out(run, tmp_path, capsys):
+    folder = tmp_path / 'w'
+    shutil.copytree(run[0], folder)
+    content = torch.load(folder / 'epoch_3.pth', weights_only=True)
+    content['meta']['seed'] = 7
+    torch.save(content, folder / 'epoch_3.pth')
+    call_here(TOOL, 'fit', 'w', '--momentum', 0.1, '-o', 'out.pth', folder=tmp_path)
+    (note,) = (line for line in capsys.readouterr().err.splitlines() if 'left out' in line)
+    assert 'epoch_3.pth is left out: w/epoch_3.pth and w/epoch_6.pth must be of one run' in note
 
 
 def test_choose_writes_the_best_of_the_table(run, tmp_path, capsys):

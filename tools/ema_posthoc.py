@@ -195,19 +195,32 @@ def choose(args):
 
 
 def facts_of_run(folder, trust=False):
-    """Return the facts of the checkpoints of a run, in the order of time, one of each iteration."""
+    """Return the facts of the checkpoints of a run, in the order of time, one of each iteration.
+
+    It is the run of the last checkpoint; files of others in its folder are left out.
+    """
     from _best import saved_in
 
-    from mmema.posthoc.facts import facts_in
+    from mmema.checkpoints.formats import CheckpointError
+    from mmema.posthoc.facts import check_same_run, facts_in
 
     if not Path(folder).is_dir():
         cli.die(f'no folder {folder}')
-    files = {}
-    for saved in saved_in(Path(folder)):
-        files.setdefault(saved.iteration, saved.file)
-    if not files:
+    *others, last = [saved.file for saved in saved_in(Path(folder))] or [None]
+    if last is None:
         cli.die(f'no checkpoint of a run in {folder}')
-    return [facts_in(file, trust) for file in files.values()]
+    last, files = facts_in(last, trust), {}
+    for file in others:
+        facts = facts_in(file, trust)
+        if facts.iteration == last.iteration:  # as the best checkpoint, under two names
+            continue
+        try:
+            check_same_run(facts, last)
+        except CheckpointError as error:
+            cli.note(f'note: {file.name} is left out: {error}')
+        else:
+            files.setdefault(facts.iteration, facts)
+    return [*files.values(), last]
 
 
 def plot(path, wanted, found, files):
@@ -235,7 +248,7 @@ def plot(path, wanted, found, files):
     axis.set(
         xlabel='epoch' if run.by_epoch else 'iteration',
         ylabel='share of each update',
-        xlim=(0, None),
+        xlim=(0, at[-1]),
     )
     axis.grid(alpha=0.3)
     axis.legend()

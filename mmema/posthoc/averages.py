@@ -215,8 +215,8 @@ STATISTICS_NOTE = (
 def _pattern(file: FileFacts, names: Sequence[str], repeats: bool, trust: bool) -> Pattern:
     """Return the pattern of a mixture of a run's averages; ``file`` is the last one."""
     blends = [settings_of(file, n).get('update_buffers', False) for n in names if n != 'raw']
-    known = all(blends) and not file.recalibrates if file.hook else None
-    return pattern_of(load(file.file, trust), names, known, repeats)
+    known = all(blends) if file.hook else None
+    return pattern_of(load(file.file, trust), names, known, file.recalibrates, repeats)
 
 
 def _meta(file: FileFacts, name: str, record: dict, steps: int | None = None) -> dict:

@@ -63,6 +63,8 @@ def momenta_between(
     """
     end = average_in(after, name)
     begin = average_in(before, name) if before else AverageFacts(0)
+    if before:
+        _check_settings(before, after, name)
     twin = _twin(after, name, begin, given)
     restarts = _restarts_between(before, after, name)
     first = before.updates if before else 0
@@ -112,12 +114,26 @@ def repeats_tied(file: FileFacts, name: str, given: Given = NOTHING) -> bool:
     """Return whether an average blends a tied tensor once for each of its names.
 
     The classes of MMEngine, MMDetection and MMYOLO do, with ``update_buffers=True``: they go
-    through a ``state_dict``.
+    through a ``state_dict``. Where the config does not tell, it is taken for given.
     """
     settings, average = settings_of(file, name), average_in(file, name)
     kind = str(settings.get('ema_type') or given.ema_type)
-    blends_buffers = settings.get('update_buffers', not settings)
-    return not average.schedule and not kind.startswith('mmema.') and bool(blends_buffers)
+    ours = average.schedule or kind.startswith('mmema.')
+    return not ours and settings.get('update_buffers', not settings)
+
+
+def _check_settings(before: FileFacts, after: FileFacts, name: str) -> None:
+    """Raise CheckpointError if a resumed run had another average than before."""
+    one, other = settings_of(before, name), settings_of(after, name)
+    names = ['ema_type', 'interval', 'update_buffers', 'exclude']
+    if not average_in(after, name).live:  # else live values are compared
+        names += sorted({*one, *other} - {*names, 'type', 'priority', 'begin_iter', 'begin_epoch'})
+    for key in names if one and other else ():
+        if one.get(key) != other.get(key):
+            raise CheckpointError(
+                f'{key} of {name} must be the same in the configs of {before} and {after}, got '
+                f'{one.get(key)} and {other.get(key)}: when it changed is not known'
+            )
 
 
 def _twin(file: FileFacts, name: str, begin: AverageFacts, given: Given) -> Restartable:

@@ -75,7 +75,11 @@ def weights_in(found: Weights, part: Part) -> State:
 
 
 def pattern_of(
-    found: Weights, names: Sequence[str], blends_statistics: bool | None, repeats: bool
+    found: Weights,
+    names: Sequence[str],
+    update_buffers: bool | None,
+    measured: bool = False,
+    repeats: bool = False,
 ) -> Pattern:
     """Return the pattern of a mixture of a run's averages and raw weights.
 
@@ -86,9 +90,14 @@ def pattern_of(
     Args:
         found: The last checkpoint, with raw weights.
         names: The averages.
-        blends_statistics: Whether the averages blended the statistics; None to find out: then they
+        update_buffers: Whether they blended buffers; None to find out: then BatchNorm's statistics
             differ from the source's.
-        repeats: Whether an average blends a tied tensor once for each of its names.
+        measured: Whether the run measured the statistics of its averages. Defaults to False.
+        repeats: Whether their class blends a tied tensor once for each of its names, where it
+            blends buffers. Defaults to False.
+
+    Raises:
+        CheckpointError: If an average is of sixteen bits.
     """
     raw, sets = found.raw, found.sets()
     averages = [sets[name] for name in names if name != 'raw']
@@ -96,18 +105,25 @@ def pattern_of(
         copied = {n: tensor for n, tensor in raw.items() if not tensor.is_floating_point()}
         return Pattern(copied, {}, [])
     differ = {n for n, t in _floats(raw).items() if any(not _same(a[n], t) for a in averages)}
-    statistics = {n for n in raw if n.endswith(STATISTICS)}
-    notes = []
-    if blends_statistics is None:
-        blends_statistics = bool(differ & statistics)
-    elif not blends_statistics and differ & statistics:
-        notes.append(
-            "BatchNorm's statistics are those of the raw weights, since the average did not blend "
-            'its own: EMARecalibrateHook measured them, or they are of the first update, as in '
-            "MMYOLO's ExpMomentumEMA. tools/recalibrate_bn.py measures them"
+    coarse = sorted(n for n in differ if any(a[n].element_size() < 4 for a in averages))
+    if coarse:
+        raise CheckpointError(
+            f'an average must be of 32 bits, got {averages[0][coarse[0]].dtype} for '
+            f'{listed(coarse)}: its updates were lost in rounding'
         )
-    blended = differ if blends_statistics else differ - statistics
-    times = _numbers_of_names(averages[0], raw, blended) if repeats else {}
+    statistics = {n for n in raw if n.endswith(STATISTICS)}
+    if update_buffers is None:
+        update_buffers = bool(differ & statistics)
+    blended, notes = differ, []
+    if measured or not update_buffers:
+        blended = differ - statistics
+        if differ & statistics:
+            notes.append(
+                "BatchNorm's statistics are those of the raw weights, since the average did not "
+                'blend its own: EMARecalibrateHook measured them, or they are of the first update, '
+                "as in MMYOLO's ExpMomentumEMA. tools/recalibrate_bn.py measures them"
+            )
+    times = _numbers_of_names(averages[0], raw, blended) if repeats and update_buffers else {}
     if times:
         notes.append(
             f'{len(times)} tensors are tied, and the stock class blends them once for each name; '

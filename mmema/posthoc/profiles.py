@@ -83,19 +83,22 @@ def stored_profiles(
 
 def _histories(files: Sequence[FileFacts], name: str) -> list[np.ndarray]:
     """Return for each file the momenta of all updates from the beginning of the run to it."""
-    histories, so_far, before = [], np.ones(0), None
+    pieces, ends, before = [], [], None
     for file in files:
         values = momenta_between(before, file, name)
-        missing = file.updates - len(so_far) - len(values)
+        so_far = before.updates if before else 0
+        missing = file.updates - so_far - len(values)
         if missing and not (before and missing > 0 and average_in(before, name).steps == 0):
             raise CheckpointError(
-                f'at iteration {file.iteration}, {file} counts {len(so_far) + len(values)} updates '
-                f'instead of {file.updates}: steps of the optimizer were skipped'
+                f'{file} counts {len(values)} updates since iteration '
+                f'{before.iteration if before else 0} instead of {file.updates - so_far}: steps of '
+                'the optimizer were skipped'
             )
-        so_far = np.concatenate([so_far, np.ones(missing), values])  # copies, before it began
-        histories.append(so_far)
+        pieces += [np.ones(missing), values]  # copies, before it began
+        ends.append(file.updates)
         before = file
-    return histories
+    whole = np.concatenate(pieces)
+    return [whole[:end] for end in ends]
 
 
 def single(update: int, total: int) -> np.ndarray:

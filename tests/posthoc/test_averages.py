@@ -11,8 +11,11 @@ from reference import assert_close, exp_momentum
 from runs import LineModel, ema_of
 
 from mmema.checkpoints.formats import CheckpointError
-from mmema.posthoc.averages import mean, restart
+from mmema.posthoc.averages import fit, mean, restart
+from mmema.posthoc.facts import facts_in
 from mmema.posthoc.history import Given
+from mmema.posthoc.profiles import exponential, stored_profiles, uniform
+from mmema.posthoc.profiles import fit as fit_profiles
 
 LENGTH = 4  # iterations of an epoch
 
@@ -116,6 +119,22 @@ def test_tied_tensors_are_blended_once_for_each_name_by_stock_classes(update_buf
     assert_close(parameters(made.state), expected)
     told = any('tensors are tied' in text for _, text in made.lines)
     assert told == update_buffers
+
+
+def test_a_fit_of_tied_tensors(tmp_path):
+    """Their profiles are others, so they have coefficients of their own."""
+    run = record(tmp_path, {**STOCK, 'update_buffers': True}, model=TiedModel())
+    stored, _ = stored_profiles([facts_in(run.file(epoch)) for epoch in (2, 3, 4, 5, 6)])
+    wanted = exponential(0.15, None, 8, 24)
+    made, found = fit(stored, wanted, force=True)
+    tied = fit_profiles([one.profile(2) for one in stored], wanted)
+    assert abs(tied.coefficients - found.coefficients).max() > 0.01
+    expected = parameters(run.sum(found.profile))
+    for name in ('layers.0.weight', 'layers.2.weight'):
+        expected[name] = run.sum(tied.profile)[name]
+    assert_close(parameters(made.state), expected, rtol=1e-5, atol=1e-5)
+    made, _ = fit(stored, uniform(8, 24), force=True)
+    assert made.meta['mmema']['error'] > 0.05
 
 
 def test_the_written_file_is_evaluated_as_the_average(stock, tmp_path):
@@ -265,6 +284,28 @@ def test_what_the_files_do_not_say_has_to_be_given(stock, tmp_path):
         restart(stock.file(2), stock.file(6), given=Given(momentum=0.2))
     with refuses('says that ema is a RestartableExpMomentumEMA, got ema_type=Stoch'):
         restart(stock.file(2), stock.file(6), given=Given('StochasticWeightAverage'))
+
+
+def test_a_config_that_was_changed_on_the_way_is_refused(stock, tmp_path):
+    content = torch.load(stock.file(6), weights_only=True)
+    content['meta']['cfg'] = content['meta']['cfg'].replace('momentum=0.1', 'momentum=0.2')
+    torch.save(content, tmp_path / 'changed.pth')
+    with refuses(
+        r'momentum of ema must be the same in the configs of .*, got 0.1 and 0.2: when it'
+    ):
+        restart(stock.file(2), tmp_path / 'changed.pth')
+
+
+def test_an_average_of_sixteen_bits_is_refused(stock, tmp_path):
+    files = []
+    for epoch in (2, 6):
+        content = torch.load(stock.file(epoch), weights_only=True)
+        for state in (content['state_dict'], content['ema_state_dict']):
+            state.update({n: t.half() for n, t in state.items() if t.is_floating_point()})
+        files.append(tmp_path / f'{epoch}.pth')
+        torch.save(content, files[-1])
+    with refuses("an average must be of 32 bits, got torch.float16 for 'layers.0.bias', "):
+        restart(*files)
 
 
 def test_what_a_restart_by_hand_did_is_not_guessed(tmp_path):
