@@ -27,9 +27,7 @@ def choose(args, files):
     report_on = args.report_config and read(args.report_config, [])
     test_set = annotations(config, 'test')
     stored, notes = stored_profiles(files)
-    if not stored:
-        cli.die(f'no weights in {args.folder} can be used')
-    restarts = files[-1].switches if args.restart_at is None else args.restart_at
+    restarts = stored[-1].facts.switches if args.restart_at is None else args.restart_at
     makeable = [*could_be_made(candidates(stored, sorted(set(restarts))), notes)]
     for note in notes:
         cli.note(f'note: {note}')

@@ -157,7 +157,10 @@ def fit(args):
     from mmema.posthoc.profiles import exponential, stored_profiles, uniform
 
     files = facts_of_run(args.folder, args.trust)
-    run, total = files[-1].run, files[-1].updates
+    stored, notes = stored_profiles(files)
+    for note in notes:
+        cli.note(f'note: {note}')
+    run, total = stored[-1].facts.run, stored[-1].total
     begins = args.restart_at if args.uniform is None else args.uniform
     start = run.update_of((begins or 0) * (run.epoch_length or 1))
     with cli.one_line('fit', TypeError, ValueError):
@@ -165,9 +168,6 @@ def fit(args):
             wanted = exponential(args.momentum, args.gamma, start, total)
         else:
             wanted = uniform(start, total)
-    stored, notes = stored_profiles(files)
-    for note in notes:
-        cli.note(f'note: {note}')
     record = {
         key: value
         for key in ('momentum', 'gamma', 'restart_at', 'uniform')
@@ -251,7 +251,7 @@ def plot(path, wanted, found, files):
         xlim=(0, at[-1]),
     )
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.legend(loc='upper left')
     try:
         figure.savefig(path, dpi=100)
     except (OSError, ValueError) as error:

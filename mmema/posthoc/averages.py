@@ -55,7 +55,7 @@ def restart(
 
     Raises:
         CheckpointError: If the files are not of one run in this order, do not say how the average
-            was updated, or have less than one percent that is not of before.
+            was updated, or the later average is of before for more than 99 %.
     """
     one, other = facts_in(before, trust), facts_in(after, trust)
     notes = check_same_run(one, other)
@@ -214,7 +214,8 @@ STATISTICS_NOTE = (
 
 def _pattern(file: FileFacts, names: Sequence[str], repeats: bool, trust: bool) -> Pattern:
     """Return the pattern of a mixture of a run's averages; ``file`` is the last one."""
-    blends = [settings_of(file, n).get('update_buffers', False) for n in names if n != 'raw']
+    names = [name for name in names if name in file.averages]
+    blends = [settings_of(file, name).get('update_buffers', False) for name in names]
     known = all(blends) if file.hook else None
     return pattern_of(load(file.file, trust), names, known, file.recalibrates, repeats)
 

@@ -35,7 +35,6 @@ class FileFacts:
     """Facts of a checkpoint of an MMEngine run."""
 
     file: Path
-    epoch: int
     iteration: int  # that are over
     seed: int | None
     losses: np.ndarray | None  # of all iterations, by which files of one run are known
@@ -97,7 +96,7 @@ def facts_in(path: str | Path, trust: bool = False) -> FileFacts:
 
 def _facts(path: Path, content: dict, weights: Weights) -> FileFacts:
     meta, hub = weights.meta, content.get('message_hub')
-    if not isinstance(hub, dict) or not {'epoch', 'iter'} <= set(meta):
+    if not isinstance(hub, dict) or 'iter' not in meta:
         raise CheckpointError(
             'it is not the checkpoint of an MMEngine run, which says after which iteration it was '
             'written' + (' (an exported file)' if weights.exported else '')
@@ -114,7 +113,6 @@ def _facts(path: Path, content: dict, weights: Weights) -> FileFacts:
                 averages[name] = _average_facts(other, [restart] if restart else ())
     return FileFacts(
         file=path,
-        epoch=int(meta['epoch']),
         iteration=iteration,
         seed=meta.get('seed'),
         losses=_losses(hub, iteration),

@@ -89,7 +89,7 @@ def pattern_of(
 
     Args:
         found: The last checkpoint, with raw weights.
-        names: The averages.
+        names: The averages in the mixture; none for one of raw weights alone.
         update_buffers: Whether they blended buffers; None to find out: then BatchNorm's statistics
             differ from the source's.
         measured: Whether the run measured the statistics of its averages. Defaults to False.
@@ -100,7 +100,7 @@ def pattern_of(
         CheckpointError: If an average is of sixteen bits.
     """
     raw, sets = found.raw, found.sets()
-    averages = [sets[name] for name in names if name != 'raw']
+    averages = [sets[name] for name in names]
     if not averages:
         copied = {n: tensor for n, tensor in raw.items() if not tensor.is_floating_point()}
         return Pattern(copied, {}, [])

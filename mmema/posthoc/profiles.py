@@ -54,18 +54,20 @@ class Fit(NamedTuple):
         return float(np.abs(self.coefficients).sum())
 
 
-def stored_profiles(
-    files: Sequence[FileFacts],
-) -> tuple[list[Stored], list[str]]:
+def stored_profiles(files: Sequence[FileFacts]) -> tuple[list[Stored], list[str]]:
     """Return all weights in a run's files with their profiles, and notes about those left out.
 
     Args:
         files: In the order of time, not two of one iteration.
 
     Raises:
-        CheckpointError: If the files are not of one run.
+        CheckpointError: If the files are not of one run, or none has raw weights.
     """
-    total, stored, notes = files[-1].updates, [], []
+    notes = [f'{file} is left out: it has no raw weights' for file in files if not file.has_raw]
+    files = [file for file in files if file.has_raw and file.updates]
+    if not files:
+        raise CheckpointError('no file has raw weights, so the run cannot be followed')
+    total, stored = files[-1].updates, []
     for one, other in zip(files, files[1:]):
         check_same_run(one, other)
     for name in dict.fromkeys(name for file in files for name in file.averages):
@@ -77,8 +79,7 @@ def stored_profiles(
             continue
         repeats = repeats_tied(files[-1], name)
         stored += [Stored(f, name, total, h, repeats) for f, h in zip(having, histories)]
-    stored += [Stored(f, 'raw', total) for f in files if f.has_raw and f.updates]
-    return stored, notes
+    return stored + [Stored(file, 'raw', total) for file in files], notes
 
 
 def _histories(files: Sequence[FileFacts], name: str) -> list[np.ndarray]:
@@ -119,9 +120,7 @@ def uniform(start: int, total: int) -> np.ndarray:
     return np.where(np.arange(total) >= start, 1 / (total - start), 0.0)
 
 
-def exponential(
-    momentum: float, gamma: float | None, start: int, total: int, interval: int = 1
-) -> np.ndarray:
+def exponential(momentum: float, gamma: float | None, start: int, total: int) -> np.ndarray:
     """Return the profile of an exponential average that begins with the update of index ``start``.
 
     Args:
@@ -129,7 +128,6 @@ def exponential(
         gamma: Time constant of the warm-up in updates; None for the debiased average, without one.
         start: Index of its first update, from 0: where a hard restart would be.
         total: Number of updates of the run.
-        interval: Updates from one blend to the next. Defaults to 1.
 
     Example:
         >>> exponential(0.5, None, 1, 4).round(4)  # 1/4, 1/2 and 1, divided by their sum
@@ -137,11 +135,9 @@ def exponential(
     """
     _check_start(start, total)
     if gamma is None:
-        twin = RestartableDebiasedEMA(nn.Linear(1, 1), momentum=momentum, interval=interval)
+        twin = RestartableDebiasedEMA(nn.Linear(1, 1), momentum=momentum)
     else:
-        twin = RestartableExpMomentumEMA(
-            nn.Linear(1, 1), momentum=momentum, gamma=gamma, interval=interval
-        )
+        twin = RestartableExpMomentumEMA(nn.Linear(1, 1), momentum=momentum, gamma=gamma)
     return np.concatenate([np.zeros(start), shares(momenta(twin, total - start))])
 
 

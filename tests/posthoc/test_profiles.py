@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from recorded import STOCK, parameters, record, shares_of
 from reference import assert_close, exp_momentum
 
@@ -65,6 +66,18 @@ def test_copies_before_the_average_begins(tmp_path):
     momenta = [1.0] * 9 + [exp_momentum(t, 0.1, 8) for t in range(1, 8)]
     np.testing.assert_allclose(stored[3].profile(), shares_of(momenta))
     np.testing.assert_allclose(stored[0].profile(), np.eye(16)[3])
+
+
+def test_files_without_raw_weights_are_left_out(stock, tmp_path):
+    content = torch.load(stock.file(6), weights_only=True)
+    del content['ema_state_dict']
+    torch.save(content, tmp_path / 'epoch_6.pth')
+    last = facts_in(tmp_path / 'epoch_6.pth')
+    stored, (note,) = stored_profiles([*facts_of(stock, 4, 5), last])
+    assert note.endswith('epoch_6.pth is left out: it has no raw weights')
+    assert len(stored) == 4 and {one.total for one in stored} == {20}
+    with pytest.raises(CheckpointError, match='no file has raw weights, so the run cannot be'):
+        stored_profiles([last])
 
 
 def test_an_average_that_cannot_be_followed_is_left_out(tmp_path):
