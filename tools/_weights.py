@@ -74,8 +74,6 @@ class Evaluator:
     """MMEngine's test loop on a split of a config, for one state after another."""
 
     def __init__(self, config, split, work_dir, label):
-        from tqdm import tqdm
-
         without_averages(config)
         cli.need(config, f'{split}_dataloader', f'{split}_evaluator')
         config.test_dataloader = config[f'{split}_dataloader']
@@ -92,12 +90,15 @@ class Evaluator:
         with silence():
             self.runner = cli.build_runner(config)
             cli.build_loop(self.runner, 'test')
-        self.bar = tqdm(desc=label, unit='batch')
-        self.runner.register_hook(hook_of(self.bar))
+        self.label = label
 
     def expect(self, states):
-        """Set the length of the progress bar."""
-        self.bar.reset(states * len(self.runner.test_dataloader))
+        """Begin the progress bar for so many states."""
+        from tqdm import tqdm
+
+        batches = states * len(self.runner.test_dataloader)
+        self.bar = tqdm(desc=self.label, total=batches, unit='batch')
+        self.runner.register_hook(hook_of(self.bar))
 
     def metrics(self, state, name, batches=()):
         """Return the metrics of weights, and their state; measured anew on batches, if given."""
