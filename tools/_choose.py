@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import _cli as cli
@@ -40,7 +41,7 @@ def choose(args, files):
     out = made.write(args.output, args.force)
     print(f'best: {candidate.label}, {metric} {score:.4g} on the validation set: {out}')
     if report_on:
-        report(report_on, [(candidate.label, made.state), *as_stored(makeable)], metric)
+        report(report_on, [(candidate.label, made.state), *as_stored(makeable, args.trust)], metric)
     else:
         own = test_set and test_set != annotations(config, 'val')
         how = f'tools/test.py {args.config} {out}' if own else '--report-config CONFIG'
@@ -50,8 +51,6 @@ def choose(args, files):
 def read(file, options):
     if not Path(file).is_file():
         cli.die(f'no config file {file} (seen from {Path.cwd()}){cli.similar_files(Path(file))}')
-    from types import SimpleNamespace
-
     given = SimpleNamespace(
         config=file, cfg_options=options, work_dir=None, launcher='none', local_rank=0
     )
@@ -80,12 +79,13 @@ def could_be_made(all_of_them, notes):
 
 def evaluate_all(args, config, makeable, folder):
     """Return the metric, the best (candidate, what was made, score), and the rows of the table."""
-    last_stage(config)
+    if args.batches:
+        cli.need(config, 'train_dataloader')
+        last_stage(config)
     evaluator = Evaluator(config, 'val', folder, 'validation')
     evaluator.expect(len(makeable))
     batches = []
     if args.batches:
-        cli.need(config, 'train_dataloader')
         batches = [*training_batches(config, evaluator.runner.seed, args.batches)]
     named, rule = watched(config)
     metric, best, rows = args.metric or named, None, []
@@ -122,9 +122,9 @@ def watched(config):
     return next((pair for pair in zip(names, rules) if pair[0] != 'auto'), (None, None))
 
 
-def as_stored(makeable):
+def as_stored(makeable, trust):
     """Return label and state of the main average as it is stored, or of the first weights."""
-    return [(f'{makeable[0].label} as stored', makeable[0].made(False).state)]
+    return [(f'{makeable[0].label} as stored', makeable[0].made(trust).state)]
 
 
 def table(metric, rows, best):
