@@ -33,7 +33,7 @@ def ema(**changes):
 class Line(Dataset):
     """Points of a noisy line; with ``noise`` each is seen elsewhere, as augmented pictures are."""
 
-    def __init__(self, length=24, noise=0.0, pipeline=None):
+    def __init__(self, length=24, noise=0.0, pipeline=None, ann_file=''):
         generator = torch.Generator().manual_seed(0)
         self.x = torch.randn(length, 3, generator=generator)
         self.y = self.x.sum(1, keepdim=True) + torch.randn(length, 1, generator=generator) / 3

@@ -40,7 +40,10 @@ RUN_ELSEWHERE = {  # see above; test_design.py has the picture
 }
 SLOW = {'bash', 'text'}
 # Their arguments are only parsed.
-LONG = {f'tools/{name}.py' for name in ('ablate', 'benchmark', 'test', 'train')}
+LONG = {
+    f'tools/{name}.py'
+    for name in ('ablate', 'benchmark', 'ema_posthoc', 'recalibrate_bn', 'test', 'train')
+}
 OTHERS = {  # files of MMYOLO and MMEngine, named as theirs
     'tools/model_converters',
     'tests/test_model/test_averaged_model.py',

@@ -49,10 +49,16 @@ def export(
     if weights not in sets:
         why = f' ({"; ".join(found.notes)})' if found.notes else ''
         raise CheckpointError(f'{path} has no {weights} weights{why}; it has {", ".join(sets)}')
-    state = compact(sets[weights])
     steps = found.also.get(weights, found).steps
     about = {'weights': weights, 'steps': steps, **found.exported, **(record or {})}
     meta = {**found.meta, 'mmema': about}
+    return write_weights(out, compact(sets[weights]), meta, force, named_by_hash)
+
+
+def write_weights(
+    out: Path, state: State, meta: dict, force: bool = False, named_by_hash: bool = False
+) -> Path:
+    """Write weights and ``meta`` to a new file; see :func:`export` for arguments and errors."""
 
     def write(file):
         if out.suffix == '.safetensors':

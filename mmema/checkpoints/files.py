@@ -8,9 +8,9 @@ import json
 import os
 import re
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 
@@ -35,13 +35,27 @@ def load(path: str | Path, trust: bool = False) -> Weights:
     Raises:
         CheckpointError: If it is no such file, or damaged, or needs ``trust``.
     """
+    content = content_of(path, trust)
+    with named(path):
+        return read_weights(content)
+
+
+@contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """Put the name of a file before the text of a CheckpointError about it."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f'{path}: {error}') from error
+
+
+def content_of(path: str | Path, trust: bool = False):
+    """Return all that is in a file; see :func:`load` for arguments and errors."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f'{path} is no file (seen from {Path.cwd()})')
-    try:
-        return read_weights(_content(path, trust))
-    except CheckpointError as error:
-        raise CheckpointError(f'{path}: {error}') from error
+    with named(path):
+        return _content(path, trust)
 
 
 def _content(path: Path, trust: bool):

@@ -17,7 +17,8 @@ def momenta(
     """Return the momentum of every update of a run: 1 for a copy, 0 where ``interval`` skips it.
 
     Args:
-        ema: An average, of any layers, before its first update; it is restarted on the way.
+        ema: An average, of any layers, before the first of these updates. It is restarted on the
+            way, and its counter is left where they leave it; its weights stay.
         updates: Number of updates.
         restarts: The plan of the run, in the order of time.
         begin: Updates before this one copy and are not counted, as EMAHook's ``begin_iter``.
@@ -31,6 +32,7 @@ def momenta(
         if steps:
             values[i] = 0.0 if steps % ema.interval else ema.momentum_at(steps)
         steps += 1
+    ema.steps.fill_(steps)
     return values
 
 

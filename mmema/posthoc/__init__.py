@@ -1,0 +1,1 @@
+"""Averages decided after a training: restarts, horizons and means from stored checkpoints."""

@@ -1,0 +1,228 @@
+"""Facts of a checkpoint that tell how its averages were made; its tensors are not kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Sequence
+
+import numpy as np
+
+from ..averaged import schedule_name
+from ..checkpoints.files import content_of, named
+from ..checkpoints.formats import CheckpointError, Weights, read_weights
+from ..messages import listed
+from ..restarts.facts import RunFacts
+from .config_text import read_config
+
+MAIN = 'ema'
+
+
+@dataclass(frozen=True)
+class AverageFacts:
+    """Counter, live values and restarts of one average in a checkpoint."""
+
+    steps: int
+    schedule: str | None = None  # None: of a class that saves its counter alone
+    live: dict = field(default_factory=dict)  # live values by name
+    changed: frozenset = frozenset()  # those that a restart or an assignment has set
+    restarts: int = 0
+    rules: Sequence[dict] = ()  # states of its restart rules
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """Facts of a checkpoint of an MMEngine run."""
+
+    file: Path
+    iteration: int  # that are over
+    seed: int | None
+    losses: np.ndarray | None  # of all iterations, by which files of one run are known
+    meta: dict
+    config: dict  # plain values of meta['cfg']; see read_config
+    run: RunFacts
+    averages: dict[str, AverageFacts]  # by name; the main one is 'ema'
+    has_raw: bool
+    tensors: dict[str, tuple]  # shape and dtype of the weights by name
+
+    def __str__(self) -> str:
+        return str(self.file)
+
+    @property
+    def hook(self) -> dict:
+        """The settings of the run's EMAHook, as far as the config tells them; else none."""
+        return _ema_hook(self.config)
+
+    @property
+    def recalibrates(self) -> bool:
+        """Whether the run measured the BatchNorm statistics of its average."""
+        return any(_kind(hook) == 'EMARecalibrateHook' for hook in _hooks(self.config))
+
+    @property
+    def switches(self) -> list[int]:
+        """The epochs (0-based) before which hooks of the run switched the pipeline."""
+        epochs = []
+        for hook in _hooks(self.config):
+            if _kind(hook) == 'PipelineSwitchHook' and 'switch_epoch' in hook:
+                epochs.append(hook['switch_epoch'])
+            elif _kind(hook) == 'YOLOXModeSwitchHook' and self.run.by_epoch:
+                # It compares epoch + 1, so it switches one epoch earlier.
+                epochs.append(self.run.end('epoch') - hook.get('num_last_epochs', 15) - 1)
+        return [epoch for epoch in epochs if isinstance(epoch, int) and epoch > 0]
+
+    @property
+    def updates(self) -> int:
+        """Updates of the averages that the run made until this file, unless it skipped any."""
+        return self.run.update_of(self.iteration)
+
+    @property
+    def time(self) -> str:
+        """The epoch that the file ends, else its iteration, in words."""
+        length = self.run.epoch_length
+        whole = length and self.iteration % length == 0
+        return f'epoch {self.iteration // length}' if whole else f'iteration {self.iteration}'
+
+
+def facts_in(path: str | Path, trust: bool = False) -> FileFacts:
+    """Read the facts of a checkpoint.
+
+    Raises:
+        CheckpointError: If it cannot be read, or is not of an MMEngine run.
+    """
+    content = content_of(path, trust)
+    with named(path):
+        return _facts(Path(path), content, read_weights(content))
+
+
+def _facts(path: Path, content: dict, weights: Weights) -> FileFacts:
+    meta, hub = weights.meta, content.get('message_hub')
+    if not isinstance(hub, dict) or 'iter' not in meta:
+        raise CheckpointError(
+            'it is not the checkpoint of an MMEngine run, which says after which iteration it was '
+            'written' + (' (an exported file)' if weights.exported else '')
+        )
+    config = read_config(str(meta.get('cfg', '')))
+    iteration = int(meta['iter'])
+    state = weights.average if weights.average is not None else weights.raw
+    averages = {}
+    if weights.steps is not None and weights.raw is not None:
+        averages[MAIN] = _average_facts(weights, content.get('ema_restart'))
+        for name, other in weights.also.items():
+            restart = content['ema_also'][name].get('restart')
+            if other.steps is not None:
+                averages[name] = _average_facts(other, [restart] if restart else ())
+    return FileFacts(
+        file=path,
+        iteration=iteration,
+        seed=meta.get('seed'),
+        losses=_losses(hub, iteration),
+        meta=meta,
+        config=config,
+        run=_run_facts(config, hub.get('runtime_info') or {}, iteration),
+        averages=averages,
+        has_raw=weights.raw is not None,
+        tensors={name: (tuple(t.shape), t.dtype) for name, t in state.items()},
+    )
+
+
+def _average_facts(weights: Weights, rules) -> AverageFacts:
+    state = weights.live
+    values = {k: v.item() for k, v in state.items() if v.dim() == 0}
+    changed = {key[8:] for key, value in values.items() if key.startswith('changed.') and value}
+    live = {k: v for k, v in values.items() if k != 'restarts' and not k.startswith('changed.')}
+    return AverageFacts(
+        weights.steps,
+        # mmema 0.1.0 had one schedule, and did not name it.
+        schedule_name(state) or ('exp' if state else None),
+        live,
+        frozenset(changed),
+        int(values.get('restarts', 0)),
+        tuple(rules or ()),
+    )
+
+
+def _losses(hub: dict, iteration: int) -> np.ndarray | None:
+    """Return the loss of every iteration; None where the file does not have them all."""
+    scalars = hub.get('log_scalars') or {}
+    history = getattr(scalars.get('train/loss'), '_log_history', None)
+    if history is None or len(history) != iteration:
+        return None
+    return np.array(history, dtype=float)
+
+
+def _run_facts(config: dict, info: dict, iteration: int) -> RunFacts:
+    train, hook = config.get('train_cfg') or {}, _ema_hook(config)
+    by_epoch = train.get('by_epoch', 'IterBased' not in str(train.get('type', '')))
+    iterations = int(info.get('max_iters') or iteration)
+    length = iterations // max(int(info.get('max_epochs') or 1), 1)
+    accumulation = 1
+    if is_ours(hook) and hook.get('per_optimizer_step', True):
+        accumulation = int((config.get('optim_wrapper') or {}).get('accumulative_counts', 1))
+    begin_epoch, begin_iter = (max(hook.get(f'begin_{u}', 0) - 1, 0) for u in ('epoch', 'iter'))
+    return RunFacts(
+        iterations=max(iterations, iteration),
+        epoch_length=length if by_epoch else None,
+        accumulation=accumulation,
+        begin=begin_epoch * length + begin_iter,
+    )
+
+
+def _hooks(config: dict) -> list[dict]:
+    hooks = config.get('custom_hooks') or []
+    return [hook for hook in hooks if isinstance(hook, dict)] if isinstance(hooks, list) else []
+
+
+def _ema_hook(config: dict) -> dict:
+    return next((hook for hook in _hooks(config) if _kind(hook) == 'EMAHook'), {})
+
+
+def _kind(hook: dict) -> str:
+    """Return the name of a hook's class without scope and module; any EMAHook is an 'EMAHook'."""
+    name = str(hook.get('type', '')).rsplit('.', 1)[-1]
+    return 'EMAHook' if name.endswith('EMAHook') else name
+
+
+def is_ours(hook: dict) -> bool:
+    """Return whether the settings are of mmema's EMAHook."""
+    return str(hook.get('type', '')).startswith('mmema.')
+
+
+def check_same_model(one: FileFacts, other: FileFacts) -> None:
+    """Raise CheckpointError unless two files have weights of the same names, shapes and dtypes."""
+    names = [
+        name
+        for name in {**one.tensors, **other.tensors}
+        if one.tensors.get(name) != other.tensors.get(name)
+    ]
+    if names:
+        raise CheckpointError(
+            f'{one} and {other} must have weights of one model, but differ in {listed(names)}'
+        )
+
+
+def check_same_run(one: FileFacts, other: FileFacts) -> list[str]:
+    """Raise CheckpointError unless two files are of one run, the first one earlier.
+
+    A resumed run keeps its seed, and the loss of every iteration. Returns a note where the files do
+    not have all losses.
+    """
+    check_same_model(one, other)
+    if one.iteration >= other.iteration:
+        raise CheckpointError(
+            f'{one} must be earlier in the run than {other}, but it is of iteration '
+            f'{one.iteration} and the other of {other.iteration}'
+        )
+    if one.seed != other.seed:
+        raise CheckpointError(
+            f'{one} and {other} must be of one run, but their seeds are {one.seed} and {other.seed}'
+        )
+    if one.losses is None or other.losses is None:
+        return [f'whether {one} and {other} are of one run is not sure: they lack train/loss']
+    earlier = other.losses[: one.iteration]
+    different = np.flatnonzero(~np.isclose(one.losses, earlier, 0, 0, equal_nan=True))
+    if len(different):
+        raise CheckpointError(
+            f'{one} and {other} must be of one run, but their losses differ from iteration '
+            f'{different[0] + 1} on'
+        )
+    return []

@@ -1,0 +1,196 @@
+"""Weighted sums of stored weights, in float64, with one file in memory at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple, Sequence
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.files import load
+from ..checkpoints.formats import CheckpointError, State, Weights, with_metadata
+from ..messages import listed
+
+STATISTICS = ('running_mean', 'running_var')
+
+
+class Part(NamedTuple):
+    """One set of weights in a file, and its coefficient."""
+
+    file: Path
+    weights: str  # 'ema', 'raw' or the name of an average in also
+    # By how often an average blended a tensor at each update: 1, but for tied tensors of a stock
+    # class; see Pattern.times.
+    coefficients: dict[int, float]
+
+
+class Pattern(NamedTuple):
+    """Treatment of each tensor in a mixture."""
+
+    copied: State  # taken as they are; others that are not floating-point are the last file's
+    times: dict[str, int]  # how often the average blended a tensor at each update, where not once
+    notes: list[str]  # for people
+
+
+AS_IT_IS = Pattern({}, {}, [])
+
+
+def mix(parts: Sequence[Part], pattern: Pattern = AS_IT_IS, trust: bool = False) -> State:
+    """Return the sum of ``coefficient * weights``, each tensor in the widest dtype of its parts.
+
+    Args:
+        parts: Their coefficients sum to one.
+        pattern: Defaults to one that sums all floating-point tensors.
+        trust: As of :func:`mmema.checkpoints.files.load`.
+
+    Raises:
+        CheckpointError: If a file lacks the weights, they do not fit, a sum is not finite, or a
+            variance negative.
+    """
+    by_file: dict = {}
+    for part in parts:
+        by_file.setdefault(part.file, []).append(part)
+    copied, total = pattern.copied, _Sum(pattern.times)
+    for file, own in by_file.items():
+        found = load(file, trust)
+        for part in own:
+            state = weights_in(found, part)
+            total.add({n: t for n, t in _floats(state).items() if n not in copied}, part)
+    mixed = {n: copied[n] if n in copied else total.get(n, tensor) for n, tensor in state.items()}
+    bad = [n for n, tensor in _floats(mixed).items() if not tensor.double().isfinite().all()]
+    if bad:
+        raise CheckpointError(f'the result is not finite in {listed(bad)}: look into the files')
+    return with_metadata(state, mixed)
+
+
+def weights_in(found: Weights, part: Part) -> State:
+    """Return a set of weights; raise CheckpointError if the file does not have it."""
+    sets = found.sets()
+    if part.weights not in sets:
+        raise CheckpointError(
+            f'{part.file} has no {part.weights} weights; it has {", ".join(sets) or "none"}'
+        )
+    return sets[part.weights]
+
+
+def pattern_of(
+    found: Weights,
+    names: Sequence[str],
+    update_buffers: bool | None,
+    measured: bool = False,
+    repeats: bool = False,
+) -> Pattern:
+    """Return the pattern of a mixture of a run's averages and raw weights.
+
+    Copied are all tensors that are not floating-point; all that average and source have in common,
+    bit for bit: copied buffers, frozen parameters; and BatchNorm's statistics, unless they were
+    blended. They are taken from the source.
+
+    Args:
+        found: The last checkpoint, with raw weights.
+        names: The averages in the mixture; none for one of raw weights alone.
+        update_buffers: Whether they blended buffers; None to find out: then BatchNorm's statistics
+            differ from the source's.
+        measured: Whether the run measured the statistics of its averages. Defaults to False.
+        repeats: Whether their class blends a tied tensor once for each of its names, where it
+            blends buffers. Defaults to False.
+
+    Raises:
+        CheckpointError: If an average is of sixteen bits.
+    """
+    raw, sets = found.raw, found.sets()
+    averages = [sets[name] for name in names]
+    if not averages:
+        copied = {n: tensor for n, tensor in raw.items() if not tensor.is_floating_point()}
+        return Pattern(copied, {}, [])
+    differ = {n for n, t in _floats(raw).items() if any(not _same(a[n], t) for a in averages)}
+    coarse = sorted(n for n in differ if any(a[n].element_size() < 4 for a in averages))
+    if coarse:
+        raise CheckpointError(
+            f'an average must be of 32 bits, got {averages[0][coarse[0]].dtype} for '
+            f'{listed(coarse)}: its updates were lost in rounding'
+        )
+    statistics = {n for n in raw if n.endswith(STATISTICS)}
+    if update_buffers is None:
+        update_buffers = bool(differ & statistics)
+    blended, notes = differ, []
+    if measured or not update_buffers:
+        blended = differ - statistics
+        if differ & statistics:
+            notes.append(
+                "BatchNorm's statistics are those of the raw weights, since the average did not "
+                'blend its own: EMARecalibrateHook measured them, or they are of the first update, '
+                "as in MMYOLO's ExpMomentumEMA. tools/recalibrate_bn.py measures them"
+            )
+    times = _numbers_of_names(averages[0], raw, blended) if repeats and update_buffers else {}
+    if times:
+        notes.append(
+            f'{len(times)} tensors are tied, and the stock class blends them once for each name; '
+            'this is taken into account'
+        )
+    return Pattern({n: tensor for n, tensor in raw.items() if n not in blended}, times, notes)
+
+
+def _numbers_of_names(average: State, raw: State, names: set[str]) -> dict[str, int]:
+    """Return the number of names of each tied tensor, which has the same values under all of them.
+
+    Whether names share their memory is lost where a checkpoint was written from a GPU.
+    """
+    groups: dict = {}
+    for name in sorted(names):
+        values = tuple(_bytes(state[name]) for state in (average, raw))
+        groups.setdefault((tuple(raw[name].shape), *map(hash, values)), []).append(name)
+    return {name: len(group) for group in groups.values() if len(group) > 1 for name in group}
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _same(average: Tensor, source: Tensor) -> bool:
+    return torch.equal(average, source.to(average.dtype))  # of sixteen bits, the average has more
+
+
+def _floats(state: State) -> State:
+    return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+
+
+class _Sum:
+    """Weighted sums of tensors by name, in float64."""
+
+    def __init__(self, times: dict[str, int]) -> None:
+        self._times = times
+        self._sums: dict = {}
+        self._dtypes: dict = {}
+
+    def add(self, state: State, part: Part) -> None:
+        if self._sums and set(state) != set(self._sums):
+            names = listed(sorted(set(state) ^ set(self._sums)))
+            raise CheckpointError(f'{part.file} must have weights of one model, but {names} differ')
+        for name, tensor in state.items():
+            if name not in self._sums:
+                self._sums[name] = torch.zeros(tensor.shape, dtype=torch.float64)
+                self._dtypes[name] = tensor.dtype
+            total, dtype = self._sums[name], self._dtypes[name]
+            if total.shape != tensor.shape:
+                raise CheckpointError(
+                    f'{part.file} must have weights of one model, but {name} is of shape '
+                    f'{tuple(tensor.shape)} instead of {tuple(total.shape)}'
+                )
+            coefficient = part.coefficients[self._times.get(name, 1)]
+            total.add_(tensor.double(), alpha=coefficient)
+            self._dtypes[name] = torch.promote_types(dtype, tensor.dtype)
+
+    def get(self, name: str, default: Tensor) -> Tensor:
+        if name not in self._sums:
+            return default
+        total = self._sums[name]
+        if name.endswith('running_var'):
+            if total.numel() and total.min() < -1e-6 * total.abs().max():
+                raise CheckpointError(
+                    f'{name} would be negative: these coefficients are too large for its values. '
+                    'Take files further apart, or another average'
+                )
+            total = total.clamp(min=0)
+        return total.to(self._dtypes[name])

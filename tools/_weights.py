@@ -1,0 +1,147 @@
+"""One set of weights after another in the model of a config: evaluation, and data to measure on."""
+
+import contextlib
+import io
+from itertools import islice
+
+import _cli as cli
+
+# They average weights or need an average; here a model has one set of weights.
+EMA_HOOKS = ('EMAHook', 'EMARestartHook', 'EMAMonitorHook', 'EMARecalibrateHook')
+
+
+def without_averages(config):
+    """Take the hooks of averages out of a config, in place."""
+    hooks = config.get('custom_hooks') or []
+    config.custom_hooks = [hook for hook in hooks if not kind(hook).endswith(EMA_HOOKS)]
+
+
+def kind(settings):
+    return str(settings.get('type', '')).rsplit('.', 1)[-1]
+
+
+def load_into(model, state, name):
+    """Give a model the weights of a file; refuse those of another model in one line."""
+    model = getattr(model, 'module', model)
+    own = model.state_dict()
+    wrong = [n for n in {**own, **state} if n not in own or n not in state]
+    wrong += [n for n, t in own.items() if n in state and state[n].shape != t.shape]
+    if wrong:
+        cli.die(
+            f'{name} does not fit the model of the config: {len(wrong)} tensors are missing, of '
+            f'another shape, or not in the model, such as {wrong[0]}'
+        )
+    model.load_state_dict(state)
+
+
+# --- training data -----------------------------------------------------------------------------
+
+
+def last_stage(config):
+    """Let the training data go through the pipeline of the last stage, in place; say which."""
+    for hook in config.get('custom_hooks') or []:
+        new = hook.get('switch_pipeline', hook.get('new_train_pipeline'))
+        dataset = config.train_dataloader.dataset
+        if new is not None:
+            while 'pipeline' not in dataset and 'dataset' in dataset:  # a wrapper of another kind
+                dataset = dataset.dataset
+            dataset.pipeline = new
+        elif kind(hook) == 'YOLOXModeSwitchHook' and 'pipeline' in dataset:
+            skipped = hook.get('skip_type_keys', ('Mosaic', 'RandomAffine', 'MixUp'))
+            dataset.pipeline = [step for step in dataset.pipeline if kind(step) not in skipped]
+        else:
+            continue
+        return f'the pipeline after {kind(hook)} has switched'
+    return 'the training pipeline'
+
+
+def training_batches(config, seed, number):
+    """Yield so many batches of the training data, for this rank."""
+    from mmengine.runner import Runner
+
+    settings = dict(config.train_dataloader)
+    if 'persistent_workers' in settings:
+        settings['persistent_workers'] = False
+    with cli.one_line('train_dataloader cannot be used', *cli.CONFIG_ERRORS, IndexError, OSError):
+        loader = Runner.build_dataloader(settings, seed=seed)
+    return islice(loader, number)
+
+
+# --- evaluation --------------------------------------------------------------------------------
+
+
+class Evaluator:
+    """MMEngine's test loop on a split of a config, for one state after another."""
+
+    def __init__(self, config, split, work_dir, label):
+        without_averages(config)
+        cli.need(config, f'{split}_dataloader', f'{split}_evaluator')
+        config.test_dataloader = config[f'{split}_dataloader']
+        config.test_evaluator = config[f'{split}_evaluator']
+        fp16 = (config.get(f'{split}_cfg') or {}).get('fp16', False)
+        config.test_cfg = dict(type='TestLoop', fp16=fp16)
+        for part in ('dataloader', 'cfg', 'evaluator'):
+            config.pop(f'val_{part}', None)
+        config.update(work_dir=str(work_dir), load_from=None, resume=False, log_level='ERROR')
+        # A second Runner of this process must have nothing of the first.
+        config.experiment_name = label
+        config.visualizer = dict(config.get('visualizer') or {}, name=label, vis_backends=[])
+        config.visualizer.setdefault('type', 'Visualizer')
+        with silence():
+            self.runner = cli.build_runner(config)
+            cli.build_loop(self.runner, 'test')
+        self.label = label
+
+    def expect(self, states):
+        """Begin the progress bar for so many states."""
+        from tqdm import tqdm
+
+        batches = states * len(self.runner.test_dataloader)
+        self.bar = tqdm(desc=self.label, total=batches, unit='batch')
+        self.runner.register_hook(hook_of(self.bar))
+
+    def metrics(self, state, name, batches=()):
+        """Return the metrics of weights, and their state; measured anew on batches, if given."""
+        from mmema.hooks.recalibrate import measure_statistics
+
+        model = getattr(self.runner.model, 'module', self.runner.model)
+        load_into(model, state, name)
+        if batches:
+            measure_statistics(model, batches)
+            state = with_statistics_of(model, state)
+        with silence(), cli.run_errors():
+            return self.runner.test(), state
+
+    def close(self):
+        self.bar.close()
+
+
+def with_statistics_of(model, state):
+    """Return a state with BatchNorm's statistics of a model."""
+    own = getattr(model, 'module', model).state_dict()
+    measured = {
+        name: own[name].to(tensor.device, tensor.dtype)
+        for name, tensor in state.items()
+        if name.endswith(('running_mean', 'running_var'))
+    }
+    new = type(state)({**state, **measured})
+    if hasattr(state, '_metadata'):
+        new._metadata = state._metadata
+    return new
+
+
+def hook_of(bar):
+    from mmengine.hooks import Hook
+
+    class Progress(Hook):
+        """Moves the progress bar."""
+
+        def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            bar.update()
+
+    return Progress()
+
+
+def silence():
+    """Keep what pycocotools and MMEngine print to themselves."""
+    return contextlib.redirect_stdout(io.StringIO())

@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+"""Measure the BatchNorm statistics of the weights in a checkpoint on training data.
+
+tools/recalibrate_bn.py configs/digits/yolov5_n_digits.py mean.pth -o measured.pth --batches 100
+
+Every running mean and variance becomes the plain mean of its values over the batches, and over the
+ranks under torchrun (--launcher pytorch), as EMARecalibrateHook has it. Where the config switches
+the pipeline, the data go through that of the last stage.
+"""
+
+import argparse
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import _cli as cli
+
+
+def main():
+    args = parse_args()
+    cli.check_arguments(args)
+    out = Path(args.output)
+    if out.exists() and not args.force:
+        cli.die(f'{out} exists; --force replaces it')
+    cli.import_stack()
+    config = cli.load_config(args)
+    cli.need(config, 'train_dataloader')
+    from mmema.checkpoints.formats import CheckpointError
+
+    try:
+        measure(args, config, out)
+    except CheckpointError as error:
+        cli.die(str(error).replace('trust=True', '--trust').replace('force=True', '--force'))
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='file of the config')
+    parser.add_argument('checkpoint', help='file of the checkpoint')
+    parser.add_argument('-o', '--output', required=True, metavar='OUT', help='.pth or .safetensors')
+    parser.add_argument('--force', action='store_true', help='replace an existing file')
+    parser.add_argument(
+        '--weights', metavar='NAME', help='ema, raw or a name in also (default: ema, else raw)'
+    )
+    parser.add_argument(
+        '--batches',
+        type=int,
+        default=100,
+        metavar='N',
+        help='training batches, for each rank; fewer if the set has fewer (default: 100)',
+    )
+    parser.add_argument(
+        '--mode',
+        default='tensor',
+        help="mode of the model's forward; 'loss' for models that reach some layers only there",
+    )
+    parser.add_argument(
+        '--trust', action='store_true', help='read a file with any object in it; can run its code'
+    )
+    cli.add_common_arguments(parser)
+    args = parser.parse_args()
+    if args.batches < 1:
+        parser.error(f'--batches must be at least 1, got {args.batches}')
+    if '://' in args.checkpoint:
+        parser.error(f'the checkpoint must be a file, got {args.checkpoint}')
+    return args
+
+
+def measure(args, config, out):
+    import torch
+    from _weights import (
+        last_stage,
+        load_into,
+        training_batches,
+        with_statistics_of,
+        without_averages,
+    )
+    from mmengine.dist import get_world_size, is_main_process
+
+    from mmema.checkpoints.export import compact, write_weights
+    from mmema.checkpoints.files import load
+    from mmema.checkpoints.formats import CheckpointError
+    from mmema.hooks.recalibrate import measure_statistics
+
+    found = load(args.checkpoint, args.trust)
+    sets = found.sets()
+    name = args.weights or next(iter(sets))
+    if name not in sets:
+        raise CheckpointError(f'{args.checkpoint} has no {name} weights; it has {", ".join(sets)}')
+    stage = last_stage(config)
+    without_averages(config)
+    for split in ('val', 'test'):
+        for part in ('dataloader', 'cfg', 'evaluator'):
+            config.pop(f'{split}_{part}', None)
+    config.update(load_from=None, resume=False)
+    runner = cli.build_runner(config)
+    load_into(runner.model, sets[name], args.checkpoint)
+    model = getattr(runner.model, 'module', runner.model)
+    context = nullcontext
+    if 'Amp' in str(config.optim_wrapper.get('type')) and torch.cuda.is_available():
+        context = partial(torch.autocast, 'cuda')  # the weights saw such statistics in training
+    batches = training_batches(config, runner.seed, args.batches)
+    number, measured, others = measure_statistics(model, batches, args.mode, context)
+    if not measured:
+        cli.die(
+            f'no BatchNorm with running statistics got data in forward(mode={args.mode!r}); '
+            f'{others} were left as they are. Try --mode loss'
+        )
+    if not is_main_process():
+        return
+    ranks = get_world_size()
+    about = {'weights': name, 'steps': found.also.get(name, found).steps, **found.exported}
+    about['recalibrated'] = f'{number} batches, {ranks} rank{"s" if ranks > 1 else ""}'
+    state = compact(with_statistics_of(model, sets[name]))
+    out = write_weights(out, state, {**found.meta, 'mmema': about}, args.force)
+    print(
+        f'{name} weights of {args.checkpoint}: {measured} BatchNorm layers measured on '
+        f'{about["recalibrated"]}, with {stage}: {out}'
+    )
+    if others:
+        cli.note(
+            f'note: {others} more keep theirs: no data reached them in forward(mode={args.mode!r}),'
+            ' or what came was not finite'
+        )
+
+
+if __name__ == '__main__':
+    cli.run(main)
