@@ -12,7 +12,8 @@ from ..arguments import check_integer
 from ..registry import HOOKS, register_everywhere
 from ..run import averages_of, ema_hook_of
 from ..update.finite import is_number
-from ..update.pairs import pairs_of, unwrapped
+from ..update.pairs import pairs_of
+from ..update.sharded import Parts, followed
 
 
 @register_everywhere(HOOKS)
@@ -94,12 +95,15 @@ def state_of(ema_model: BaseAveragedModel) -> dict:
 @torch.no_grad()
 def relative_distance(average: nn.Module, source: nn.Module) -> float:
     """Return ``||average - source|| / ||source||`` over the parameters, each tensor once."""
-    norms = []
-    for pair, is_buffer in pairs_of(average, unwrapped(source)):
+    norms, source = [], followed(source)
+    for pair, is_buffer in pairs_of(average, source):
         if not is_buffer and is_number(pair.source):
             own = pair.source.to(pair.average.dtype)
             norms.append(torch.stack([(pair.average.to(own.device) - own).norm(), own.norm()]))
     if not norms:
         return 0.0
-    apart, size = torch.stack([both.to(norms[0].device) for both in norms]).norm(dim=0)
+    norms = torch.stack([both.to(norms[0].device) for both in norms]).norm(dim=0)
+    if isinstance(source, Parts):
+        norms = source.reduced(norms.square(), 'SUM').sqrt()
+    apart, size = norms
     return float(apart / size)

@@ -16,6 +16,7 @@ from mmengine.runner.checkpoint import _load_checkpoint
 from ..checkpoints.resume import KEPT
 from ..messages import RunError, warn
 from ..update.pairs import unwrapped
+from ..update.sharded import own_optimizer_state, own_state
 
 
 def checkpoint_hooks(runner: Runner) -> list:
@@ -131,7 +132,8 @@ def go_back(runner: Runner, ema: BaseAveragedModel, name: str) -> None:
     # MMEngine saves the averaged weights as `state_dict`, the raw ones in the place of the average.
     averaged = checkpoint['state_dict']
     raw = {key[7:]: tensor for key, tensor in state.items() if key.startswith('module.')}
-    unwrapped(runner.model).load_state_dict(raw)
+    model = unwrapped(runner.model)
+    model.load_state_dict(own_state(raw, model))
     ema.rewind({'steps': state['steps'], **{f'module.{k}': averaged[k] for k in raw}})
     _put_back_optimizer(runner.optim_wrapper, checkpoint['optimizer'])
 
@@ -144,4 +146,4 @@ def _put_back_optimizer(wrapper, state: dict) -> None:
     # Learning rate and its like stay: schedulers work on the values that they find there.
     state = {**state, 'param_groups': wrapper.optimizer.state_dict()['param_groups']}
     state.pop('base_param_settings', None)
-    wrapper.load_state_dict(state)
+    wrapper.load_state_dict(own_optimizer_state(state, wrapper.optimizer))
