@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections import OrderedDict
+from concurrent.futures import Future
 from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,15 +18,17 @@ from mmengine._strategy import DDPStrategy
 from mmengine.device import get_device
 from mmengine.dist import broadcast, init_dist, is_distributed, is_main_process
 from mmengine.model import BaseDataPreprocessor
-from mmengine.runner.checkpoint import save_checkpoint, weights_to_cpu
+from mmengine.runner.checkpoint import _load_checkpoint, save_checkpoint, weights_to_cpu
 from mmengine.utils import get_git_hash
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .arguments import check_bool, check_integer
+from .checkpoints import folders
+from .checkpoints.resume import checkpoint_to_resume
 from .messages import RunError, listed
 from .registry import STRATEGIES, register_everywhere
-from .update.sharded import is_dtensor, own_optimizer_state, own_state
+from .update.sharded import Layout, Parts, is_dtensor, own_optimizer_state, own_state
 
 _POLICY = ('param_dtype', 'reduce_dtype', 'output_dtype', 'cast_forward_inputs')
 
@@ -58,6 +61,8 @@ class FullyShardStrategy(DDPStrategy):
             gathered once more. Defaults to True; the root keeps them in either case.
         forward_methods: Methods that compute with the weights of a group, beside ``forward``.
             Defaults to those of MMDetection's heads.
+        sharded_checkpoint: Whether each rank saves its part while training goes on, into a folder
+            in the place of the file, which all ranks must see. Defaults to False.
         sync_bn: 'torch' or 'mmcv': as of MMEngine's ``DDPStrategy``. Defaults to None.
         work_dir, experiment_name, env_kwargs, log_kwargs, auto_scale_lr: As of MMEngine's
             strategies; FlexibleRunner fills them in.
@@ -86,6 +91,7 @@ class FullyShardStrategy(DDPStrategy):
         cpu_offload: bool = False,
         reshard_after_forward: bool = True,
         forward_methods: Sequence[str] = ('loss', 'predict', 'loss_and_predict'),
+        sharded_checkpoint: bool = False,
         sync_bn: str | None = None,
         work_dir: str = 'work_dirs',
         experiment_name: str | None = None,
@@ -99,6 +105,7 @@ class FullyShardStrategy(DDPStrategy):
         check_integer('replicas', replicas)
         check_bool('cpu_offload', cpu_offload)
         check_bool('reshard_after_forward', reshard_after_forward)
+        check_bool('sharded_checkpoint', sharded_checkpoint)
         refuse_old_torch()
         self.shard = tuple(shard)
         self.replicas = replicas
@@ -106,6 +113,10 @@ class FullyShardStrategy(DDPStrategy):
         self.cpu_offload = cpu_offload
         self.reshard_after_forward = reshard_after_forward
         self.forward_methods = tuple(forward_methods)
+        self.sharded_checkpoint = sharded_checkpoint
+        self._saving: Future | None = None
+        self._saving_group = None
+        self._layouts: dict = {}  # of the model's parameters
         super().__init__(
             sync_bn=sync_bn,
             work_dir=work_dir,
@@ -155,15 +166,11 @@ class FullyShardStrategy(DDPStrategy):
             'offload_policy': offload,
         }
         groups = self._groups_of(model)
+        _refuse_tied_groups(model, groups)
         for name in reversed(groups):  # FSDP2 wants inner modules first
             self._shard_group(name, groups[name], settings, self.reshard_after_forward)
         self._shard_group('', model, settings, None)
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if not is_dtensor(parameter):
-                raise RunError(
-                    f'each parameter must belong to one group of shard, but {name!r} is tied to '
-                    'one of another group. Let one pattern match a module that holds both.'
-                )
+        self._layouts = Parts(model).layouts
         return model
 
     def _groups_of(self, model: nn.Module) -> dict:
@@ -230,10 +237,54 @@ class FullyShardStrategy(DDPStrategy):
         """Load a state of whole tensors, of which each rank takes its part."""
         self.optim_wrapper.load_state_dict(own_wrapper_state(state_dict, self.optim_wrapper))
 
-    def load_checkpoint(self, filename: str, *, map_location='cpu', **kwargs) -> dict:
-        """Load a checkpoint into main memory, of whose tensors each rank takes its part."""
-        with _mapped_into_memory() if os.path.isfile(filename) else nullcontext():
-            return super().load_checkpoint(filename, map_location='cpu', **kwargs)
+    def load_checkpoint(
+        self,
+        filename: str,
+        *,
+        map_location='cpu',
+        strict: bool = False,
+        revise_keys=((r'^module.', ''),),
+        callback: Callable | None = None,
+    ) -> dict:
+        """Load a checkpoint or bare weights, of which each rank takes its part.
+
+        The arguments are those of MMEngine; ``map_location`` is not used, a file stays in main
+        memory.
+        """
+        self.logger.info(f'Load checkpoint from {filename}')
+        self.finish_saving()
+        checkpoint = self._read(filename)
+        if 'state_dict' not in checkpoint:
+            checkpoint = {'state_dict': checkpoint}
+        if callback is not None:
+            callback(checkpoint)
+        weights = checkpoint.pop('state_dict')
+        self.load_model_state_dict(weights, strict=strict, revise_keys=revise_keys)
+        return checkpoint
+
+    def _read(self, filename: str) -> dict:
+        from torch.utils.serialization import config
+
+        if folders.is_folder(filename):
+            return folders.read(filename, self._target_of)
+        # A local file is mapped into memory: a tensor is read only where it is used.
+        with config.patch({'load.mmap': True}) if os.path.isfile(filename) else nullcontext():
+            return _load_checkpoint(filename, map_location='cpu')
+
+    def _target_of(self, place: tuple, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Return an empty tensor for what stands at a place of a checkpoint: sharded as here."""
+        known, wrapper = None, getattr(self, 'optim_wrapper', None)
+        if place[0] != 'optimizer':
+            known = self._layouts.get(str(place[-1]).replace('module.', '', 1))
+        elif wrapper is None:  # a test
+            return None
+        elif hasattr(wrapper, 'optimizer'):
+            parameters = [p for group in wrapper.optimizer.param_groups for p in group['params']]
+            if place[-2] < len(parameters) and is_dtensor(parameters[place[-2]]):
+                known = Layout(parameters[place[-2]])
+        if known is None or known.shape != shape:
+            return torch.empty(shape, dtype=dtype)
+        return known.empty(dtype)
 
     def save_checkpoint(
         self,
@@ -258,9 +309,34 @@ class FullyShardStrategy(DDPStrategy):
         )
         if callback is not None:
             callback(checkpoint)
+        if self.sharded_checkpoint:
+            self._write_folder(checkpoint, filename)
+            return
         checkpoint = gathered(checkpoint)
         if is_main_process():
             write(checkpoint, filename)
+
+    def resume(self, filename: str, **kwargs) -> dict:
+        """Resume from a checkpoint; where it was never finished, from the newest whole one."""
+        if '://' not in filename and not os.path.exists(filename):
+            filename = checkpoint_to_resume(self.work_dir) or filename
+        return super().resume(filename, **kwargs)
+
+    def _write_folder(self, checkpoint: dict, folder: str) -> None:
+        if '://' in folder:
+            raise RunError(f'sharded_checkpoint needs a local folder, got {folder}')
+        if self._saving_group is None:
+            self._saving_group = torch.distributed.new_group(backend='gloo')
+        self.finish_saving()
+        self._saving = folders.write(checkpoint, folder, is_dtensor, self._saving_group)
+        if checkpoint['meta'].get('iter', 0) >= self.dispatch_kwargs.get('max_iters', 0):
+            self.finish_saving()  # the end of training: the process may end before the writing
+
+    def finish_saving(self) -> None:
+        """Wait until the last checkpoint is written; raise the error if it could not be."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
 
 def refuse_old_torch() -> None:
@@ -297,6 +373,18 @@ def checked_policy(mixed_precision: dict | None) -> dict:
             raise ValueError(f"{name} must be a dtype such as 'bfloat16', got {value!r}")
         policy[name] = dtype
     return policy
+
+
+def _refuse_tied_groups(model: nn.Module, groups: dict) -> None:
+    first: dict = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        group = [group for group in groups if name.startswith(f'{group}.')][-1:]  # the innermost
+        known, known_group = first.setdefault(id(parameter), (name, group))
+        if known_group != group:
+            raise RunError(
+                f'a parameter must belong to one group of shard, but {known!r} and {name!r} are '
+                'one. Let a pattern match a module that holds both, and none inside of it.'
+            )
 
 
 def _own_precision(norm: nn.Module, dtype: torch.dtype):
@@ -336,8 +424,6 @@ def gathered(content):
     if is_dtensor(content):
         part = content.to_local()
         if part.device.type != content.device_mesh.device_type:  # kept in main memory
-            from .update.sharded import Layout
-
             content = Layout(content).whole(part)
         whole = content.full_tensor()
         return whole.cpu() if is_main_process() else None
@@ -362,10 +448,3 @@ def write(checkpoint: dict, filename: str) -> None:
     part = path.with_name(f'.{path.name}.part')
     torch.save(checkpoint, part)
     os.replace(part, path)
-
-
-def _mapped_into_memory():
-    """Return a context in which torch reads a tensor of a file only where it is used."""
-    from torch.utils.serialization import config
-
-    return config.patch({'load.mmap': True})

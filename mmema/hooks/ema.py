@@ -16,7 +16,7 @@ from ..messages import RunError, listed, warn
 from ..registry import HOOKS
 from ..restarts.facts import facts_of
 from ..restarts.live import catch_up
-from ..run import ema_hook_of, what_loads
+from ..run import ema_hook_of, finish_saving, what_loads
 from ..strategy import FullyShardStrategy, to_save
 from ..swap import ShardedSwap, Swap, swap_in
 from ..update.pairs import canonical_name, unwrapped
@@ -150,6 +150,10 @@ class EMAHook(StockEMAHook):
             guarded = getattr(getattr(loop, 'run', None), 'func', None) == self._run_and_restore
             if isinstance(loop, BaseLoop) and not guarded:
                 loop.run = partial(self._run_and_restore, loop.run)
+
+    def after_run(self, runner: Runner) -> None:
+        """Wait for the last checkpoint: the process may end now."""
+        finish_saving(runner)
 
     def _averages_of(self, runner: Runner) -> list[RunAverage]:
         """Return the averages; make them if a loop, a load or a save came before the run."""

@@ -75,6 +75,12 @@ class Layout:
         tensor = distribute_tensor(tensor, self.mesh, self.placements, src_data_rank=None)
         return self.whole(_local(tensor).clone())  # else it keeps the memory of the whole one
 
+    def empty(self, dtype: torch.dtype) -> Tensor:
+        """Return a DTensor without values, in main memory if the mesh is there."""
+        from torch.distributed.tensor import empty
+
+        return empty(self.shape, dtype=dtype, device_mesh=self.mesh, placements=self.placements)
+
     def fits(self, tensor: Tensor) -> bool:
         """Return whether :meth:`part` takes a tensor."""
         if tensor.shape != self.shape:
@@ -96,7 +102,7 @@ class Parts(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         reshard(model.modules())
-        self._layouts = {name: Layout(t) for name, t, _ in named_tensors(model) if is_dtensor(t)}
+        self.layouts = {name: Layout(t) for name, t, _ in named_tensors(model) if is_dtensor(t)}
         _take_parts(self, model, {}, {})
 
     def forward(self, *args, **kwargs):
@@ -107,13 +113,13 @@ class Parts(nn.Module):
 
     def state_dict(self, *args, prefix: str = '', **kwargs):
         state = super().state_dict(*args, prefix=prefix, **kwargs)
-        for name, layout in self._layouts.items():
+        for name, layout in self.layouts.items():
             if prefix + name in state:
                 state[prefix + name] = layout.whole(state[prefix + name].detach())
         return state
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
-        for name, layout in self._layouts.items():
+        for name, layout in self.layouts.items():
             value = state.get(prefix + name)
             if value is None:
                 continue
@@ -133,9 +139,9 @@ class Parts(nn.Module):
             values: The numbers of this rank.
             operator: 'MIN' or 'SUM'; a sum does not count the replicas of a part.
         """
-        if not self._layouts:
+        if not self.layouts:
             return values
-        layout = next(iter(self._layouts.values()))
+        layout = next(iter(self.layouts.values()))
         reduced = values.to(layout.mesh.device_type, copy=True)
         for number, placement in enumerate(layout.placements):
             if operator != 'SUM' or placement.is_shard():
@@ -225,7 +231,7 @@ def own_state(state: dict, model: nn.Module) -> dict:
     """
     if not is_sharded(model):
         return state
-    layouts = Parts(model)._layouts
+    layouts = Parts(model).layouts
     own = type(state)(state)
     for name, value in state.items():
         if name in layouts and not is_dtensor(value) and layouts[name].fits(value):
