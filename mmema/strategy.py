@@ -447,4 +447,4 @@ def write(checkpoint: dict, filename: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name}.part')
     torch.save(checkpoint, part)
-    os.replace(part, path)
+    folders.put(part, path)

@@ -5,6 +5,8 @@ it returns to ``FOLDER/CASE.pth``, or the text of its error to ``CASE.txt``.
 """
 
 import os
+import shutil
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -89,6 +91,7 @@ def runner_of(folder, *hooks, strategy=None, epochs=4, split=False, **settings):
         'ema': OURS,
         'model': ShardModel(),
         'optim_wrapper': dict(optimizer=dict(type='AdamW', lr=0.01)),
+        'param_scheduler': dict(type='ExponentialLR', gamma=0.95, by_epoch=True, end=100),
         'val_cfg': dict(type='mmema.EMAValLoop'),
         'launcher': 'none' if strategy is None else 'pytorch',
         'data': data,
@@ -164,7 +167,7 @@ def resumed(folder, *hooks, strategy=None, epochs=4, name='adam', epoch=2):
 
 
 def from_alone(folder):
-    resumed(folder, strategy=fully_shard(), name='../alone/adam').train()
+    resumed(folder, strategy=fully_shard(), name='../1/adam').train()
 
 
 def from_ranks(folder):
@@ -173,10 +176,11 @@ def from_ranks(folder):
 
 def on_three(folder):
     """Resume on three ranks, from a file and from a folder, and save what has come."""
-    for name in ('adam', 'folders'):
-        runner = resumed(folder, strategy=fully_shard(), epochs=2, name=name)
+    for name, hooks in (('../2/adam', []), ('../2/folders', [dict(BEST)])):
+        runner = resumed(folder, *hooks, strategy=fully_shard(), epochs=2, name=name)
         runner.train()
-        runner.save_checkpoint(str(folder), f'{name}.pth', by_epoch=True)
+        runner.model.eval()  # else one more epoch counts as done
+        runner.save_checkpoint(str(folder), f'{Path(name).name}.pth', by_epoch=True)
 
 
 # --- two ranks ------------------------------------------------------------------------------------
@@ -195,7 +199,10 @@ def folders(folder):
     hook, strategy = dict(BEST), fully_shard(sharded_checkpoint=True)
     train(folder, hook, strategy=strategy)
     again = folder.with_name('folders_resumed')
-    resumed(again, dict(BEST), strategy=dict(strategy), name='folders', epoch=3).train()
+    if os.environ['RANK'] == '0':
+        shutil.copytree(folder, again)
+    torch.distributed.barrier()
+    resumed(again, dict(BEST), strategy=dict(strategy), name='folders_resumed').train()
 
 
 def ddp(folder):
@@ -239,6 +246,49 @@ def without_shape(folder):
         train(folder, strategy=fully_shard(), epochs=1)
     finally:
         shards.Layout.whole = own
+
+
+# --- a rank that is killed while it saves ---------------------------------------------------------
+
+
+class Deadly:
+    """Kills the process that pickles it."""
+
+    def __reduce__(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KilledAtSave(Hook):
+    """Kills a rank in the third epoch: the first while it writes, the other one before it."""
+
+    priority = 'LOWEST'
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def before_save_checkpoint(self, runner, checkpoint):
+        if runner.iter >= 12 and runner.rank == self.rank:
+            if self.rank:
+                os.kill(os.getpid(), signal.SIGKILL)
+            checkpoint['killed'] = Deadly()
+
+
+def killed_0(folder):
+    train(folder, KilledAtSave(0), strategy=fully_shard())
+
+
+def killed_1(folder):
+    train(folder, KilledAtSave(1), strategy=fully_shard())
+
+
+def killed_1_in_folders(folder):
+    train(folder, KilledAtSave(1), strategy=fully_shard(sharded_checkpoint=True))
+
+
+def after_kill(folder):
+    """Go on after a kill, as MMEngine finds the last checkpoint."""
+    folder = next(folder.parent.glob('killed_*'))
+    runner_of(folder, strategy=fully_shard(), resume=True).train()
 
 
 # --- refusals -------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def write(content: dict, folder: str | Path, is_sharded: Callable, group) -> Fut
     from torch.distributed.checkpoint import async_save
 
     folder = Path(folder)
-    unfinished = folder.with_name(f'.{folder.name}.part')
+    unfinished = folder.with_name(f'.{folder.name}.parts')
     sharded: dict = {}
     rest = _split(content, is_sharded, (), sharded)
     if is_main_process():
@@ -71,7 +71,7 @@ def write(content: dict, folder: str | Path, is_sharded: Callable, group) -> Fut
         try:
             saved.result()
             if is_main_process():
-                _replace(folder, unfinished)
+                put(unfinished, folder)
             finished.set_result(None)
         except BaseException as error:
             finished.set_exception(error)
@@ -138,12 +138,13 @@ def _whole(place: tuple, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def _replace(folder: Path, new: Path) -> None:
-    """Put a folder into the place of another one, or of a file."""
-    old = folder.with_name(f'.{folder.name}.old')
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(new, folder)
+def put(new: Path, place: Path) -> None:
+    """Move a file or a folder to its place, where another file or folder may be."""
+    old = place.with_name(f'.{place.name}.old')
+    if place.is_dir() or place.exists() and new.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(place, old)
+    os.replace(new, place)
     if old.is_dir():
         shutil.rmtree(old)
     else:
