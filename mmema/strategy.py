@@ -135,11 +135,11 @@ class FullyShardStrategy(DDPStrategy):
                 f'replicas must divide the number of ranks, {self.world_size}, got {replicas}'
             )
 
-    def _setup_distributed(self, launcher: str, backend: str | None = None, **kwargs) -> None:
-        if get_device() == 'cpu':  # MMEngine asks for a GPU
-            torch.distributed.init_process_group(backend or 'gloo', **kwargs)
+    def _setup_distributed(self, launcher: str, backend: str = 'nccl', **kwargs) -> None:
+        if get_device() == 'cpu':  # MMEngine asks for a GPU, and its runner for NCCL
+            torch.distributed.init_process_group('gloo', **kwargs)
         else:
-            init_dist(launcher, backend or 'nccl', **kwargs)
+            init_dist(launcher, backend, **kwargs)
 
     # --- the model --------------------------------------------------------------------------------
 

@@ -31,6 +31,15 @@ ALSO = dict(
 )
 OURS = dict(type='mmema.EMAHook', momentum=0.1, gamma=5, exclude=['two.*'], also=ALSO)
 BEST = dict(type='mmema.EMARestartHook', milestones=[2, 3], source='best', momentum=0.2)
+DDP = dict(
+    type='DDPStrategy',
+    model_wrapper=dict(
+        type='MMDistributedDataParallel',
+        device_ids=None,
+        broadcast_buffers=False,
+        find_unused_parameters=True,
+    ),
+)
 SGD = dict(optimizer=dict(type='SGD', lr=0.05, momentum=0.9))
 
 
@@ -98,7 +107,7 @@ def runner_of(folder, *hooks, strategy=None, epochs=4, split=False, **settings):
         **settings,
     }
     strategy = strategy or dict(type='SingleDeviceStrategy')
-    monitor = dict(type='mmema.EMAMonitorHook', interval=1)
+    monitor = dict(type='mmema.EMAMonitorHook', interval=1, check_ranks=2)
     return runs.make_runner(folder, monitor, *hooks, strategy=strategy, epochs=epochs, **settings)
 
 
@@ -207,13 +216,26 @@ def folders(folder):
 
 def ddp(folder):
     """Other data on each rank."""
-    wrapper = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
-    wrapper['find_unused_parameters'] = True
-    train(folder, strategy=dict(type='DDPStrategy', model_wrapper=wrapper), split=True, epochs=2)
+    train(folder, strategy=dict(DDP), split=True, epochs=2)
 
 
 def split(folder):
     train(folder, strategy=fully_shard(), split=True, epochs=2)
+
+
+def drift(folder, strategy=None):
+    """One rank changes its average."""
+
+    def change(runner):
+        if runner.rank:
+            with torch.no_grad():
+                ema_hook_of(runner).also['short'].module.two._modules['0'].weight.add_(1)
+
+    train(folder, AtIteration(2, change), strategy=strategy or dict(DDP), epochs=2)
+
+
+def drift_of_replicas(folder):
+    drift(folder, fully_shard(replicas=2))
 
 
 def bfloat16(folder):

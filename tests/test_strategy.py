@@ -27,6 +27,8 @@ REFUSED = {
     'recalibrate': 'each rank has the average of its part alone. Leave the hook out',
     'wrong_pattern': "'layer.*' matches none, such as 'data_preprocessor', 'norm', 'layers'",
     'wrong_replicas': 'replicas must divide the number of ranks, 2, got 3',
+    'drift': "after 4 iterations 'two.0.weight' of the average 'short' differ. Look for code",
+    'drift_of_replicas': "after 4 iterations 'two.0.weight' of the average 'short' differ.",
     'tied_apart': "'layers.2.bias' and 'tied.first.bias' are one",
 }
 TWO = ['from_alone', 'replicas', 'offload', 'ddp', 'split', 'bfloat16', 'folders', *REFUSED]
@@ -139,6 +141,13 @@ def test_with_other_data_on_each_rank_it_is_ddp(root):
     assert_same_checkpoint(root / '2/ddp/epoch_2.pth', root / '2/split/epoch_2.pth')
     with pytest.raises(AssertionError):
         assert_same_checkpoint(root / '1/adam/epoch_2.pth', root / '2/split/epoch_2.pth')
+
+
+def test_buffers_that_drift_apart_are_named_once(root):
+    for case, times in (('ddp', 1), ('split', 1), ('adam', 0)):
+        log = ''.join(file.read_text() for file in (root / '2' / case).rglob('*.log'))
+        text = "different buffers in the model: 'norm.running_mean', 'norm.running_var'"
+        assert log.count(text) == times, case
 
 
 def test_bf16_computes_with_float32_parts_and_average(root):

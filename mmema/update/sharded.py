@@ -152,6 +152,15 @@ class Parts(nn.Module):
                 )
         return reduced.to(values.device)
 
+    def replica_groups(self) -> list:
+        """Return the process groups of the ranks that have the same parts as this one."""
+        layout = next(iter(self.layouts.values()))
+        return [
+            layout.mesh.get_group(number)
+            for number, placement in enumerate(layout.placements)
+            if placement.is_replicate()
+        ]
+
 
 def _take_parts(bare: nn.Module, module: nn.Module, modules: dict, parameters: dict) -> nn.Module:
     """Fill a bare module with the parts of a module; what is tied there is tied here."""
