@@ -229,7 +229,7 @@ def drift(folder, strategy=None):
     def change(runner):
         if runner.rank:
             with torch.no_grad():
-                ema_hook_of(runner).also['short'].module.two._modules['0'].weight.add_(1)
+                ema_hook_of(runner).also['short'].module.layers._modules['0'].weight.add_(1)
 
     train(folder, AtIteration(2, change), strategy=strategy or dict(DDP), epochs=2)
 

@@ -27,8 +27,8 @@ REFUSED = {
     'recalibrate': 'each rank has the average of its part alone. Leave the hook out',
     'wrong_pattern': "'layer.*' matches none, such as 'data_preprocessor', 'norm', 'layers'",
     'wrong_replicas': 'replicas must divide the number of ranks, 2, got 3',
-    'drift': "after 4 iterations 'two.0.weight' of the average 'short' differ. Look for code",
-    'drift_of_replicas': "after 4 iterations 'two.0.weight' of the average 'short' differ.",
+    'drift': "after 4 iterations 'layers.0.weight' of the average 'short' differ. Look for code",
+    'drift_of_replicas': "after 4 iterations 'layers.0.weight' of the average 'short' differ.",
     'tied_apart': "'layers.2.bias' and 'tied.first.bias' are one",
 }
 TWO = ['from_alone', 'replicas', 'offload', 'ddp', 'split', 'bfloat16', 'folders', *REFUSED]

@@ -105,14 +105,18 @@ class EMAMonitorHook(Hook):
                     f'{listed(parameters)} of {label} differ. Look for code that changes them on '
                     'some ranks only, or for ranks that began with other weights.'
                 )
-            new = [name for name in buffers if (label, name) not in self._differing_buffers]
-            self._differing_buffers.update((label, name) for name in new)
-            if new:
-                warn(
-                    f'the ranks have different buffers in {label}: {listed(new)}. Each rank '
-                    'evaluates with its own, and those of rank 0 are saved. sync_bn, or '
-                    'broadcast_buffers=True of MMDistributedDataParallel, keeps them alike.'
-                )
+            if label == 'the model':
+                self._warn_of_buffers(buffers)
+
+    def _warn_of_buffers(self, names: list[str]) -> None:
+        new = [name for name in names if name not in self._differing_buffers]
+        self._differing_buffers.update(new)
+        if new:
+            warn(
+                f'the ranks have different buffers in the model: {listed(new)}. Each rank '
+                'evaluates with its own, and those of rank 0 are saved. sync_bn, or '
+                'broadcast_buffers=True of MMDistributedDataParallel, keeps them alike.'
+            )
 
 
 def counters_of(ema_model: BaseAveragedModel) -> nn.Module:
