@@ -7,6 +7,7 @@ from pathlib import Path
 
 import forks
 import pytest
+import tool_runs  # noqa: F401  # puts the tools on the path
 import torch
 from marks import extensive
 from runs import assert_same
@@ -278,3 +279,19 @@ def test_an_old_torch_is_one_line(monkeypatch):
     monkeypatch.delattr('torch.distributed.fsdp.fully_shard')
     with pytest.raises(RunError, match=r'needs the FSDP2 of torch 2\.7, got torch'):
         refuse_old_torch()
+
+
+# --- stock models ---------------------------------------------------------------------------------
+
+
+@pytest.mark.extensive
+@pytest.mark.parametrize('leaf', ['yolov5_n_digits', 'yolov8_n_digits', 'rtmdet_tiny_digits'])
+def test_a_stock_model_that_is_sharded_has_the_bits_of_ddp(tmp_path, leaf):
+    import make_digits
+
+    make_digits.make_digits(tmp_path / 'set', train=8, val=4, test=2)
+    script = SCRIPT.with_name('stock_line.py')
+    ranks = forks.start_ranks(2, script, leaf, f'{tmp_path}/set/', folder=tmp_path)
+    status = [rank.wait() for rank in ranks]
+    assert status == [0, 0], (tmp_path / 'rank_0.txt').read_text()[-3000:]
+    assert_same_checkpoint(tmp_path / 'ddp/epoch_3.pth', tmp_path / 'sharded/epoch_3.pth')
