@@ -41,10 +41,8 @@ RUN_ELSEWHERE = {  # see above; test_design.py has the picture
 }
 SLOW = {'bash', 'text'}
 # Their arguments are only parsed.
-_NAMES = ('ablate', 'benchmark', 'benchmark_sharded', 'test', 'train')
-LONG = {f'tools/{name}.py' for name in _NAMES}
-    f'tools/{name}.py' for name in ('ablate', 'benchmark', 'benchmark_sharded', 'test', 'train')
-}
+TOOLS = ('ablate', 'benchmark', 'benchmark_sharded', 'test', 'train')
+LONG = {f'tools/{name}.py' for name in TOOLS}
 OTHERS = {  # files of MMYOLO and MMEngine, named as theirs
     'tools/model_converters',
     'tests/test_model/test_averaged_model.py',
