@@ -70,10 +70,16 @@ class GuardedFollower(DirectFollower):
     ):
         super().__init__(average, source, selection)
         self._reduced = reduced
-        names = [canonical_name(name) for name, _, _ in named_tensors(average)]
-        self._places = {name: place for place, name in enumerate(names)}
         self._skip_counts = skip_counts
         self._groups = _groups(self.blended, True) + _groups(self.copied, False)
+        # Where the tensors of each group stand among all: some ranks have no part of a tensor.
+        names = [canonical_name(name) for name, _, _ in named_tensors(average)]
+        places = {name: place for place, name in enumerate(names)}
+        self._rows = [
+            torch.tensor([places[name] for name in group.names], device=group.device)
+            for group in self._groups
+        ]
+        self._names = len(names)
         self._exact = BlendPlan([p for p in self.copied if not _can_be_non_finite(p)])
         self._in_main_memory = all(group.device.type == 'cpu' for group in self._groups)
 
@@ -91,9 +97,10 @@ class GuardedFollower(DirectFollower):
             self._skip_counts.log_new()
 
     def _agreed(self, checks: List[Tensor]) -> List[Tensor]:
-        """Return the checks that hold on all ranks; some have no part of a tensor, so no check."""
-        finite = torch.ones(len(self._places), dtype=torch.uint8)
-        rows = [[self._places[name] for name in group.names] for group in self._groups]
+        """Return the checks of all ranks together; a tensor is finite if all its parts are."""
+        device = checks[0].device if checks else None
+        finite = torch.ones(self._names, dtype=torch.uint8, device=device)
+        rows = [row.to(finite.device) for row in self._rows]
         for row, check in zip(rows, checks):
             finite[row] = check.to(finite)
         finite = self._reduced(finite, 'MIN')
