@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+import zipfile
 from collections import OrderedDict
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -267,8 +268,9 @@ class FullyShardStrategy(DDPStrategy):
 
         if folders.is_folder(filename):
             return folders.read(filename, self._target_of)
-        # A local file is mapped into memory: a tensor is read only where it is used.
-        with config.patch({'load.mmap': True}) if os.path.isfile(filename) else nullcontext():
+        # A file of torch's present format is mapped into memory: read only where it is used.
+        mapped = zipfile.is_zipfile(filename)
+        with config.patch({'load.mmap': True}) if mapped else nullcontext():
             return _load_checkpoint(filename, map_location='cpu')
 
     def _target_of(self, place: tuple, shape: torch.Size, dtype: torch.dtype) -> Tensor:

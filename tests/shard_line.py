@@ -153,7 +153,8 @@ def loaded(folder):
     weights['layers.2.weight'] = torch.ones(2, 2)
     bare = f'{folder}.{os.environ["RANK"]}.bare'
     # MMEngine's own strategies do not read bare weights.
-    torch.save(dict(state_dict=weights) if os.environ.get('ALONE') else weights, bare)
+    weights = dict(state_dict=weights) if os.environ.get('ALONE') else weights
+    torch.save(weights, bare, _use_new_zipfile_serialization=False)
     return train(folder, strategy=fully_shard(), epochs=1, load_from=bare)
 
 
