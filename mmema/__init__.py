@@ -17,6 +17,7 @@ from .restartable import (
     RestartableThresholdEMA,
     RestartableUniformAverage,
 )
+from .strategy import FullyShardStrategy
 from .swap import averaged_weights
 
 __version__ = '0.1.0'
@@ -27,6 +28,7 @@ __all__ = [
     'EMARestartHook',
     'EMAValLoop',
     'ExpMomentumEMA',
+    'FullyShardStrategy',
     'RestartableAnnealingEMA',
     'RestartableConstantEMA',
     'RestartableDebiasedEMA',

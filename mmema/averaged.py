@@ -21,8 +21,9 @@ from .update.follower import follow
 from .update.guarded import SkipCounts
 from .update.model_copy import averaged_copy
 from .update.pairs import canonical_name, named_tensors, pairs_of, unwrapped
-from .update.refusals import refuse_sharded
+from .update.refusals import refuse_pieces
 from .update.selection import Selection
+from .update.sharded import followed
 
 Device = Union[torch.device, str, None]
 
@@ -59,6 +60,8 @@ class MomentumAveragedModel(BaseAveragedModel):
     - Sixteen-bit parameters have a float32 average.
     - The tensors of the source are found by name in the ``model`` that the update is given, and
       found again as soon as anything in it was re-assigned, converted or replaced.
+    - Of a source that is sharded by FSDP2 each rank has the average of its own part: ``module`` is
+      a bare module of parts, the state one of DTensors; whole tensors are loaded.
     - With an average in main memory and a source on a GPU an update is staged: it only sends the
       weights on their way. They are taken in at the next update, or as soon as anything of the
       average is read through this object.
@@ -101,7 +104,7 @@ class MomentumAveragedModel(BaseAveragedModel):
         nn.Module.__init__(self)
         if not isinstance(model, nn.Module):
             raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}')
-        refuse_sharded(model)
+        refuse_pieces(model)
         check_integer('interval', interval)
         check_bool('update_buffers', update_buffers)
         check_bool('skip_non_finite', skip_non_finite)
@@ -110,7 +113,7 @@ class MomentumAveragedModel(BaseAveragedModel):
         self.update_buffers = update_buffers
         self.skip_non_finite = skip_non_finite
         self.exclude = checked_patterns(exclude, unwrapped(model))
-        self.module = averaged_copy(unwrapped(model), as_device(device))
+        self.module = averaged_copy(followed(model), as_device(device))
         # On the CPU wherever the weights are: it is read at every update, and reading it from an
         # accelerator would wait for all that the device has to do.
         self.register_buffer('steps', torch.tensor(0, device='cpu'))
@@ -214,7 +217,7 @@ class MomentumAveragedModel(BaseAveragedModel):
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Give ``model`` the averaged weights."""
-        for pair, _ in pairs_of(self.module, unwrapped(model)):
+        for pair, _ in pairs_of(self.module, followed(model)):
             pair.source.copy_(pair.average)
 
     # --- the state --------------------------------------------------------------------------------

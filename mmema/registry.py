@@ -9,11 +9,13 @@ from __future__ import annotations
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import LOOPS as MMENGINE_LOOPS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import STRATEGIES as MMENGINE_STRATEGIES
 from mmengine.registry import Registry
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmema', locations=['mmema'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmema', locations=['mmema'])
 LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope='mmema', locations=['mmema'])
+STRATEGIES = Registry('strategy', parent=MMENGINE_STRATEGIES, scope='mmema', locations=['mmema'])
 
 
 def register_everywhere(registry: Registry):

@@ -67,6 +67,13 @@ def last_of(loop) -> int:
     return loop.max_epochs if isinstance(loop, EpochBasedTrainLoop) else loop.max_iters
 
 
+def finish_saving(runner: Runner) -> None:
+    """Wait until the last checkpoint is written, if that goes on beside the training."""
+    finish = getattr(getattr(runner, 'strategy', None), 'finish_saving', None)
+    if finish is not None:
+        finish()
+
+
 @contextmanager
 def kept_rng():
     """Give back the state of every random generator that training draws from."""

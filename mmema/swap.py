@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from copy import deepcopy
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from .update.pairs import Pair, copy_all, pairs_of, sides, unwrapped
-from .update.refusals import refuse_sharded
+from .update.refusals import refuse_pieces
+from .update.sharded import Parts, followed, is_sharded
 
 # The averages that are in a model now. Not an attribute: a deep copy of an average is in none.
 _swapped: WeakSet = WeakSet()
@@ -22,7 +24,8 @@ def averaged_weights(model: nn.Module, ema: nn.Module):
     The model's tensors point to the memory of the average meanwhile, parameters and buffers; only
     those of another dtype, device or memory layout get a copy. So the average is not touched: its
     state is right at any time, and a float32 average of 16-bit parameters is not rounded. Leaving
-    the block, through an exception too, restores the memory of every tensor.
+    the block, through an exception too, restores the memory of every tensor. A model that is
+    sharded by FSDP2 gets copies, each rank of its own part.
 
     If the layers were replaced inside the block, as a switch to deploy form does, no tensor is left
     to restore: the model keeps the averaged weights, in memory of its own.
@@ -36,7 +39,8 @@ def averaged_weights(model: nn.Module, ema: nn.Module):
 
     Raises:
         RuntimeError: If the average is swapped in already; updating it meanwhile raises it, too.
-        ValueError: If model and average do not have the same tensors, or the model is sharded.
+        ValueError: If model and average do not have the same tensors, or the model is sharded by
+            FSDP1 or ZeRO-3.
 
     Example:
         >>> import torch
@@ -49,7 +53,7 @@ def averaged_weights(model: nn.Module, ema: nn.Module):
         >>> model.weight.item()
         7.0
     """
-    swap = Swap(model, ema)
+    swap = swap_in(model, ema)
     try:
         yield model
     finally:
@@ -65,12 +69,17 @@ def refuse_while_swapped(ema: nn.Module, action: str) -> None:
         )
 
 
+def swap_in(model: nn.Module, ema: nn.Module) -> Swap | ShardedSwap:
+    """Give a model its averaged weights, until ``undo`` of what is returned is called."""
+    return (ShardedSwap if is_sharded(unwrapped(model)) else Swap)(model, ema)
+
+
 class Swap:
     """A swap of the averaged weights into a model, until :meth:`undo` restores the trained ones."""
 
     def __init__(self, model: nn.Module, ema: nn.Module):
         refuse_while_swapped(ema, 'be given them a second time')
-        refuse_sharded(model)
+        refuse_pieces(model)
         self.model = unwrapped(model)
         self.ema = ema
         pairs = [pair for pair, _ in pairs_of(ema.module, self.model)]
@@ -109,10 +118,35 @@ class Swap:
         return True
 
 
+class ShardedSwap:
+    """A swap by copying, for a sharded model: FSDP2 gathers from memory of its own."""
+
+    def __init__(self, model: nn.Module, ema: nn.Module):
+        refuse_while_swapped(ema, 'be given them a second time')
+        self.model = unwrapped(model)
+        self.ema = ema
+        parts = Parts(self.model)
+        self.trained = deepcopy(parts)
+        copy_weights(parts, ema.module)
+        _swapped.add(ema)
+
+    def trained_state(self) -> dict:
+        return self.trained.state_dict()
+
+    def undo(self) -> bool:
+        """Restore all tensors; return False if new layers keep the model from it."""
+        _swapped.discard(self.ema)
+        try:
+            copy_weights(Parts(self.model), self.trained)
+        except ValueError:
+            return False
+        return True
+
+
 @torch.no_grad()
 def copy_weights(average: nn.Module, source: nn.Module) -> None:
     """Copy all tensors of the source into the average."""
-    copy_all(*sides([pair for pair, _ in pairs_of(average, unwrapped(source))]))
+    copy_all(*sides([pair for pair, _ in pairs_of(average, followed(source))]))
 
 
 def _shapes(model: nn.Module) -> dict:

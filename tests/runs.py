@@ -203,6 +203,7 @@ def make_runner(
     checkpoint=None,
     model=None,
     val_cfg=None,
+    data=None,
     **settings,
 ):
     """Return a Runner of 4 iterations an epoch; ``iters`` makes it one by iterations."""
@@ -229,9 +230,9 @@ def make_runner(
         work_dir,
         [dict(ema), *hooks, dict(type='Clock')],
         model=model or LineModel(),
-        train_dataloader=loader(),
+        train_dataloader=data or loader(),
         train_cfg=train_cfg,
-        val_dataloader=loader(shuffle=False),
+        val_dataloader=data or loader(shuffle=False),
         val_cfg=val_cfg or dict(),
         val_evaluator=dict(type='Score', script=script),
         default_hooks=dict(checkpoint=checkpoint, logger=dict(type='LoggerHook', interval=2)),

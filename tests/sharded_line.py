@@ -79,19 +79,8 @@ def fsdp1_stock_hook(folder):
     return train(Runner, folder, ema=EMA, cfg=dict(model_wrapper_cfg=FSDP))
 
 
-def fsdp2(folder):
-    """A model that was sharded by FSDP2 before it was given to the Runner."""
-    from torch.distributed.fsdp import fully_shard
-
-    model = LineModel()
-    fully_shard(model, mesh=torch.distributed.init_device_mesh('cpu', (2,)))
-    return train(Runner, folder, model=model, launcher='none')
-
-
 CASES = [ddp_runner, ddp_strategy, ddp_strategy_resumed, fsdp1_runner, fsdp1_strategy]
 CASES += [fsdp1_stock_hook]
-if hasattr(torch.distributed.fsdp, 'fully_shard'):
-    CASES.append(fsdp2)
 
 
 def main(folder):

@@ -27,6 +27,7 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from tool_runs import ROOT, call_here, call_tool
+from torch.distributed.run import get_args_parser as torchs_parser
 
 import mmema
 
@@ -40,10 +41,9 @@ RUN_ELSEWHERE = {  # see above; test_design.py has the picture
 }
 SLOW = {'bash', 'text'}
 # Their arguments are only parsed.
-LONG = {
-    f'tools/{name}.py'
-    for name in ('ablate', 'benchmark', 'ema_posthoc', 'recalibrate_bn', 'test', 'train')
-}
+TOOLS = ('ablate', 'benchmark', 'benchmark_sharded', 'ema_posthoc', 'recalibrate_bn')
+TOOLS += ('test', 'train')
+LONG = {f'tools/{name}.py' for name in TOOLS}
 OTHERS = {  # files of MMYOLO and MMEngine, named as theirs
     'tools/model_converters',
     'tests/test_model/test_averaged_model.py',
@@ -139,6 +139,11 @@ def bash_block(page, content, folder, request):
             assert 'compiled: ' in call(sys.executable, *arguments, folder=folder)
         elif program == 'python' and arguments[0] in LONG:
             parse_only(arguments)
+        elif program == 'torchrun':
+            parsed = torchs_parser().parse_args(arguments)
+            parse_only([parsed.training_script, *parsed.training_script_args])
+        elif program == 'srun':
+            parse_only(arguments[arguments.index('python') + 1 :])
         elif [program, *arguments[:1]] == ['python', 'tools/plot_ema.py']:
             done = request.getfixturevalue('shown_run')
             plotted = call_tool('plot_ema.py', *arguments[1:], folder=done.folder)

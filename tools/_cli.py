@@ -93,7 +93,12 @@ def add_common_arguments(parser):
         'train_dataloader.batch_size=8; a list as "k=[1,2]", an element of one as '
         'custom_hooks.0.momentum=1e-4',
     )
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='pytorch' if 'TORCHELASTIC_RUN_ID' in os.environ else 'none',
+        help='who starts the ranks (default: pytorch under torchrun, else none)',
+    )
     # torchrun sets LOCAL_RANK; torch.distributed.launch passes the option, in either spelling.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
@@ -215,9 +220,30 @@ def build_runner(config):
     from mmyolo.utils import is_metainfo_lower
 
     setup_cache_size_limit_of_dynamo()
+    join_ranks_on_cpu(config)
     with one_line('the config cannot be built', *CONFIG_ERRORS):
         is_metainfo_lower(config)
         return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+
+
+def join_ranks_on_cpu(config):
+    """Make the process group and the wrapper of the model where MMEngine would ask for GPUs."""
+    import torch
+    from mmengine.device import get_device
+
+    if config.launcher == 'none' or get_device() != 'cpu':
+        return
+    if not in_process_group():
+        if config.launcher != 'pytorch':
+            die(f'--launcher {config.launcher} needs GPUs; on CPUs start the ranks by torchrun')
+        torch.distributed.init_process_group('gloo')
+    if 'runner_type' not in config and config.get('model_wrapper_cfg') is None:
+        config.model_wrapper_cfg = dict(
+            type='MMDistributedDataParallel',
+            device_ids=None,
+            broadcast_buffers=False,
+            find_unused_parameters=config.get('find_unused_parameters', False),
+        )
 
 
 def build_loop(runner, kind):
@@ -244,7 +270,7 @@ def build_loop(runner, kind):
 
 
 def check_file(path):
-    if os.path.isfile(path):
+    if os.path.isfile(path) or os.path.isdir(path):
         return
     folder = os.path.dirname(path) or '.'
     there = ', '.join(sorted(file.name for file in Path(folder).glob('*.pth')))
@@ -255,8 +281,12 @@ def read_checkpoint(path):
     """Load a checkpoint on the CPU, or say in one line what is wrong with the file."""
     import torch
 
+    from mmema.checkpoints import folders
+
     check_file(path)
     try:
+        if os.path.isdir(path):
+            return folders.read(path)
         checkpoint = torch.load(path, map_location='cpu')
     except Exception as error:
         if 'GLOBAL ' in str(error):

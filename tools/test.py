@@ -68,6 +68,8 @@ def read_weights(checkpoint):
 
 def check_weights(runner, weights, checkpoint):
     """Refuse weights of another model; MMEngine would evaluate what is left at random."""
+    if not hasattr(runner.model, 'named_parameters'):  # FlexibleRunner builds it later
+        runner.model = runner.strategy.build_model(runner.model)
     weights = {plain(name): tensor for name, tensor in weights.items()}
     parameters = {plain(name): tensor for name, tensor in runner.model.named_parameters()}
     wrong = [

@@ -81,7 +81,13 @@ def resume(config, checkpoint):
 
 
 def check_resumable(config, checkpoint):
-    content = cli.read_checkpoint(checkpoint)
+    cli.check_file(checkpoint)
+    if os.path.isdir(checkpoint):  # of a sharded run: read without its tensors
+        from mmema.checkpoints.probe import structure
+
+        content = structure(checkpoint)
+    else:
+        content = cli.read_checkpoint(checkpoint)
     needed = ('state_dict', 'meta', 'optimizer')
     missing = [key for key in needed if key not in content]
     if missing:

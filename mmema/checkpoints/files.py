@@ -14,6 +14,7 @@ from typing import Callable, Iterator
 
 import torch
 
+from . import folders
 from .formats import CheckpointError, Weights, read_weights
 
 HAS_ALLOW_LIST = hasattr(torch.serialization, 'safe_globals')  # since torch 2.5
@@ -25,7 +26,8 @@ def load(path: str | Path, trust: bool = False) -> Weights:
     It is read with ``weights_only=True``, so no code in the file is run.
 
     Args:
-        path: A file of ``torch.save``, or a ``.safetensors`` file.
+        path: A file of ``torch.save``, a ``.safetensors`` file, or a folder that ranks of a sharded
+            run have written.
         trust: Whether the file may hold any object, as YOLOv5's do. Reading such a file can run
             code that is in it. Defaults to False.
 
@@ -52,7 +54,7 @@ def named(path: str | Path) -> Iterator[None]:
 def content_of(path: str | Path, trust: bool = False):
     """Return all that is in a file; see :func:`load` for arguments and errors."""
     path = Path(path)
-    if not path.is_file():
+    if not path.is_file() and not folders.is_folder(path):
         raise CheckpointError(f'{path} is no file (seen from {Path.cwd()})')
     with named(path):
         return _content(path, trust)
@@ -64,6 +66,8 @@ def _content(path: Path, trust: bool):
     try:
         if path.suffix == '.safetensors':
             return _content_of_safetensors(path)
+        if path.is_dir():
+            return folders.read(path)
         with allowed, warnings.catch_warnings():
             # Else torch's remarks, such as on the protocol of the pickle, stand before our line.
             warnings.simplefilter('ignore', UserWarning)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from torch.serialization import MAGIC_NUMBER
 
+from .folders import REST, is_folder
+
 # Bytes of a number in each class of storage that torch's older format names.
 _SIZES = {
     **dict.fromkeys(('Byte', 'Char', 'Bool', 'QInt8', 'QUInt8', 'Untyped'), 1),
@@ -30,8 +32,11 @@ def is_whole(file: str | Path) -> bool:
 
     MMEngine writes the file in place, so a process that is killed meanwhile leaves a part of it. A
     zip file, torch's format since 1.6, ends with its table of contents. A file of the older format
-    ends with the numbers of all tensors, whose count stands before them.
+    ends with the numbers of all tensors, whose count stands before them. A folder of a sharded run
+    gets its name when it is whole.
     """
+    if Path(file).is_dir():
+        return is_folder(file)
     if zipfile.is_zipfile(file):
         return True
     try:
@@ -52,6 +57,8 @@ def top_level_keys(file: str | Path) -> set:
 
 def structure(file: str | Path) -> dict:
     """Return the dict in a checkpoint without its tensors; empty if the file cannot be read."""
+    if Path(file).is_dir():
+        return structure(Path(file, REST)).get('content', {})
     try:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:

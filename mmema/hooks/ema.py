@@ -8,7 +8,6 @@ from mmengine.hooks import EMAHook as StockEMAHook
 from mmengine.model import BaseAveragedModel
 from mmengine.runner import Runner
 from mmengine.runner.base_loop import BaseLoop
-from mmengine.runner.checkpoint import weights_to_cpu
 from torch import nn
 
 from ..arguments import check_bool, check_integer
@@ -17,10 +16,12 @@ from ..messages import RunError, listed, warn
 from ..registry import HOOKS
 from ..restarts.facts import facts_of
 from ..restarts.live import catch_up
-from ..run import ema_hook_of, what_loads
-from ..swap import Swap
+from ..run import ema_hook_of, finish_saving, what_loads
+from ..strategy import FullyShardStrategy, to_save
+from ..swap import ShardedSwap, Swap, swap_in
 from ..update.pairs import canonical_name, unwrapped
-from ..update.refusals import refuse_sharded
+from ..update.refusals import refuse_pieces
+from ..update.sharded import is_sharded
 from ..update.staging import staged_once
 from .average_config import AverageConfig, also_configs
 from .optimizer_steps import OptimizerSteps
@@ -46,8 +47,8 @@ class EMAHook(StockEMAHook):
       :func:`mmema.averaged_weights`. Afterwards, also after an exception, they have the trained
       weights again. If the model was switched to deploy form meanwhile, it stays that way.
     - Validations and checkpoints report which tensors of the average are not finite.
-    - ``FlexibleRunner`` trains, saves and resumes as ``Runner`` does, with ``SingleDeviceStrategy``
-      and ``DDPStrategy``. Sharded models are refused.
+    - ``FlexibleRunner`` trains, saves and resumes as ``Runner`` does, with one device, DDP or
+      :class:`mmema.FullyShardStrategy`. Other sharded models are refused.
     - Further averages can follow the same training, each as if it were alone. The main one is
       evaluated and saved as ``state_dict``; the others are saved in ``ema_also``, and evaluated by
       :class:`mmema.EMAValLoop`. A rewind of the training to its best checkpoint leaves them alone.
@@ -109,7 +110,7 @@ class EMAHook(StockEMAHook):
         self._settled = False
         self._made_for: tuple = ()  # the run and the model
         self._optimizer_steps = OptimizerSteps()
-        self._swap: Swap | None = None
+        self._swap: Swap | ShardedSwap | None = None
 
     # --- the average and its source ---------------------------------------------------------------
 
@@ -131,7 +132,8 @@ class EMAHook(StockEMAHook):
         choose_checkpoint(runner)
         source = self._source(runner)
         if self._made_for != (runner, source):
-            refuse_sharded(runner.model)
+            refuse_pieces(runner.model)
+            refuse_unsharded_runner(runner)
             self._averages = {n: RunAverage(c, source, n) for n, c in self._configs.items()}
             self._made_for = (runner, source)
             self._settled = False
@@ -148,6 +150,10 @@ class EMAHook(StockEMAHook):
             guarded = getattr(getattr(loop, 'run', None), 'func', None) == self._run_and_restore
             if isinstance(loop, BaseLoop) and not guarded:
                 loop.run = partial(self._run_and_restore, loop.run)
+
+    def after_run(self, runner: Runner) -> None:
+        """Wait for the last checkpoint: the process may end now."""
+        finish_saving(runner)
 
     def _averages_of(self, runner: Runner) -> list[RunAverage]:
         """Return the averages; make them if a loop, a load or a save came before the run."""
@@ -206,7 +212,7 @@ class EMAHook(StockEMAHook):
         self._restore()
         self._report()
         if average.has_own_weights:
-            self._swap = Swap(self._source(runner), average.ema_model)
+            self._swap = swap_in(self._source(runner), average.ema_model)
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         """Restore the trained weights; decide about restarts of averages of ``also``."""
@@ -251,7 +257,7 @@ class EMAHook(StockEMAHook):
         if hasattr(runner, 'strategy'):
             # FlexibleRunner of MMEngine 0.10.7 leaves the prefix of the DDP wrapper in the names,
             # and where a validation saves, counts what is over once more: a resumed run skips one.
-            checkpoint['state_dict'] = weights_to_cpu(unwrapped(runner.model).state_dict())
+            checkpoint['state_dict'] = to_save(unwrapped(runner.model).state_dict())
             if not runner.model.training:
                 checkpoint['meta'].update(epoch=runner.epoch, iter=runner.iter)
         try:
@@ -262,8 +268,8 @@ class EMAHook(StockEMAHook):
             warn(f'the checkpoint is saved without an EMA state: {error}')
             return
         if self._swap is not None:
-            checkpoint['state_dict'] = weights_to_cpu(self._swap.trained_state())
-        checkpoint['ema_state_dict'] = weights_to_cpu(self.ema_model.state_dict())
+            checkpoint['state_dict'] = to_save(self._swap.trained_state())
+        checkpoint['ema_state_dict'] = to_save(self.ema_model.state_dict())
         exchange_weights(checkpoint)
         if self.also:
             checkpoint['ema_also'] = {average.name: average.state() for average in averages[1:]}
@@ -305,6 +311,17 @@ def refuse_unsaved(runner: Runner) -> None:
         raise RunError(
             f'an average must be saved to be resumed, but the checkpoints of {name} cannot hold '
             "it. Train with strategy=dict(type='DDPStrategy'), or without EMAHook."
+        )
+
+
+def refuse_unsharded_runner(runner: Runner) -> None:
+    """Raise RunError if a model is sharded by FSDP2, but saved on rank 0 alone."""
+    strategy = getattr(runner, 'strategy', None)
+    if is_sharded(unwrapped(runner.model)) and not isinstance(strategy, FullyShardStrategy):
+        raise RunError(
+            'a model that is sharded by FSDP2 must be saved by all ranks, but '
+            f'{type(strategy or runner).__name__} saves on rank 0 alone. Let '
+            "runner_type='FlexibleRunner', strategy=dict(type='mmema.FullyShardStrategy') shard it."
         )
 
 

@@ -20,6 +20,7 @@ from ..messages import RunError
 from ..registry import HOOKS, register_everywhere
 from ..run import averages_of, ema_hook_of, kept_rng, last_of, validation_follows
 from ..update.pairs import copy_all, unwrapped
+from ..update.sharded import is_sharded
 
 
 @register_everywhere(HOOKS)
@@ -81,6 +82,12 @@ class EMARecalibrateHook(Hook):
             raise RunError(
                 'EMARecalibrateHook must know when validations are due, as in EpochBasedTrainLoop '
                 f'and IterBasedTrainLoop, got a {type(runner.train_loop).__name__}'
+            )
+        if is_sharded(unwrapped(runner.model)):
+            raise RunError(
+                'EMARecalibrateHook passes data through the average, but of a sharded model each '
+                'rank has the average of its part alone. Leave the hook out, or train with '
+                'DDPStrategy.'
             )
         if runner.val_loop is None:
             raise RunError(

@@ -6,7 +6,7 @@ from mmengine.hooks import EMAHook
 from mmengine.model import BaseAveragedModel
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
-from mmengine.runner.checkpoint import _load_checkpoint_to_model, weights_to_cpu
+from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch import nn
 
 from ..checkpoints.resume import check_ema_state
@@ -16,8 +16,10 @@ from ..restarts.facts import facts_of
 from ..restarts.live import check_rule, log_restart, momentum_of, values_of
 from ..restarts.progress import RuleProgress, due_restart
 from ..run import now_of
+from ..strategy import to_save
 from ..swap import copy_weights
 from ..update.finite import names_of_non_finite
+from ..update.sharded import Parts
 from .average_config import AverageConfig
 
 
@@ -36,7 +38,7 @@ class RunAverage:
         self.ema_model: BaseAveragedModel = MODELS.build(model, default_args=dict(model=source))
         self.has_own_weights = False
         self.progress = config.rule and RuleProgress(config.rule)
-        self._non_finite = set(names_of_non_finite(self.ema_model.module))  # masks, for example
+        self._non_finite = set(self._names_of_non_finite())  # masks, for example
 
     def copy(self, source: nn.Module) -> None:
         if not self.has_own_weights:
@@ -53,7 +55,7 @@ class RunAverage:
         """Warn of tensors that were skipped, and of values that are no longer finite."""
         if hasattr(self.ema_model, 'log_skipped'):
             self.ema_model.log_skipped()
-        names = names_of_non_finite(self.ema_model.module)
+        names = self._names_of_non_finite()
         new = [name for name in names if name not in self._non_finite]
         self._non_finite = set(names)
         if new:
@@ -62,6 +64,10 @@ class RunAverage:
                 'updates). They stay so until a hard restart; skip_non_finite=True keeps such '
                 'values out.'
             )
+
+    def _names_of_non_finite(self) -> list[str]:
+        module = self.ema_model.module
+        return names_of_non_finite(module, module.reduced if isinstance(module, Parts) else None)
 
     def begin(self, runner: Runner, ema_hook: EMAHook) -> None:
         """Check the restart rule at the beginning of a training."""
@@ -96,7 +102,7 @@ class RunAverage:
 
     def state(self) -> dict:
         restart = self.progress and self.progress.state_dict()
-        return {'state_dict': weights_to_cpu(self.ema_model.state_dict()), 'restart': restart}
+        return {'state_dict': to_save(self.ema_model.state_dict()), 'restart': restart}
 
     def resume(self, saved: dict, source: nn.Module, strict: bool, file: str) -> None:
         try:

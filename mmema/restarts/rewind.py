@@ -13,9 +13,13 @@ from mmengine.model import BaseAveragedModel
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import _load_checkpoint
 
+from ..checkpoints import folders
+from ..checkpoints.probe import structure
 from ..checkpoints.resume import KEPT
 from ..messages import RunError, warn
+from ..run import finish_saving
 from ..update.pairs import unwrapped
+from ..update.sharded import own_optimizer_state, own_state
 
 
 def checkpoint_hooks(runner: Runner) -> list:
@@ -62,13 +66,14 @@ def keep_best(runner: Runner) -> tuple:
     work_dir = Path(runner.work_dir)
     kept = work_dir / f'{KEPT}iter_{runner.iter}.pth'
     places = (Path(best), work_dir / Path(best).name, kept)  # the folder may have been moved
-    file = next((file for file in places if file.is_file()), None)
+    finish_saving(runner)
+    file = next((file for file in places if file.exists()), None)
     if file is None:
         raise RunError(
             f'the restart needs the best checkpoint {best}, but the file is gone. Put it back, or '
             "set source='model'."
         )
-    checkpoint = _load_checkpoint(str(file), map_location='cpu')
+    checkpoint = structure(file) if file.is_dir() else _read(file)
     missing = [key for key in ('ema_state_dict', 'optimizer') if key not in checkpoint]
     if missing:
         warn(
@@ -78,7 +83,12 @@ def keep_best(runner: Runner) -> tuple:
         return None, []
     if file != kept:
         part = kept.with_suffix('.part')
-        shutil.copyfile(file, part)
+        if file.is_dir():
+            for stale in (part, kept):
+                shutil.rmtree(stale, ignore_errors=True)
+            shutil.copytree(file, part)
+        else:
+            shutil.copyfile(file, part)
         os.replace(part, kept)
     named = [name for state in checkpoint['ema_restart'] for name in kept_names(state)[-1:]]
     return kept.name, named
@@ -109,7 +119,11 @@ def drop_kept(runner: Runner, progresses: list, still_named: list) -> None:
         progress.kept = [name for name in progress.kept if name not in dropped]
     if is_main_process():
         for name in before.difference(*(progress.kept for progress in progresses)):
-            (Path(runner.work_dir) / name).unlink(missing_ok=True)
+            kept = Path(runner.work_dir, name)
+            if kept.is_dir():
+                shutil.rmtree(kept)
+            else:
+                kept.unlink(missing_ok=True)
 
 
 def _iteration_of(name: str) -> int:
@@ -120,20 +134,25 @@ def go_back(runner: Runner, ema: BaseAveragedModel, name: str) -> None:
     """Put back model, average, optimizer and AMP scaler of a copy; time, data and LR go on."""
     resumed_from = Path(str(runner._load_from or '')).parent
     files = [folder / name for folder in (Path(runner.work_dir), resumed_from)]
-    file = next((file for file in files if file.is_file()), None)
+    file = next((file for file in files if file.exists()), None)
     if file is None:
         raise RunError(
             f'the run goes back to {name} at restarts, but {runner.work_dir} does not hold it. '
             'Copy it there from the folder of the run that was resumed.'
         )
-    checkpoint = _load_checkpoint(str(file), map_location='cpu')
+    checkpoint = _read(file)
     state = checkpoint['ema_state_dict']
     # MMEngine saves the averaged weights as `state_dict`, the raw ones in the place of the average.
     averaged = checkpoint['state_dict']
     raw = {key[7:]: tensor for key, tensor in state.items() if key.startswith('module.')}
-    unwrapped(runner.model).load_state_dict(raw)
+    model = unwrapped(runner.model)
+    model.load_state_dict(own_state(raw, model))
     ema.rewind({'steps': state['steps'], **{f'module.{k}': averaged[k] for k in raw}})
     _put_back_optimizer(runner.optim_wrapper, checkpoint['optimizer'])
+
+
+def _read(file: Path) -> dict:
+    return folders.read(file) if file.is_dir() else _load_checkpoint(str(file), map_location='cpu')
 
 
 def _put_back_optimizer(wrapper, state: dict) -> None:
@@ -144,4 +163,4 @@ def _put_back_optimizer(wrapper, state: dict) -> None:
     # Learning rate and its like stay: schedulers work on the values that they find there.
     state = {**state, 'param_groups': wrapper.optimizer.state_dict()['param_groups']}
     state.pop('base_param_settings', None)
-    wrapper.load_state_dict(state)
+    wrapper.load_state_dict(own_optimizer_state(state, wrapper.optimizer))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Callable
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,14 @@ def are_finite(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite()
 
 
-def names_of_non_finite(model: nn.Module) -> list[str]:
-    """Return the names of the tensors of a model that hold NaN or infinity."""
+def names_of_non_finite(model: nn.Module, reduced: Callable | None = None) -> list[str]:
+    """Return the names of the tensors of a model that hold NaN or infinity.
+
+    Args:
+        model: The model.
+        reduced: The method of :class:`mmema.update.sharded.Parts`, to look at the parts of all
+            ranks. Defaults to None.
+    """
     groups: dict = {}
     for name, tensor, _ in named_tensors(model):
         if is_number(tensor) and tensor.numel():
@@ -40,4 +47,8 @@ def names_of_non_finite(model: nn.Module) -> list[str]:
         for name, finite in zip(names, are_finite(tensors).tolist())
         if not finite
     }
-    return [name for name, _, _ in named_tensors(model) if name in found]
+    names = [name for name, _, _ in named_tensors(model)]
+    if reduced is not None:
+        finite = torch.tensor([name not in found for name in names], dtype=torch.uint8)
+        found = {name for name, yes in zip(names, reduced(finite, 'MIN').tolist()) if not yes}
+    return [name for name in names if name in found]

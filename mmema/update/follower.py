@@ -14,8 +14,9 @@ from torch import nn
 
 from .direct import DirectFollower
 from .guarded import GuardedFollower, SkipCounts
-from .refusals import refuse_sharded
+from .refusals import refuse_pieces
 from .selection import Selection
+from .sharded import Parts, ShardedFollower, is_sharded
 from .staging import StagedFollower, is_far
 
 
@@ -24,17 +25,20 @@ def follow(
     source: nn.Module,
     selection: Selection,
     skip_counts: SkipCounts | None = None,
-) -> DirectFollower | StagedFollower:
+) -> DirectFollower | StagedFollower | ShardedFollower:
     """Return a follower for an average and a source; with ``skip_counts``, a guarded one.
 
     Raises:
         ValueError: If the two do not have the same tensors, by name and shape.
-        RunError: If the source is sharded.
+        RunError: If the source is sharded by FSDP1 or ZeRO-3.
     """
-    refuse_sharded(source)
+    refuse_pieces(source)
+    if is_sharded(source):
+        return ShardedFollower(average, source, selection, partial(follow, skip_counts=skip_counts))
     direct = DirectFollower
     if skip_counts is not None:
-        direct = partial(GuardedFollower, skip_counts=skip_counts)
+        reduced = source.reduced if isinstance(source, Parts) else None
+        direct = partial(GuardedFollower, skip_counts=skip_counts, reduced=reduced)
     if is_far(average, source):
         return StagedFollower(average, source, selection, direct)
     return direct(average, source, selection)

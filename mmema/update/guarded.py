@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Tuple
+from typing import Callable, Dict, List, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from ..messages import listed, warn
 from .blend_plan import BlendPlan
 from .direct import DirectFollower
 from .finite import are_finite, is_number
-from .pairs import Pair, copy_all, sides
+from .pairs import Pair, canonical_name, copy_all, named_tensors, sides
 from .selection import Selection
 
 _MOST = 2**24  # numbers of a group: what an update needs beside average and source, three times
@@ -55,27 +55,56 @@ class GuardedFollower(DirectFollower):
 
     In main memory the source is checked first, and an update with finite numbers alone is that of
     a direct follower. On an accelerator, where a check would wait, the choice is made there.
+
+    With ``reduced``, of :class:`mmema.update.sharded.Parts`, a tensor is left out on all ranks if
+    it is on one: one small reduction for each update.
     """
 
     def __init__(
-        self, average: nn.Module, source: nn.Module, selection: Selection, skip_counts: SkipCounts
+        self,
+        average: nn.Module,
+        source: nn.Module,
+        selection: Selection,
+        skip_counts: SkipCounts,
+        reduced: Callable | None = None,
     ):
         super().__init__(average, source, selection)
+        self._reduced = reduced
         self._skip_counts = skip_counts
         self._groups = _groups(self.blended, True) + _groups(self.copied, False)
+        # Where the tensors of each group stand among all: some ranks have no part of a tensor.
+        names = [canonical_name(name) for name, _, _ in named_tensors(average)]
+        places = {name: place for place, name in enumerate(names)}
+        self._rows = [
+            torch.tensor([places[name] for name in group.names], device=group.device)
+            for group in self._groups
+        ]
+        self._names = len(names)
         self._exact = BlendPlan([p for p in self.copied if not _can_be_non_finite(p)])
         self._in_main_memory = all(group.device.type == 'cpu' for group in self._groups)
 
     def update(self, momentum: float | None) -> None:
-        if self._in_main_memory and all(bool(group.finite().all()) for group in self._groups):
+        checks = [group.finite() for group in self._groups]
+        if self._reduced is not None:
+            checks = self._agreed(checks)
+        if self._in_main_memory and all(bool(finite.all()) for finite in checks):
             return super().update(momentum)
-        for group in self._groups:
-            finite = group.finite()
+        for group, finite in zip(self._groups, checks):
             self._skip_counts.add(group.names, ~finite)
             group.update(momentum if group.is_blended else 1.0, finite)
         self._exact.copy()
         if self._in_main_memory:
             self._skip_counts.log_new()
+
+    def _agreed(self, checks: List[Tensor]) -> List[Tensor]:
+        """Return the checks of all ranks together; a tensor is finite if all its parts are."""
+        device = checks[0].device if checks else None
+        finite = torch.ones(self._names, dtype=torch.uint8, device=device)
+        rows = [row.to(finite.device) for row in self._rows]
+        for row, check in zip(rows, checks):
+            finite[row] = check.to(finite)
+        finite = self._reduced(finite, 'MIN')
+        return [finite[row].to(check) for row, check in zip(rows, checks)]
 
 
 class _Group:

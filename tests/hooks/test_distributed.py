@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,27 @@ def test_torchs_launcher_sees_success(config, tmp_path, again):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count('process group at exit: False') == 2
+
+
+@pytest.mark.extensive
+def test_two_agents_of_torchrun_meet_as_two_machines_do(config, tmp_path):
+    # As README has it: nothing but torchrun says that there are ranks.
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    meeting = ['--rdzv-backend', 'c10d', '--rdzv-endpoint', f'127.0.0.1:{port}', '--rdzv-id', 'a']
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nnodes', '2', *meeting]
+    tool = [ROOT / 'tools' / 'train.py', 'line.py', '--work-dir', 'run']
+    environment = {**os.environ, 'PYTHONPATH': str(TESTS), 'OMP_NUM_THREADS': '1'}
+    agents = [subprocess.Popen([*torchrun, *tool], cwd=tmp_path, env=environment) for _ in range(2)]
+    try:
+        assert [agent.wait(timeout=forks.LIMIT) for agent in agents] == [0, 0]
+    finally:
+        for agent in agents:
+            agent.kill()
+    log = ''.join(file.read_text() for file in (tmp_path / 'run').rglob('*.log'))
+    assert 'Epoch(train) [2][2/2]' in log  # 24 samples in batches of 6 for each of two ranks
+    assert (tmp_path / 'run/epoch_2.pth').is_file()
 
 
 @pytest.mark.slow

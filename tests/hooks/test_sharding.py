@@ -1,4 +1,4 @@
-"""Wrapped and sharded models: FlexibleRunner and DDP as the plain Runner, all else refused.
+"""Wrapped and sharded models: FlexibleRunner and DDP as the plain Runner, FSDP1 and ZeRO refused.
 
 MMEngine 0.10.7 is wrong in silence with most of these, with its own EMAHook and with an average
 of ours in it. The two processes are started once for all tests; see ``sharded_line.py``.
@@ -19,7 +19,7 @@ from torch import nn
 from mmema.hooks.ema import EMAHook, refuse_unsaved
 from mmema.messages import RunError
 from mmema.run import ema_hook_of
-from mmema.update.refusals import refuse_sharded
+from mmema.update.refusals import refuse_pieces
 
 TESTS = Path(__file__).parents[1]
 OURS = dict(EMA, type='mmema.EMAHook')
@@ -152,13 +152,6 @@ def test_flexible_runner_tests_the_averaged_weights(tmp_path, make_flexible):
         ('fsdp1_runner', 'FSDP1'),
         ('fsdp1_strategy', 'FSDP1'),
         ('fsdp1_stock_hook', 'FSDP1'),
-        pytest.param(
-            'fsdp2',
-            'FSDP2',
-            marks=pytest.mark.skipif(
-                not hasattr(torch.distributed.fsdp, 'fully_shard'), reason='torch 2.6 has FSDP2'
-            ),
-        ),
     ],
 )
 def test_a_sharded_model_is_refused_by_name(two_ranks, case, name):
@@ -171,10 +164,10 @@ def test_a_sharded_model_is_refused_by_name(two_ranks, case, name):
 
 def test_parameters_of_zero_3_are_refused():
     model = nn.Linear(2, 1)
-    refuse_sharded(model)
+    refuse_pieces(model)
     model.weight.ds_id, model.weight.data = 0, torch.empty(0)
     with pytest.raises(RunError, match=r'this one is, by DeepSpeed ZeRO-3\. Wrap it in'):
-        refuse_sharded(model)
+        refuse_pieces(model)
 
 
 @pytest.mark.parametrize('strategy', [DeepSpeedStrategy, type('Own', (DeepSpeedStrategy,), {})])

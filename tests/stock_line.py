@@ -1,0 +1,35 @@
+"""Train a stock model on the digits, under DDP and sharded: ``stock_line.py LEAF DATA``.
+
+Started on each of two ranks, in whose folder it writes ``ddp`` and ``sharded``.
+"""
+
+import sys
+from pathlib import Path
+
+import forks
+import torch
+from mmengine.registry import RUNNERS
+from shard_line import DDP
+from test_digits_configs import short_run
+
+SHARDED = dict(type='mmema.FullyShardStrategy', shard=['backbone.stage?', 'neck', 'bbox_head'])
+
+
+def main(leaf, data):
+    torch.set_num_threads(1)
+    forks.join_ranks()
+    for name, strategy in (('ddp', DDP), ('sharded', SHARDED)):
+        config = short_run(leaf, data, Path.cwd() / name)
+        config.model.use_syncbn = False  # torch's SyncBatchNorm needs GPUs
+        config.optim_wrapper.pop('clip_grad', None)  # its norm is summed in another order
+        config.train_dataloader.update(batch_size=2, num_workers=0, persistent_workers=False)
+        for hook in config.custom_hooks:
+            if hook.type == 'EMAHook':
+                hook.type = 'mmema.EMAHook'
+        config.update(runner_type='FlexibleRunner', strategy=strategy, launcher='pytorch')
+        RUNNERS.build(config).train()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])
