@@ -52,7 +52,7 @@ extensive: $(READY)  ## run every test there is, random ones with a new seed (ag
 	export MMEMA_SEED=$(SEED) && $(PYTEST) -m '' --hypothesis-seed=$$MMEMA_SEED $(ARGS)
 
 clean:  ## remove .venv, data and caches; keep work_dirs and the compiled mmcv
-	rm -rf $(VENV) data build *.egg-info .pytest_cache .ruff_cache .hypothesis .dist_test
+	rm -rf $(VENV) data build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .dist_test
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): tools/bootstrap.py requirements/stack.txt pyproject.toml mmema/update/native.cpp mmema/update/native.py
