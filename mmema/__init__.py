@@ -12,7 +12,7 @@ except ModuleNotFoundError as error:
         'fork: pip install onedl-mmengine',
         name='mmengine',
     ) from None
-if mmengine.version_info < (0, 8):
+if mmengine.utils.digit_version(mmengine.__version__) < mmengine.utils.digit_version('0.8'):
     raise ImportError(f'mmema needs MMEngine 0.8 or later, found {mmengine.__version__}')
 
 from .averaged import ExpMomentumEMA

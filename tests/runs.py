@@ -223,13 +223,13 @@ def make_runner(
     settings = {
         'optim_wrapper': dict(optimizer=dict(type='SGD', lr=0.05, momentum=0.9)),
         'param_scheduler': dict(type='ExponentialLR', gamma=0.95, by_epoch=by_epoch),
+        'train_dataloader': loader(),
         **settings,
     }
     return plain_runner(
         work_dir,
         [dict(ema), *hooks, dict(type='Clock')],
         model=model or LineModel(),
-        train_dataloader=loader(),
         train_cfg=train_cfg,
         val_dataloader=loader(shuffle=False),
         val_cfg=val_cfg or dict(),

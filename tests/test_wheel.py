@@ -100,7 +100,7 @@ def test_every_command_has_a_tool_that_says_how_it_is_called(name, monkeypatch, 
             'mmengine, or its maintained fork: pip install onedl-mmengine',
         ),
         (
-            'import mmengine; mmengine.version_info, mmengine.__version__ = (0, 7, 4), "0.7.4"',
+            'import mmengine; mmengine.__version__ = "0.7.4"',
             'ImportError: mmema needs MMEngine 0.8 or later, found 0.7.4',
         ),
     ],

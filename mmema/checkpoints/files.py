@@ -15,8 +15,7 @@ from typing import Callable
 import torch
 
 from .formats import CheckpointError, Weights, read_weights
-
-HAS_ALLOW_LIST = hasattr(torch.serialization, 'safe_globals')  # since torch 2.5
+from .torch_load import HAS_ALLOW_LIST
 
 
 def load(path: str | Path, trust: bool = False) -> Weights:
@@ -63,7 +62,7 @@ def _content(path: Path, trust: bool):
         text = ' '.join(str(error).split())
         unknown = re.search(r'GLOBAL ([\w.]+)', text)
         if unknown and not trust:
-            old = '' if HAS_ALLOW_LIST else ' (before torch 2.5 all files of MMEngine need this)'
+            old = '' if HAS_ALLOW_LIST else ' (before torch 2.6 all files of MMEngine need this)'
             raise CheckpointError(
                 f'it holds {unknown.group(1)}, and reading more than tensors and numbers can run '
                 f'code that is in the file. If you trust it: trust=True{old}'

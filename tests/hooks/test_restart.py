@@ -798,6 +798,18 @@ def test_a_resumed_run_by_iterations_ends_with_the_same_bits(tmp_path, unbroken,
     assert_resume_changes_nothing(whole, tmp_path, hook, settings, Crash(*place))
 
 
+@pytest.mark.parametrize('place', [PLACES[0], PLACES[5]], ids=str)
+def test_the_same_from_an_infinite_sampler(tmp_path, unbroken, place):
+    # MMEngine reads the data that are over once more; onedl-mmengine has the sampler skip them.
+    hook, settings = ITERS['iter hard']
+    sampler = dict(type='InfiniteSampler', shuffle=True)
+    data = {**runs.loader(batch_size=5), 'sampler': sampler}  # 24 pictures: batches cross epochs
+    settings = dict(settings, iters=24, val_interval=4, checkpoint=dict(interval=3))
+    settings['train_dataloader'] = data
+    whole = unbroken('infinite', hook, settings)
+    assert_resume_changes_nothing(whole, tmp_path, hook, settings, Crash(*place))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('case', ['soft', 'ema', 'best', 'stage 2'])
 def test_the_same_with_our_own_hook(tmp_path, unbroken, case):
