@@ -15,7 +15,7 @@ PYTEST := $(RUN) -m pytest -n $(JOBS) --dist loadfile
 SEED ?= $(shell date +%s)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train evidence gpu test quick extensive clean
+.PHONY: help setup train evidence gpu test quick extensive stacks site clean
 
 help:  ## print this list
 	@echo 'usage: make TARGET'
@@ -51,10 +51,16 @@ quick: $(READY)  ## run the fast tests, for after each edit
 extensive: $(READY)  ## run every test there is, random ones with a new seed (again: SEED=12)
 	export MMEMA_SEED=$(SEED) && $(PYTEST) -m '' --hypothesis-seed=$$MMEMA_SEED $(ARGS)
 
+stacks: $(READY)  ## install and test every stack of docs/stacks.md: an hour (one: ARGS='-s alone table')
+	JOBS=$(JOBS) $(RUN) -m nox $(ARGS)
+
+site: $(READY)  ## build the site of docs/ into site/, with its links checked
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)
+
 clean:  ## remove .venv, data and caches; keep work_dirs and the compiled mmcv
-	rm -rf $(VENV) data build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .dist_test
+	rm -rf $(VENV) .nox data build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .dist_test
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): tools/bootstrap.py requirements/stack.txt pyproject.toml mmema/update/native.cpp mmema/update/native.py
+$(READY): tools/bootstrap.py requirements/stack.txt requirements/docs.txt pyproject.toml mmema/update/native.cpp mmema/update/native.py
 	$(PYTHON) tools/bootstrap.py $(VENV)
 	@touch $@

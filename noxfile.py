@@ -28,7 +28,7 @@ LIBRARIES = [
     'mmsegmentation',
 ]
 STACK = ROOT / 'requirements' / 'stack.txt'
-TESTS = ['hypothesis', 'pytest', 'pytest-xdist', 'safetensors']
+TESTS = ['build', 'hypothesis', 'pytest', 'pytest-xdist', 'safetensors', 'tensorboard']
 # Of MMEngine, which asks for opencv-python besides; that one needs libGL.
 OF_MMENGINE = [
     'addict',

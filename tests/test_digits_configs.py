@@ -13,6 +13,7 @@ from mmengine.runner import Runner
 
 import mmema
 
+pytest.importorskip('mmyolo')
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'tools'))
 

@@ -118,7 +118,7 @@ def load_config(page, content, folder):
     # Copied: behind a link the digits of the checkout would be found, if it has them.
     shutil.copytree(ROOT / 'configs', folder / 'configs')
     file = folder / Path(page).with_suffix('.py')
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(content)
     return Config.fromfile(file)
 

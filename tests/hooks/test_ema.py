@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from marks import since_torch_2_1
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
@@ -736,6 +737,7 @@ def test_infinities_that_belong_to_the_model_are_not_reported(tmp_path, warnings
 # --- what happens to models in a run --------------------------------------------------------------
 
 
+@since_torch_2_1('does not compile on Python 3.11')
 def test_a_model_that_is_compiled_during_the_run(tmp_path):
     class Compile(Hook):
         def before_train_epoch(self, runner):

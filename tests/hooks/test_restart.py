@@ -427,6 +427,7 @@ class ScaledWrapper(OptimWrapper):
         )
 
 
+@pytest.mark.skipif(not hasattr(torch.amp, 'GradScaler'), reason='GradScaler of the CPU: torch 2.3')
 def test_source_best_puts_the_scaler_of_amp_back(tmp_path):
     script = {1: 0.1, 2: 0.5, 3: 0.3, 4: 0.2, 5: 0.1, 6: 0.1}
     wrapper = dict(type='ScaledWrapper', optimizer=dict(type='SGD', lr=0.05, momentum=0.9))
