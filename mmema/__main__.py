@@ -19,6 +19,7 @@ COMMANDS = {
     'export': ('ema_checkpoint.py export', 'write one set of weights to a file for inference'),
     'best': ('ema_checkpoint.py best', 'write the best weights of a whole run to a file'),
     'convert': ('ema_checkpoint.py convert', 'make a checkpoint to resume of another code'),
+    'digits': ('make_digits.py', 'make the pictures of configs/digits: digits data/digits'),
     'ablate': ('ablate.py', 'train over several seeds and compare the averages'),
 }
 

@@ -14,6 +14,7 @@ from tool_runs import refusal as refusal_of
 
 from mmema.messages import RunError
 
+pytest.importorskip('mmyolo')
 sys.path.insert(0, str(ROOT / 'tools'))
 import _cli as cli
 

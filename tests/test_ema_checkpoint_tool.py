@@ -345,6 +345,7 @@ def test_the_metric_is_that_of_save_best(tool, folder, tmp_path):
 
 
 def test_settings_are_read_from_the_text_of_a_config():
+    pytest.importorskip('mmyolo')
     import _best
 
     text = Config.fromfile(CONFIG).pretty_text

@@ -9,6 +9,7 @@ import zipfile
 import pytest
 import runs
 import wheels
+from mmengine.config import Config
 from tool_runs import ROOT
 
 import mmema
@@ -73,6 +74,12 @@ def test_its_commands_are_those_of_the_checkout_and_run_without_it(installed, tm
     out = run('-m', 'mmema', 'export', file, '-o', 'raw.pth', '--weights', 'raw', '--exact-name')
     assert out == f'raw weights of {file}: raw.pth\n'
     assert (tmp_path / 'raw.pth').is_file()
+
+
+def test_its_digits_are_in_the_folder_of_the_run(installed, tmp_path):
+    config = Config.fromfile(installed / 'mmema/.mim/configs/digits/yolov5_n_digits.py')
+    assert config.train_dataloader.dataset.data_root == 'data/digits/'
+    assert config.val_evaluator.ann_file == 'data/digits/annotations/val.json'
 
 
 def test_a_command_that_is_none_names_those_there_are(monkeypatch):
