@@ -40,9 +40,10 @@ evidence: $(READY)  ## run the experiment of docs/evidence.md: 30 trainings, hou
 gpu:  ## test and measure on a GPU, without set-up: PYTHON is one that has torch and MMEngine
 	$(PYTHON) tools/gpu_report.py --device $(DEVICE) $(ARGS)
 
-test: $(READY)  ## check the style and run the tests: 8 minutes on 2 cores (more cores: JOBS=4)
+test: $(READY)  ## check style and types and run the tests: 8 minutes on 2 cores (more cores: JOBS=4)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 	$(PYTEST) $(ARGS)
 
 quick: $(READY)  ## run the fast tests, for after each edit
@@ -58,7 +59,7 @@ site: $(READY)  ## build the site of docs/ into site/, with its links checked
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)
 
 clean:  ## remove .venv, data and caches; keep work_dirs and the compiled mmcv
-	rm -rf $(VENV) .nox data build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .dist_test
+	rm -rf $(VENV) .nox data build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .dist_test
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): tools/bootstrap.py requirements/stack.txt requirements/docs.txt pyproject.toml mmema/update/native.cpp mmema/update/native.py

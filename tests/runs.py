@@ -249,6 +249,8 @@ def state_of(runner):
         tensors = average.state_dict().items()
         state.update({f'{name or "ema"}.{key}': tensor.clone() for key, tensor in tensors})
     for index, slots in runner.optim_wrapper.optimizer.state_dict()['state'].items():
+        # SGD of torch 2.0 has None for the momentum of a parameter without a gradient.
+        slots = {name: slot for name, slot in slots.items() if slot is not None}
         state.update({f'optimizer.{index}.{name}': t.clone() for name, t in slots.items()})
     return state
 

@@ -9,10 +9,13 @@ import shutil
 
 import pytest
 import torch
+from marks import SINCE_TORCH_2_6
 from mmengine.config import Config
 from runs import EMA, LineModel, ema_of, make_runner
 from tool_runs import CONFIG, ROOT, call_here, call_tool
 from toys import Toy
+
+pytestmark = SINCE_TORCH_2_6
 
 DOCS = ROOT / 'docs' / 'checkpoints.md'
 TOOL = 'ema_checkpoint.py'

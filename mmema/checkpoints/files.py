@@ -60,7 +60,7 @@ def _content(path: Path, trust: bool):
         ) from error
     except Exception as error:  # torch raises five kinds for a damaged file, depending on where
         text = ' '.join(str(error).split())
-        unknown = re.search(r'GLOBAL ([\w.]+)', text)
+        unknown = re.search(r'(?:GLOBAL|Unsupported class) ([\w.]+)', text)
         if unknown and not trust:
             old = '' if HAS_ALLOW_LIST else ' (before torch 2.6 all files of MMEngine need this)'
             raise CheckpointError(

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from marks import since_torch_2_1
+from marks import HALF_ON_CPU, since_torch_2_1
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
@@ -648,7 +648,7 @@ class Record(Hook):
         self.seen.append({n: t.detach().clone() for n, t in tensors_of(runner.model).items()})
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, pytest.param(torch.float16, marks=HALF_ON_CPU)])
 def test_14_sixteen_bits_follow_the_reference_through_validations_and_resume(tmp_path, dtype):
     # mmengine 0.10.7: a validation rounds the average to the dtype of the model.
     def make(folder, **settings):

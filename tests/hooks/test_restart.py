@@ -5,6 +5,7 @@ import math
 import pytest
 import runs
 import torch
+from marks import SINCE_MMENGINE_0_10_3
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS
@@ -789,6 +790,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, unbroken, case, place):
     assert_resume_changes_nothing(whole, tmp_path, hook, settings, Crash(*place))
 
 
+@SINCE_MMENGINE_0_10_3
 @pytest.mark.slow
 @pytest.mark.parametrize('place', PLACES, ids=str)
 @pytest.mark.parametrize('case', ITERS)
@@ -799,6 +801,7 @@ def test_a_resumed_run_by_iterations_ends_with_the_same_bits(tmp_path, unbroken,
     assert_resume_changes_nothing(whole, tmp_path, hook, settings, Crash(*place))
 
 
+@SINCE_MMENGINE_0_10_3
 @pytest.mark.parametrize('place', [PLACES[0], PLACES[5]], ids=str)
 def test_the_same_from_an_infinite_sampler(tmp_path, unbroken, place):
     # MMEngine reads the data that are over once more; onedl-mmengine has the sampler skip them.
