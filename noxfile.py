@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / 'tools'))
 import bootstrap  # noqa: E402
 
 STACKS = ['pinned', 'old', 'fork', 'alone', 'others', 'newest']
-LIBRARIES = [*('torch', 'mmengine', 'onedl-mmengine', 'mmcv', 'mmdet', 'mmyolo', 'mmsegmentation')]
+LIBRARIES = ['torch', 'mmengine', 'onedl-mmengine', 'mmcv', 'mmdet', 'mmyolo', 'mmsegmentation']
 STACK = ROOT / 'requirements' / 'stack.txt'
 TESTS = ['build', 'hypothesis', 'pytest', 'pytest-xdist', 'safetensors', 'tensorboard']
 # Of MMEngine, which asks for opencv-python besides; that one needs libGL.

@@ -18,7 +18,7 @@ COMMANDS = {
     'inspect': ('ema_checkpoint.py inspect', 'say who made a checkpoint, and what is where in it'),
     'export': ('ema_checkpoint.py export', 'write one set of weights to a file for inference'),
     'best': ('ema_checkpoint.py best', 'write the best weights of a whole run to a file'),
-    'convert': ('ema_checkpoint.py convert', 'make a checkpoint to resume of another code'),
+    'convert': ('ema_checkpoint.py convert', 'take an average over from another code'),
     'digits': ('make_digits.py', 'make the pictures of configs/digits: digits data/digits'),
     'ablate': ('ablate.py', 'train over several seeds and compare the averages'),
 }
@@ -31,7 +31,8 @@ def main() -> None:
         print(usage())
         return
     if name not in COMMANDS:
-        sys.exit(f'mmema: no command {name}; there are {", ".join(COMMANDS)}')
+        print(f'mmema: no command {name}; there are {", ".join(COMMANDS)}', file=sys.stderr)
+        sys.exit(2)
     tool, *own_command = COMMANDS[name][0].split()
     called = 'python -m mmema' if own_command else f'python -m mmema {name}'
     sys.argv = [called, *own_command, *arguments]

@@ -82,10 +82,17 @@ def test_its_digits_are_in_the_folder_of_the_run(installed, tmp_path):
     assert config.val_evaluator.ann_file == 'data/digits/annotations/val.json'
 
 
-def test_a_command_that_is_none_names_those_there_are(monkeypatch):
+def test_a_command_that_is_none_names_those_there_are(monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['mmema', 'inspct', 'x.pth'])
-    with pytest.raises(SystemExit, match='no command inspct; there are train, test, plot, inspect'):
+    with pytest.raises(SystemExit) as end:
         commands.main()
+    assert end.value.code == 2
+    line = 'mmema: no command inspct; there are train, test, plot, inspect, export'
+    assert capsys.readouterr().err.startswith(line)
+
+
+def test_the_citation_is_of_this_version():
+    assert f'\nversion: {mmema.__version__}\n' in (ROOT / 'CITATION.cff').read_text()
 
 
 @pytest.mark.parametrize('name', commands.COMMANDS)
