@@ -15,7 +15,7 @@ PYTEST := $(RUN) -m pytest -n $(JOBS) --dist loadfile
 SEED ?= $(shell date +%s)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train evidence gpu test quick extensive clean
+.PHONY: help setup train evidence gpu test quick extensive stacks site clean
 
 help:  ## print this list
 	@echo 'usage: make TARGET'
@@ -40,9 +40,10 @@ evidence: $(READY)  ## run the experiment of docs/evidence.md: 30 trainings, hou
 gpu:  ## test and measure on a GPU, without set-up: PYTHON is one that has torch and MMEngine
 	$(PYTHON) tools/gpu_report.py --device $(DEVICE) $(ARGS)
 
-test: $(READY)  ## check the style and run the tests: 8 minutes on 2 cores (more cores: JOBS=4)
+test: $(READY)  ## check style and types and run the tests: 8 minutes on 2 cores (more cores: JOBS=4)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 	$(PYTEST) $(ARGS)
 
 quick: $(READY)  ## run the fast tests, for after each edit
@@ -51,10 +52,16 @@ quick: $(READY)  ## run the fast tests, for after each edit
 extensive: $(READY)  ## run every test there is, random ones with a new seed (again: SEED=12)
 	export MMEMA_SEED=$(SEED) && $(PYTEST) -m '' --hypothesis-seed=$$MMEMA_SEED $(ARGS)
 
+stacks: $(READY)  ## install and test every stack of docs/stacks.md: an hour (one: ARGS='-s alone table')
+	JOBS=$(JOBS) $(RUN) -m nox $(ARGS)
+
+site: $(READY)  ## build the site of docs/ into site/, with its links checked
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)
+
 clean:  ## remove .venv, data and caches; keep work_dirs and the compiled mmcv
-	rm -rf $(VENV) data build *.egg-info .pytest_cache .ruff_cache .hypothesis .dist_test
+	rm -rf $(VENV) .nox data build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .dist_test
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): tools/bootstrap.py requirements/stack.txt pyproject.toml mmema/update/native.cpp mmema/update/native.py
+$(READY): tools/bootstrap.py requirements/stack.txt requirements/docs.txt pyproject.toml mmema/update/native.cpp mmema/update/native.py
 	$(PYTHON) tools/bootstrap.py $(VENV)
 	@touch $@

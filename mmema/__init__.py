@@ -1,5 +1,20 @@
 """Restartable exponential moving averages of weights for MMEngine, MMYOLO and MMDetection."""
 
+try:
+    import mmengine
+except ModuleNotFoundError as error:
+    if error.name != 'mmengine':
+        raise
+    # No dependency of the package: two packages have this module, and pip would put one of them
+    # over the other.
+    raise ModuleNotFoundError(
+        'mmema needs MMEngine, which is not installed: pip install mmengine, or its maintained '
+        'fork: pip install onedl-mmengine',
+        name='mmengine',
+    ) from None
+if mmengine.utils.digit_version(mmengine.__version__) < mmengine.utils.digit_version('0.8'):
+    raise ImportError(f'mmema needs MMEngine 0.8 or later, found {mmengine.__version__}')
+
 from .averaged import ExpMomentumEMA
 from .checkpoints.torch_load import allow_mmengine_classes
 from .hooks.ema import EMAHook

@@ -17,6 +17,11 @@ def warn(message: str) -> None:
     print_log(message, logger='current', level=logging.WARNING)
 
 
+def inform(message: str) -> None:
+    """Write a line into the log of the current run."""
+    print_log(message, logger='current', level=logging.INFO)
+
+
 def listed(names: Iterable[str]) -> str:
     """Return the first three names, and how many more there are, in one line."""
     names = list(names)

@@ -224,13 +224,13 @@ def make_runner(
     settings = {
         'optim_wrapper': dict(optimizer=dict(type='SGD', lr=0.05, momentum=0.9)),
         'param_scheduler': dict(type='ExponentialLR', gamma=0.95, by_epoch=by_epoch),
+        'train_dataloader': data or loader(),
         **settings,
     }
     return plain_runner(
         work_dir,
         [dict(ema), *hooks, dict(type='Clock')],
         model=model or LineModel(),
-        train_dataloader=data or loader(),
         train_cfg=train_cfg,
         val_dataloader=data or loader(shuffle=False),
         val_cfg=val_cfg or dict(),
@@ -250,6 +250,8 @@ def state_of(runner):
         tensors = average.state_dict().items()
         state.update({f'{name or "ema"}.{key}': tensor.clone() for key, tensor in tensors})
     for index, slots in runner.optim_wrapper.optimizer.state_dict()['state'].items():
+        # SGD of torch 2.0 has None for the momentum of a parameter without a gradient.
+        slots = {name: slot for name, slot in slots.items() if slot is not None}
         state.update({f'optimizer.{index}.{name}': t.clone() for name, t in slots.items()})
     return state
 

@@ -19,6 +19,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from tool_runs import ROOT, call_here, call_tool, refusal, tool
 
+pytest.importorskip('mmyolo')
 sys.path.insert(0, str(ROOT / 'tools'))
 
 import _statistics as statistics

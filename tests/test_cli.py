@@ -4,14 +4,17 @@ import argparse
 import decimal
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
 from tool_runs import CONFIG, ROOT, tool
+from tool_runs import refusal as refusal_of
 
 from mmema.messages import RunError
 
+pytest.importorskip('mmyolo')
 sys.path.insert(0, str(ROOT / 'tools'))
 import _cli as cli
 
@@ -194,3 +197,51 @@ def test_a_refused_run_is_one_line(refusal):
             raise RunError('patience must be at least 1, got 0')
 
     assert 'cannot work as configured: patience must be at least 1, got 0' in refusal(train)
+
+
+# --- packages that a config asks for and that are not installed ---------------------------------
+
+
+def stock(library, name):
+    module = pytest.importorskip(library)
+    return Path(module.__file__).parent / '.mim' / 'configs' / name
+
+
+def test_a_stock_config_that_asks_for_albumentations(tmp_path, monkeypatch):
+    config = stock('mmyolo', 'yolov5/yolov5_s-v61_syncbn_fast_8xb16-300e_coco.py')
+    monkeypatch.setattr('mmdet.datasets.transforms.transforms.albumentations', None)
+    assert refusal_of('train.py', config, '--work-dir', 'w', folder=tmp_path) == (
+        'train.py: albumentations is not installed (pip install albumentations). Or leave Albu out '
+        'of your config, which has it in train_dataloader.dataset.pipeline.4 (MMEMA_TRACEBACK=1 '
+        'shows where)'
+    )
+
+
+def test_a_metric_that_asks_for_a_package_is_told_with_its_librarys_own_words(refusal):
+    config = Config(dict(val_evaluator=[dict(type='LVISMetric', ann_file='x.json')]))
+    text = 'Package lvis is not installed. Please run "pip install git+https://x/lvis-api.git".'
+
+    class LVISMetric:
+        def __init__(self):
+            raise RuntimeError(text)
+
+    def build():
+        with cli.one_line('the config cannot be built', config=config):
+            LVISMetric()
+
+    line = refusal(build)
+    assert f'{text[:-1]}. Or leave LVISMetric out of your config' in line
+    assert 'which has it in val_evaluator.0 (' in line
+
+
+def test_a_module_that_is_not_there(refusal):
+    def run():
+        with cli.run_errors():
+            import no_such_package.part  # noqa: F401
+
+    assert 'no_such_package is not installed (pip install no_such_package)' in refusal(run)
+
+
+def test_other_errors_of_a_run_keep_their_traceback():
+    with pytest.raises(RuntimeError, match='out of memory'), cli.run_errors():
+        raise RuntimeError('CUDA out of memory')

@@ -28,8 +28,10 @@ from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from tool_runs import ROOT, call_here, call_tool
 from torch.distributed.run import get_args_parser as torchs_parser
+from wheels import PIP_INSTALL, copy_sources
 
 import mmema
+from mmema.__main__ import COMMANDS
 
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
@@ -79,6 +81,8 @@ def blocks():
 def test_block(page, language, content, tmp_path, monkeypatch, request):
     known = {'python': python_block, 'bash': bash_block, 'text': text_block}
     assert language in known, f'{page}: no test knows what to do with a block of {language!r}'
+    if language == 'bash':
+        pytest.importorskip('mmyolo')  # tools import it
     monkeypatch.chdir(tmp_path)
     known[language](page, content, tmp_path, request)
 
@@ -92,6 +96,8 @@ def python_block(page, content, folder, request):
         exec(compile(content, page, 'exec'), {'__name__': 'page'})
         return
     assert all(isinstance(node, ast.Assign) for node in tree.body), 'a config assigns, and no more'
+    if re.search('mmyolo|mmdet|PipelineSwitchHook', content):
+        pytest.importorskip('mmyolo')
     config = load_config(page, content, folder)
     hooks = config.get('custom_hooks', [])
     kinds = {hook.type.rsplit('.', 1)[-1] for hook in hooks}
@@ -119,7 +125,7 @@ def load_config(page, content, folder):
     # Copied: behind a link the digits of the checkout would be found, if it has them.
     shutil.copytree(ROOT / 'configs', folder / 'configs')
     file = folder / Path(page).with_suffix('.py')
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(content)
     return Config.fromfile(file)
 
@@ -137,6 +143,10 @@ def bash_block(page, content, folder, request):
             install(folder)
         elif [program, *arguments] == ['python', '-m', 'mmema.build_native']:
             assert 'compiled: ' in call(sys.executable, *arguments, folder=folder)
+        elif program == 'mim':
+            parse_only(mim_arguments(*arguments))
+        elif [program, *arguments[:2]] == ['python', '-m', 'mmema']:
+            parse_command(arguments[2:])
         elif program == 'python' and arguments[0] in LONG:
             parse_only(arguments)
         elif program == 'torchrun':
@@ -171,12 +181,8 @@ def call(*command, folder, **environment):
 
 def install(folder):
     """Install a copy of the sources, since a build writes beside them, and import what came out."""
-    source, target = folder / 'source', folder / 'target'
-    shutil.copytree(ROOT / 'mmema', source / 'mmema')
-    for name in ('pyproject.toml', 'README.md', 'LICENSE'):
-        shutil.copy(ROOT / name, source)
-    pip = [sys.executable, '-m', 'pip', 'install', '--no-deps', '--no-build-isolation']
-    call(*pip, '--target', target, '.', folder=source)
+    source, target = copy_sources(folder / 'source'), folder / 'target'
+    call(sys.executable, *PIP_INSTALL, '--target', target, '.', folder=source)
     code = 'import mmema; print(mmema.__file__)'
     out = call(sys.executable, '-c', code, folder=folder, PYTHONPATH=str(target))
     assert out.splitlines()[-1] == str(target / 'mmema' / '__init__.py')
@@ -197,6 +203,22 @@ def parse_only(arguments):
     for argument in arguments[1:]:
         if argument.startswith('configs/'):
             assert (ROOT / argument).is_file(), argument
+
+
+def mim_arguments(command, package, config, *others):
+    """Return the arguments of the tool that `mim train` or `mim test` calls."""
+    assert package == 'mmema'
+    (file,) = (ROOT / 'configs').rglob(config)  # found by its name in the installed package
+    others = [other for other in others if other != '--checkpoint']
+    return [f'tools/{command}.py', str(file.relative_to(ROOT)), *others]
+
+
+def parse_command(arguments):
+    """Parse what follows `python -m mmema`."""
+    if arguments == ['--help']:
+        return
+    tool, *own = COMMANDS[arguments[0]][0].split()
+    parse_only([f'tools/{tool}', *own, *arguments[1:]])
 
 
 # --- formulas and quoted output ----------------------------------------------------------------

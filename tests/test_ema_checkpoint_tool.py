@@ -9,10 +9,13 @@ import shutil
 
 import pytest
 import torch
+from marks import SINCE_TORCH_2_6
 from mmengine.config import Config
 from runs import EMA, LineModel, ema_of, make_runner
 from tool_runs import CONFIG, ROOT, call_here, call_tool
 from toys import Toy
+
+pytestmark = SINCE_TORCH_2_6
 
 DOCS = ROOT / 'docs' / 'checkpoints.md'
 TOOL = 'ema_checkpoint.py'
@@ -345,6 +348,7 @@ def test_the_metric_is_that_of_save_best(tool, folder, tmp_path):
 
 
 def test_settings_are_read_from_the_text_of_a_config():
+    pytest.importorskip('mmyolo')
     import _best
 
     text = Config.fromfile(CONFIG).pretty_text

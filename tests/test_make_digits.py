@@ -11,6 +11,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+
+pytest.importorskip('sklearn')
 from sklearn.datasets import load_digits, load_sample_images
 
 TOOLS = Path(__file__).resolve().parent.parent / 'tools'

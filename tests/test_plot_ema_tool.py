@@ -9,6 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from mmengine.config import Config
 
+pytest.importorskip('mmyolo')
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / 'tools')]
 

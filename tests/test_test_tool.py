@@ -4,6 +4,8 @@ import pytest
 import torch
 from tool_runs import CONFIG, refusal
 
+pytest.importorskip('mmyolo')
+
 
 @pytest.mark.parametrize(
     ('arguments', 'reason'),

@@ -7,6 +7,8 @@ import pytest
 import torch
 from tool_runs import CONFIG, call_here, call_tool, real_call, refusal, tool
 
+pytest.importorskip('mmyolo')
+
 
 def small_run(data, epochs):
     """Return options that make the digits config a run of seconds on the few pictures of data."""

@@ -5,6 +5,7 @@ import difflib
 import gc
 import inspect
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -57,23 +58,86 @@ def note(message):
     print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr, flush=True)
 
 
-def run_errors():
+def run_errors(config=None):
     """Turn the refusal of a run that cannot work as configured into one line."""
     from mmema.messages import RunError
 
-    return one_line('the run cannot work as configured', RunError)
+    return one_line('the run cannot work as configured', RunError, config=config)
 
 
 @contextmanager
-def one_line(failed, *kinds):
-    """Turn errors of these kinds into one line; MMEMA_TRACEBACK=1 shows where they come from."""
+def one_line(failed, *kinds, config=None):
+    """Turn errors of these kinds into one line; MMEMA_TRACEBACK=1 shows where they come from.
+
+    So is a package that is not installed: the line names it, and the place in ``config``.
+    """
     try:
         yield
-    except kinds as error:
-        if os.environ.get('MMEMA_TRACEBACK'):
+    except Exception as error:
+        missing = missing_package(error)
+        if os.environ.get('MMEMA_TRACEBACK') or not (missing or isinstance(error, kinds)):
             raise
+        if missing:
+            die(f'{package_advice(error, missing, config)} (MMEMA_TRACEBACK=1 shows where)')
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         die(f'{failed}: {str(text) or type(error).__name__} (MMEMA_TRACEBACK=1 shows where)')
+
+
+def missing_package(error):
+    """Return what an error says about a package that is not installed, or None."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition('.')[0]
+        return f'{package} is not installed (pip install {package})'
+    text = ' '.join(str(error).split()).rstrip('.')
+    if not isinstance(error, (ImportError, RuntimeError)):
+        return None
+    if 'pip install' in text:
+        return text  # the library knows where its package comes from
+    told = re.search(r'([\w.\-]+) is not installed', text)
+    return told and f'{told[1]} is not installed (pip install {told[1]})'
+
+
+def package_advice(error, missing, config):
+    """Say which part of a config asks for a package that is not installed, and the ways out."""
+    kind = asking_class(error)
+    places = places_of(kind, config) if kind and config is not None else []
+    if places:
+        missing += f'. Or leave {kind} out of your config, which has it in {", ".join(places)}'
+    elif kind:
+        missing += f'. Or do without {kind}, which asks for it'
+    return missing
+
+
+def asking_class(error):
+    """Return the name of the class in whose method an error was raised, or None."""
+    found, place = None, error.__traceback__
+    while place is not None:
+        code, local = place.tb_frame.f_code, place.tb_frame.f_locals
+        if code.co_argcount and code.co_varnames[0] == 'self':
+            found = type(local['self']).__name__
+        place = place.tb_next
+    return found
+
+
+def places_of(kind, config):
+    """Return where a config has a dict of this type, among what a Runner reads."""
+    found = []
+
+    def walk(value, path):
+        if isinstance(value, dict):
+            name = value.get('type')
+            name = getattr(name, '__name__', name)
+            if str(name).rpartition('.')[2] == kind:
+                found.append(path)
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            if isinstance(inner, (dict, list, tuple)):
+                walk(inner, f'{path}.{key}')
+
+    for key in runner_arguments() & set(config):
+        if isinstance(config[key], (dict, list, tuple)):
+            walk(config[key], key)
+    return sorted(found)
 
 
 def add_common_arguments(parser):
@@ -187,10 +251,8 @@ def merge_options(config, options):
 
 def check_key(config, key):
     """Refuse a first name that nothing would read, and mention a later one that is new."""
-    from mmengine.runner import Runner
-
     first, _, rest = key.partition('.')
-    known = set(inspect.signature(Runner.__init__).parameters) - {'self', 'cfg'}
+    known = runner_arguments()
     if first not in config and first not in known:
         close = difflib.get_close_matches(first, known | set(config), n=1)
         hint = f'; did you mean {close[0]}?' if close else ''
@@ -213,6 +275,13 @@ def check_key(config, key):
             return
 
 
+def runner_arguments():
+    """Return the names in a config that MMEngine's Runner reads."""
+    from mmengine.runner import Runner
+
+    return set(inspect.signature(Runner.__init__).parameters) - {'self', 'cfg'}
+
+
 def build_runner(config):
     from mmdet.utils import setup_cache_size_limit_of_dynamo
     from mmengine.registry import RUNNERS
@@ -221,7 +290,7 @@ def build_runner(config):
 
     setup_cache_size_limit_of_dynamo()
     join_ranks_on_cpu(config)
-    with one_line('the config cannot be built', *CONFIG_ERRORS):
+    with one_line('the config cannot be built', *CONFIG_ERRORS, config=config):
         is_metainfo_lower(config)
         return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
 
@@ -257,7 +326,9 @@ def build_loop(runner, kind):
     file = os.path.join(dataset.get('data_root') or '', dataset.get('ann_file', ''))
     where = f'{kind}_dataloader.dataset ({file}, seen from {Path.cwd()})'
     errors = (*CONFIG_ERRORS, IndexError, OSError)
-    with one_line(f'{kind}_cfg, {kind}_evaluator or {where} cannot be used', *errors):
+    with one_line(
+        f'{kind}_cfg, {kind}_evaluator or {where} cannot be used', *errors, config=runner.cfg
+    ):
         dataset = getattr(runner, f'{kind}_loop').dataloader.dataset
         if len(dataset) == 0:
             raise ValueError('no picture passes its filter')

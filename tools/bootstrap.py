@@ -61,12 +61,11 @@ def main():
     with steps.step(TORCH, 'half a minute with a local wheel, else a download', TORCH) as todo:
         if todo:
             pip_install(python, todo, TORCH, *BUILD_TOOLS)
-    requirements = ROOT / 'requirements' / 'stack.txt'
-    with steps.step(
-        'requirements of the stack', '1 to 2 minutes', requirements.read_text()
-    ) as todo:
+    files = [ROOT / 'requirements' / name for name in ('stack.txt', 'docs.txt')]
+    requirements = ''.join(file.read_text() for file in files)
+    with steps.step('requirements of the stack', '1 to 2 minutes', requirements) as todo:
         if todo:
-            pip_install(python, todo, '-r', requirements)
+            pip_install(python, todo, *(part for file in files for part in ('-r', file)))
     with steps.step(
         f'{MMCV} with compiled ops', '5 minutes on 2 cores, seconds if cached', TORCH, MMCV
     ) as todo:

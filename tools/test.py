@@ -30,7 +30,7 @@ def main():
         from mmdet.evaluation import DumpDetResults
 
         runner.test_loop.evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
-    with cli.run_errors():
+    with cli.run_errors(runner.cfg):
         metrics = runner.test()
     report(runner, metrics, args)
 

@@ -126,7 +126,7 @@ def train(runner):
 
     begin = time.monotonic()
     try:
-        with cli.run_errors():
+        with cli.run_errors(runner.cfg):
             runner.train()
     except KeyboardInterrupt:
         cli.note(

@@ -2,8 +2,11 @@
 # `digits_`: the stock configs beside which this file stands use the plain ones, and MMEngine takes
 # no name twice among the bases of a config.
 
-# Absolute, so that a config works from any folder.
+# Absolute, so that a config works from any folder; for an installed package, which must not be
+# written into, in the folder of the run.
 digits_root = '{{ fileDirname }}/../../data/digits/'
+if '/.mim/' in '{{ fileDirname }}':
+    digits_root = 'data/digits/'
 digits_metainfo = dict(classes=tuple('0123456789'))
 digits_scale = (128, 128)  # width, height of a picture
 

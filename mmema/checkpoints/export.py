@@ -71,7 +71,8 @@ def write_weights(
 
 def compact(state: State) -> State:
     """Return the state with tensors that own their memory, unless several share one whole."""
-    whole = {k: t.untyped_storage().nbytes() == t.nbytes for k, t in state.items()}
+    size = {k: t.numel() * t.element_size() for k, t in state.items()}  # nbytes: since torch 2.1
+    whole = {k: t.untyped_storage().nbytes() == size[k] for k, t in state.items()}
     return with_metadata(state, {k: t if whole[k] else t.clone() for k, t in state.items()})
 
 

@@ -16,8 +16,7 @@ import torch
 
 from . import folders
 from .formats import CheckpointError, Weights, read_weights
-
-HAS_ALLOW_LIST = hasattr(torch.serialization, 'safe_globals')  # since torch 2.5
+from .torch_load import HAS_ALLOW_LIST
 
 
 def load(path: str | Path, trust: bool = False) -> Weights:
@@ -79,9 +78,9 @@ def _content(path: Path, trust: bool):
         ) from error
     except Exception as error:  # torch raises five kinds for a damaged file, depending on where
         text = ' '.join(str(error).split())
-        unknown = re.search(r'GLOBAL ([\w.]+)', text)
+        unknown = re.search(r'(?:GLOBAL|Unsupported class) ([\w.]+)', text)
         if unknown and not trust:
-            old = '' if HAS_ALLOW_LIST else ' (before torch 2.5 all files of MMEngine need this)'
+            old = '' if HAS_ALLOW_LIST else ' (before torch 2.6 all files of MMEngine need this)'
             raise CheckpointError(
                 f'it holds {unknown.group(1)}, and reading more than tensors and numbers can run '
                 f'code that is in the file. If you trust it: trust=True{old}'

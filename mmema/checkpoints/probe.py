@@ -1,7 +1,7 @@
 """Structure of a checkpoint file: whether it is whole, and its top-level keys.
 
 Nothing in a probed file is imported or called. ``torch.load(weights_only=True)`` would not do:
-before torch 2.5 it refuses MMEngine's files, before 2.6 it could run code (CVE-2025-32434).
+before torch 2.6 it refuses MMEngine's files, and could run code (CVE-2025-32434).
 """
 
 from __future__ import annotations

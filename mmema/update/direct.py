@@ -28,6 +28,8 @@ class DirectFollower:
         # The modules of TorchScript have none.
         compiled = native.compiled if all(isinstance(d, dict) for d in dicts) else None
         if compiled is None:
+            if native.compiled is None:
+                native.say_how_to_compile()
             self._check = StalenessCheck(snapshot, *sides(pairs))
         else:
             self._check = compiled.StalenessCheck(dicts, *sides(pairs))

@@ -11,10 +11,14 @@ import os
 import sys
 import sysconfig
 import warnings
+from functools import lru_cache
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import torch
+from mmengine.registry import DefaultScope
+
+from ..messages import inform
 
 NAME = 'mmema_native'
 SOURCE = Path(__file__).with_suffix('.cpp')
@@ -52,3 +56,18 @@ def compiled_part():
 
 
 compiled = compiled_part()
+
+
+def say_how_to_compile() -> None:
+    """Write into the log of a run, once, how to get the compiled part, unless it was turned off."""
+    in_a_run = DefaultScope.get_current_instance() is not None
+    if in_a_run and os.environ.get('MMEMA_NATIVE') != '0':
+        _say_once()
+
+
+@lru_cache(None)
+def _say_once():
+    inform(
+        'mmema updates the average in Python, with the same results and more slowly: '
+        '`python -m mmema.build_native` compiles the update, once for this Python and torch.'
+    )

@@ -4,7 +4,7 @@ import argparse
 import os
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from toys import Toy
 
 KINDS = ('dfine', 'yolov5', 'yolox', 'timm', 'torchvision', 'averaged_model')
@@ -36,7 +36,7 @@ def files_of_others():
     args = argparse.Namespace(model='toy', model_ema_decay=0.9998)
     optimizer = torch.optim.SGD(Toy().parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 2])
-    torchs = AveragedModel(Toy(), multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    torchs = AveragedModel(Toy(), use_buffers=True)
     torchs.module.load_state_dict(average)
     torchs.n_averaged.fill_(123)
     return {

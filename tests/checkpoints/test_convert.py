@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from marks import SINCE_TORCH_2_6
 from mmengine.hooks import Hook
 from mmengine.model import ExponentialMovingAverage, MomentumAnnealingEMA
 from runs import EMA, ema_of, make_runner
@@ -14,6 +15,8 @@ from mmema.checkpoints.export import export
 from mmema.checkpoints.files import load
 from mmema.checkpoints.formats import CheckpointError
 from mmema.checkpoints.report import inspect
+
+pytestmark = SINCE_TORCH_2_6
 
 
 def averages_of_others():

@@ -8,6 +8,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from marks import SINCE_TORCH_2_6
 from mmengine.hooks import EMAHook
 from safetensors.torch import load_file
 from samples import load_state, pair, same
@@ -19,6 +20,8 @@ from mmema.checkpoints.files import load
 from mmema.checkpoints.formats import CheckpointError
 from mmema.checkpoints.report import inspect
 from mmema.run import ema_hook_of
+
+pytestmark = SINCE_TORCH_2_6
 
 
 @pytest.mark.parametrize('weights', ['ema', 'raw'])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import SINCE_TORCH_2_6
 from safetensors.torch import save_file
 from samples import Hostile, files_of_others, pair, same
 from toys import Toy
@@ -103,6 +104,7 @@ def test_torch_does_not_talk_before_our_line(tmp_path, recwarn):
     assert [str(warning.message) for warning in recwarn] == []
 
 
+@SINCE_TORCH_2_6
 def test_the_loader_allows_no_more_than_before_when_it_is_done(tmp_path):
     torch.save(files_of_others()['timm'], tmp_path / 'x.pth')
     load(tmp_path / 'x.pth')

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from marks import SINCE_TORCH_2_6
 from samples import KINDS, WITHOUT_RAW, WITHOUT_STEPS, files_of_others, pair, same
 
 from mmema.checkpoints.files import load
@@ -19,6 +20,7 @@ MAKERS = {
 }
 
 
+@SINCE_TORCH_2_6
 @pytest.mark.parametrize('kind', KINDS)
 def test_files_of_others_are_recognized(tmp_path, kind):
     average, raw = pair()
@@ -110,6 +112,7 @@ def odd_tensors():
         yield torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
 
 
+@SINCE_TORCH_2_6
 @pytest.mark.parametrize('number', range(5))
 def test_tensors_that_are_not_dense_are_named(tmp_path, number):
     tensor = list(odd_tensors())[number]

@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from marks import SINCE_TORCH_2_6
 from samples import Hostile
 
 from mmema.checkpoints.probe import is_whole, structure, top_level_keys
@@ -33,6 +34,7 @@ NUMBERS = (
 )
 
 
+@SINCE_TORCH_2_6
 @BOTH_FORMATS
 def test_whole_files_and_their_keys(run, tmp_path, zipped):
     real = torch.load(run[2], weights_only=True)
@@ -43,6 +45,7 @@ def test_whole_files_and_their_keys(run, tmp_path, zipped):
         assert top_level_keys(file) == (set(saved) if isinstance(saved, dict) else set())
 
 
+@SINCE_TORCH_2_6
 @BOTH_FORMATS
 def test_the_structure_has_numbers_and_text_and_no_tensors(run, tmp_path, zipped):
     content = torch.load(run[2], weights_only=True)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from marks import SINCE_TORCH_2_6
 from runs import make_runner
 from samples import pair, same
 
@@ -13,6 +14,8 @@ from mmema.checkpoints.formats import CheckpointError
 from mmema.checkpoints.report import inspect
 from mmema.hooks.monitor import relative_distance
 from mmema.run import ema_hook_of
+
+pytestmark = SINCE_TORCH_2_6
 
 
 def test_inspect_a_run_with_our_average(run):

@@ -107,7 +107,7 @@ def test_none_left_is_an_error(tmp_path):
 
 
 def test_no_candidate_is_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, 'load', None)  # before 2.5 it refuses MMEngine's files
+    monkeypatch.setattr(torch, 'load', None)  # before 2.6 it refuses MMEngine's files
     expected = save(tmp_path, 'epoch_1', 20, state=Hostile(tmp_path / 'owned'))
     save(tmp_path, 'epoch_2', 10, optimizer=False, state=Hostile(tmp_path / 'owned'))
     note(tmp_path, tmp_path / 'epoch_3.pth')

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from marks import SINCE_TORCH_2_6
 from mmengine.hooks import Hook
 from runs import EMA, Crash, LineModel, assert_same, log_of, make_runner, state_of
 
@@ -126,6 +127,7 @@ def test_crashed_and_resumed_it_ends_with_the_same_bits(tmp_path, seed):
     assert restarts['hard'] == 1 and restarts['soft'] == 3 and restarts['uniform'] == 2
 
 
+@SINCE_TORCH_2_6
 def test_the_checkpoint(tmp_path):
     runner = make_runner(tmp_path, epochs=2, ema=dict(OURS, also=ALSO), val_cfg=ALL)
     runner.train()
@@ -139,6 +141,7 @@ def test_the_checkpoint(tmp_path):
     assert checkpoint['ema_also']['constant']['restart']['done'] == ['epoch 1']
 
 
+@SINCE_TORCH_2_6
 def test_a_plateau_is_one_of_the_own_metrics(tmp_path):
     keep = Keep()
     also = dict(long=dict(momentum=0.01, restart=dict(on_plateau=dict(metric='score'))))
@@ -180,6 +183,7 @@ def test_averages_that_the_checkpoint_lacks_or_has_in_addition(tmp_path):
     assert_same(also_of(whole)['kept'].state_dict(), also_of(runner)['kept'].state_dict())
 
 
+@SINCE_TORCH_2_6
 @pytest.mark.parametrize(
     'change, message',
     [
@@ -391,6 +395,7 @@ def test_the_log_tells_when_the_raw_weights_are_ahead(tmp_path):
     assert len(lines) == 1 and re.search(r'score: (\S+ against \S+(, |\. )){3}', lines[0])
 
 
+@SINCE_TORCH_2_6
 @pytest.mark.parametrize('update_buffers', [False, True])
 def test_recalibrated_statistics(tmp_path, update_buffers):
     also = dict(short=dict(momentum=0.5), long=dict(momentum=0.001))

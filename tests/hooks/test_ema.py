@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from marks import HALF_ON_CPU, since_torch_2_1
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
@@ -647,7 +648,7 @@ class Record(Hook):
         self.seen.append({n: t.detach().clone() for n, t in tensors_of(runner.model).items()})
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, pytest.param(torch.float16, marks=HALF_ON_CPU)])
 def test_14_sixteen_bits_follow_the_reference_through_validations_and_resume(tmp_path, dtype):
     # mmengine 0.10.7: a validation rounds the average to the dtype of the model.
     def make(folder, **settings):
@@ -736,6 +737,7 @@ def test_infinities_that_belong_to_the_model_are_not_reported(tmp_path, warnings
 # --- what happens to models in a run --------------------------------------------------------------
 
 
+@since_torch_2_1('does not compile on Python 3.11')
 def test_a_model_that_is_compiled_during_the_run(tmp_path):
     class Compile(Hook):
         def before_train_epoch(self, runner):

@@ -5,6 +5,7 @@ import math
 import pytest
 import runs
 import torch
+from marks import SINCE_MMENGINE_0_10_3
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS
@@ -427,6 +428,7 @@ class ScaledWrapper(OptimWrapper):
         )
 
 
+@pytest.mark.skipif(not hasattr(torch.amp, 'GradScaler'), reason='GradScaler of the CPU: torch 2.3')
 def test_source_best_puts_the_scaler_of_amp_back(tmp_path):
     script = {1: 0.1, 2: 0.5, 3: 0.3, 4: 0.2, 5: 0.1, 6: 0.1}
     wrapper = dict(type='ScaledWrapper', optimizer=dict(type='SGD', lr=0.05, momentum=0.9))
@@ -788,6 +790,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, unbroken, case, place):
     assert_resume_changes_nothing(whole, tmp_path, hook, settings, Crash(*place))
 
 
+@SINCE_MMENGINE_0_10_3
 @pytest.mark.slow
 @pytest.mark.parametrize('place', PLACES, ids=str)
 @pytest.mark.parametrize('case', ITERS)
@@ -795,6 +798,19 @@ def test_a_resumed_run_by_iterations_ends_with_the_same_bits(tmp_path, unbroken,
     hook, settings = ITERS[case]
     settings = dict(settings, iters=24, val_interval=4, checkpoint=dict(interval=3))
     whole = unbroken(case, hook, settings)
+    assert_resume_changes_nothing(whole, tmp_path, hook, settings, Crash(*place))
+
+
+@SINCE_MMENGINE_0_10_3
+@pytest.mark.parametrize('place', [PLACES[0], PLACES[5]], ids=str)
+def test_the_same_from_an_infinite_sampler(tmp_path, unbroken, place):
+    # MMEngine reads the data that are over once more; onedl-mmengine has the sampler skip them.
+    hook, settings = ITERS['iter hard']
+    sampler = dict(type='InfiniteSampler', shuffle=True)
+    data = {**runs.loader(batch_size=5), 'sampler': sampler}  # 24 pictures: batches cross epochs
+    settings = dict(settings, iters=24, val_interval=4, checkpoint=dict(interval=3))
+    settings['train_dataloader'] = data
+    whole = unbroken('infinite', hook, settings)
     assert_resume_changes_nothing(whole, tmp_path, hook, settings, Crash(*place))
 
 

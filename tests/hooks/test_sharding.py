@@ -11,6 +11,7 @@ import forks
 import pytest
 import runs
 import torch
+from marks import SINCE_MMENGINE_0_10_3, since_torch_2_1
 from mmengine._strategy import DDPStrategy, DeepSpeedStrategy
 from mmengine.runner import FlexibleRunner, Runner
 from runs import EMA, Crash, assert_same, ema_of, loader, make_runner, state_of
@@ -83,6 +84,7 @@ def test_ddp_strategy_saves_what_the_plain_runner_saves(two_ranks):
 # --- FlexibleRunner on one device -----------------------------------------------------------------
 
 
+@SINCE_MMENGINE_0_10_3
 @pytest.mark.parametrize('unit', [dict(epochs=4), dict(iters=16, val_interval=4)])
 def test_flexible_runner_trains_and_resumes_as_the_plain_runner(tmp_path, make_flexible, unit):
     # mmengine 0.10.7: to resume is an AttributeError, as it loads before it makes the average.
@@ -146,6 +148,7 @@ def test_flexible_runner_tests_the_averaged_weights(tmp_path, make_flexible):
 # --- refusals -------------------------------------------------------------------------------------
 
 
+@since_torch_2_1('asks for CUDA in a forked process')
 @pytest.mark.parametrize(
     'case, name',
     [

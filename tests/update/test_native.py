@@ -5,6 +5,7 @@ import sys
 import sysconfig
 
 import pytest
+import runs
 import torch
 from torch import nn
 from toys import Toy, seeded
@@ -262,3 +263,30 @@ def test_the_same_memory_seen_otherwise_is_noticed(change, side):
     changed = average if side == 'average' else source
     changed[0].data = change(changed[0].data)
     assert not follower.holds(average, source)
+
+
+@pytest.fixture
+def log_of_a_run(tmp_path, monkeypatch):
+    """Return a function that trains without the compiled part and gives the log."""
+
+    def train(name):
+        monkeypatch.setattr(native, 'compiled', None)
+        runner = runs.make_runner(tmp_path / name, epochs=2, ema=dict(type='mmema.EMAHook'))
+        runner.train()
+        return runs.log_of(runner)
+
+    native._say_once.cache_clear()
+    yield train
+    native._say_once.cache_clear()
+
+
+def test_the_first_run_without_it_says_once_how_to_compile(log_of_a_run, monkeypatch):
+    monkeypatch.delenv('MMEMA_NATIVE', raising=False)
+    line = 'INFO - mmema updates the average in Python, with the same results and more slowly: '
+    assert log_of_a_run('first').count(f'{line}`python -m mmema.build_native` compiles') == 1
+    assert line not in log_of_a_run('second')
+
+
+def test_a_run_in_which_it_is_turned_off_does_not(log_of_a_run, monkeypatch):
+    monkeypatch.setenv('MMEMA_NATIVE', '0')
+    assert 'build_native' not in log_of_a_run('off')
