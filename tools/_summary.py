@@ -28,7 +28,7 @@ def report(runner, seconds):
         text = best_and_last(runner, raw, greater, resumed=chosen == raw_name)
         rows.append((f'{name} of the raw weights', text))
     best = runner.message_hub.runtime_info.get('best_ckpt')
-    if best and os.path.isfile(best):
+    if best and os.path.exists(best):  # a folder, of a sharded run
         rows.append(('best checkpoint', shorten(best)))
     mark = os.path.join(runner.work_dir, 'last_checkpoint')
     if os.path.isfile(mark):
