@@ -9,6 +9,7 @@ def test_importing_mmema_brings_in_no_converter():
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) == {
         'mmema.checkpoints',
+        'mmema.checkpoints.folders',
         'mmema.checkpoints.probe',
         'mmema.checkpoints.resume',
         'mmema.checkpoints.torch_load',
