@@ -300,11 +300,12 @@ def join_ranks_on_cpu(config):
     import torch
     from mmengine.device import get_device
 
-    if config.launcher == 'none' or get_device() != 'cpu':
+    launcher = config.get('launcher', 'none')
+    if launcher == 'none' or get_device() != 'cpu':
         return
     if not in_process_group():
-        if config.launcher != 'pytorch':
-            die(f'--launcher {config.launcher} needs GPUs; on CPUs start the ranks by torchrun')
+        if launcher != 'pytorch':
+            die(f'--launcher {launcher} needs GPUs; on CPUs start the ranks by torchrun')
         torch.distributed.init_process_group('gloo')
     if 'runner_type' not in config and config.get('model_wrapper_cfg') is None:
         config.model_wrapper_cfg = dict(
