@@ -9,18 +9,15 @@ import argparse
 import ast
 import doctest
 import importlib
-import os
 import pkgutil
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from math import exp
 from pathlib import Path
 from unittest.mock import patch
 
-import forks
 import pytest
 import runs
 import torch
@@ -28,7 +25,7 @@ from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from tool_runs import ROOT, call_here, call_tool
 from torch.distributed.run import get_args_parser as torchs_parser
-from wheels import PIP_INSTALL, copy_sources
+from wheels import PIP_INSTALL, call, copy_sources
 
 import mmema
 from mmema.__main__ import COMMANDS
@@ -162,21 +159,6 @@ def bash_block(page, content, folder, request):
             assert drawn.read_bytes().startswith(b'\x89PNG')
         else:
             pytest.fail(f'{page}: no test knows how to run {program} {" ".join(arguments)}')
-
-
-def call(*command, folder, **environment):
-    """Run a command that succeeds; return what it printed."""
-    done = subprocess.run(
-        list(map(str, command)),
-        cwd=folder,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=forks.LIMIT,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    return done.stdout
 
 
 def install(folder):

@@ -22,10 +22,10 @@ def copy_sources(folder):
     return folder
 
 
-def python(*arguments, folder, **environment):
-    """Run Python in a new process; return what it printed."""
+def call(*command, folder, **environment):
+    """Run a command that succeeds; return what it printed."""
     done = subprocess.run(
-        [sys.executable, '-W', 'ignore', *map(str, arguments)],
+        list(map(str, command)),
         cwd=folder,
         env={**os.environ, 'OMP_NUM_THREADS': '1', **environment},
         stdout=subprocess.PIPE,
@@ -35,3 +35,8 @@ def python(*arguments, folder, **environment):
     )
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
+
+
+def python(*arguments, folder, **environment):
+    """Run Python in a new process; return what it printed."""
+    return call(sys.executable, '-W', 'ignore', *arguments, folder=folder, **environment)

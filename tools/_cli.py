@@ -43,6 +43,18 @@ def run(main):
         sys.modules['torch'].distributed.destroy_process_group()
 
 
+def run_on_checkpoints(command, args, as_options):
+    """Run a command on checkpoints; an error of the library is one line, in the tool's options."""
+    try:
+        from mmema.checkpoints.formats import CheckpointError
+    except ImportError as error:
+        die(f'{error}: install mmema (pip install -e . in its checkout)')
+    try:
+        command(args)
+    except CheckpointError as error:
+        die(as_options(str(error)))
+
+
 def in_process_group():
     torch = sys.modules.get('torch')
     return bool(torch and torch.distributed.is_available() and torch.distributed.is_initialized())

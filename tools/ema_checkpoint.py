@@ -15,15 +15,8 @@ import _cli as cli
 
 def main():
     args = parse_args()
-    try:
-        from mmema.checkpoints.formats import CheckpointError
-    except ImportError as error:
-        cli.die(f'{error}: install mmema (pip install -e . in its checkout)')
-    try:
-        command = {'inspect': inspect, 'export': export, 'best': best, 'convert': convert}
-        command[args.command](args)
-    except CheckpointError as error:
-        cli.die(as_options(str(error)))
+    commands = {'inspect': inspect, 'export': export, 'best': best, 'convert': convert}
+    cli.run_on_checkpoints(commands[args.command], args, as_options)
 
 
 def parse_args():

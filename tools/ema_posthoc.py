@@ -16,14 +16,7 @@ import _cli as cli
 
 def main():
     args = parse_args()
-    try:
-        from mmema.checkpoints.formats import CheckpointError
-    except ImportError as error:
-        cli.die(f'{error}: install mmema (pip install -e . in its checkout)')
-    try:
-        args.run(args)
-    except CheckpointError as error:
-        cli.die(as_options(str(error)))
+    cli.run_on_checkpoints(args.run, args, as_options)
 
 
 def parse_args():
