@@ -256,3 +256,12 @@ class RestartableUniformAverage(Restartable):
     """
 
     schedule_type = schedules.UniformSchedule
+
+
+# Averages of MMEngine, MMDetection and MMYOLO by name, and ours with the same schedule.
+TWINS = {
+    'ExpMomentumEMA': RestartableExpMomentumEMA,
+    'ExponentialMovingAverage': RestartableConstantEMA,
+    'MomentumAnnealingEMA': RestartableAnnealingEMA,
+    'StochasticWeightAverage': RestartableUniformAverage,
+}

@@ -288,8 +288,13 @@ def test_draws_a_picture(monkeypatch, tmp_path, leaf):
         ),
         (
             ['--iters-per-epoch', '3'],
-            "dict(type='EMAHook', ema_type='StochasticWeightAverage')",
-            "ema_type 'StochasticWeightAverage' is not known here",
+            "dict(type='EMAHook', ema_type='BaseAveragedModel')",
+            "ema_type 'BaseAveragedModel' is not known here",
+        ),
+        (
+            ['--iters-per-epoch', '3'],
+            "dict(type='EMAHook'), dict(type='mmema.EMARestartHook', every=1)",
+            'ExponentialMovingAverage cannot be restarted, which EMARestartHook wants',
         ),
         (['--iters-per-epoch', '3', '--work-dir', 'nowhere'], None, 'no folder nowhere'),
         (['--iters-per-epoch', '3', '--work-dir', '.'], None, 'wrote no EMA scalars: add dict('),

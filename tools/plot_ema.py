@@ -21,12 +21,6 @@ from types import SimpleNamespace
 import _cli as cli
 from _scalars import read_points
 
-# MMEngine's and the others' classes, and ours with the same schedule.
-TWINS = {
-    'ExpMomentumEMA': 'ExpMomentumEMA',
-    'ExponentialMovingAverage': 'RestartableConstantEMA',
-    'MomentumAnnealingEMA': 'RestartableAnnealingEMA',
-}
 COLORS = ('orange', 'green', 'purple', 'brown', 'pink', 'olive', 'cyan', 'gray')
 MOST_BLOCKS = 100  # a run by iterations is cut into at most so many
 
@@ -115,7 +109,7 @@ class Run(SimpleNamespace):
     def __init__(self, config, iters_per_epoch, processes=1):
         from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
-        from mmema.hooks.average_config import AverageConfig
+        from mmema.averages.config import AverageConfig
         from mmema.restarts.facts import facts_of
         from mmema.run import ema_hook_of
 
@@ -233,7 +227,7 @@ def planned(run, name, config):
     if name == 'ema':
         rules = [hook.rule for hook in run.hooks if isinstance(hook, EMARestartHook)]
     try:
-        ema = averaged_model(run, name, config)
+        ema = averaged_model(run, name, config, rules)
         check_rules(rules, ema)
         restarts = plan(rules, facts)
     except RunError as error:
@@ -241,22 +235,24 @@ def planned(run, name, config):
     return restarts, momenta(ema, facts.updates, restarts, facts.update_of(facts.begin))
 
 
-def averaged_model(run, name, config):
+def averaged_model(run, name, config, rules):
     """Return an average with the momentum that the run would give it."""
     from mmengine.registry import MODELS
     from torch import nn
 
-    import mmema
     from mmema.averaged import MomentumAveragedModel
-    from mmema.hooks.average_config import class_of
-    from mmema.hooks.units import auto_scale_base, settle
+    from mmema.averages.config import class_of
+    from mmema.averages.units import auto_scale_base, settle
+    from mmema.restartable import TWINS
 
     kind = class_of(config.ema_type)
     if kind is None or not issubclass(kind, MomentumAveragedModel):
-        twin = TWINS.get(str(config.ema_type).rsplit('.', 1)[-1])
-        if twin is None:
+        stock = str(config.ema_type).rsplit('.', 1)[-1]
+        if stock not in TWINS:
             cli.die(f'ema_type {config.ema_type!r} is not known here; mmema has its own classes')
-        kind = getattr(mmema, twin)
+        if rules:
+            cli.die(f'{stock} cannot be restarted, which EMARestartHook wants')
+        kind = TWINS[stock]
     arguments = dict(config.arguments, type=kind, device=None)
     ema = MODELS.build(arguments, default_args=dict(model=nn.Linear(1, 1)))
     if hasattr(run.ema_hook, 'base_batch_size'):  # not MMEngine's hook

@@ -1,1 +1,1 @@
-"""The registered hooks, and the parts of EMAHook."""
+"""The registered hooks."""

@@ -11,6 +11,9 @@ from mmengine.runner.base_loop import BaseLoop
 from torch import nn
 
 from ..arguments import check_bool, check_integer
+from ..averages.config import AverageConfig, also_configs
+from ..averages.run_average import RunAverage
+from ..averages.units import auto_scale_base, settle
 from ..checkpoints.resume import check_ema_state, choose_checkpoint
 from ..messages import RunError, listed, warn
 from ..registry import HOOKS
@@ -23,10 +26,7 @@ from ..update.pairs import canonical_name, unwrapped
 from ..update.refusals import refuse_pieces
 from ..update.sharded import is_sharded
 from ..update.staging import staged_once
-from .average_config import AverageConfig, also_configs
 from .optimizer_steps import OptimizerSteps
-from .run_average import RunAverage
-from .units import auto_scale_base, settle
 
 
 @HOOKS.register_module()

@@ -20,14 +20,7 @@ from .facts import MAIN, AverageFacts, FileFacts, is_ours
 CLASSES = [cls for cls in vars(restartable).values() if isinstance(cls, type)]
 CLASSES = [cls for cls in CLASSES if issubclass(cls, Restartable) and cls is not Restartable]
 BY_SCHEDULE = {cls.schedule_type.name: cls for cls in CLASSES}
-# By the names of averages: ours, and those of MMEngine, MMDetection and MMYOLO.
-BY_NAME = {
-    **{cls.__name__: cls for cls in CLASSES},
-    'ExpMomentumEMA': restartable.RestartableExpMomentumEMA,
-    'ExponentialMovingAverage': restartable.RestartableConstantEMA,
-    'MomentumAnnealingEMA': restartable.RestartableAnnealingEMA,
-    'StochasticWeightAverage': restartable.RestartableUniformAverage,
-}
+BY_NAME = {**{cls.__name__: cls for cls in CLASSES}, **restartable.TWINS}
 
 
 @dataclass(frozen=True)

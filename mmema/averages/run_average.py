@@ -20,7 +20,7 @@ from ..strategy import to_save
 from ..swap import copy_weights
 from ..update.finite import names_of_non_finite
 from ..update.sharded import Parts
-from .average_config import AverageConfig
+from .config import AverageConfig
 
 
 class RunAverage:

@@ -11,7 +11,7 @@ from mmengine.hooks import Hook
 from runs import EMA, Crash, LineModel, assert_same, log_of, make_runner, state_of
 
 import mmema
-from mmema.hooks import average_config, units
+from mmema.averages import config
 from mmema.messages import RunError
 from mmema.run import averages_of, ema_hook_of
 from mmema.update import follower
@@ -46,8 +46,8 @@ def alone(name, base=OURS, also=ALSO):
     restart = given.pop('restart', None)
     ours = {**base, **given}
     if 'ema_type' in given:
-        cls, own = average_config.class_of(given['ema_type']), ('type', 'ema_type', 'begin_iter')
-        ours = {k: v for k, v in ours.items() if k in own or average_config.takes(cls, k)}
+        cls, own = config.class_of(given['ema_type']), ('type', 'ema_type', 'begin_iter')
+        ours = {k: v for k, v in ours.items() if k in own or config.takes(cls, k)}
     return ours, [] if restart is None else [dict(type='mmema.EMARestartHook', **restart)]
 
 
@@ -429,122 +429,6 @@ def test_restarts_are_logged_with_the_name(tmp_path):
         '0.5, gamma 5 -> 9' in log_of(runner)
     )
     assert runner.message_hub.get_scalar('train/ema_short_set_gamma').current() == 9
-
-
-# --- units ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    'horizon, settings, momentum',
-    [
-        ('2 epochs', dict(), 1 / 8),  # of 4 iterations
-        ('1.5 epochs', dict(), 1 / 6),
-        ('20 updates', dict(), 1 / 20),
-        (0.25, dict(), 1 / 6),  # of 24 iterations
-        ('2 epochs', dict(accumulative_counts=2), 1 / 4),
-        (0.25, dict(accumulative_counts=2), 1 / 3),
-        ('20 updates', dict(accumulative_counts=2), 1 / 20),
-        ('2 epochs', dict(interval=2), 2 / 8),
-    ],
-)
-def test_a_horizon_becomes_a_momentum(tmp_path, horizon, settings, momentum):
-    settings = dict(settings)
-    interval = settings.pop('interval', 1)
-    ours = {key: value for key, value in OURS.items() if key != 'momentum'}
-    also = dict(other=dict(horizon='10 updates'), fixed=dict(momentum=0.3), same={})
-    also['mean'] = dict(ema_type='mmema.RestartableUniformAverage')
-    runner = make_runner(
-        tmp_path,
-        ema=dict(ours, horizon=horizon, interval=interval, also=also),
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.05), **settings),
-    )
-    runner.train()
-    hook = ema_hook_of(runner)
-    assert hook.ema_model.momentum == pytest.approx(momentum, rel=1e-12)
-    assert hook.also['same'].momentum == pytest.approx(momentum, rel=1e-12)
-    assert hook.also['other'].momentum == pytest.approx(interval / 10, rel=1e-12)
-    assert hook.also['fixed'].momentum == 0.3
-    assert not hook.ema_model.state_dict()['changed.momentum']
-    assert f'horizon={horizon!r}: momentum 0.0002 -> {momentum:g}' in log_of(runner)
-
-
-def test_a_run_with_a_horizon_is_the_one_with_its_momentum(tmp_path):
-    ours = {key: value for key, value in OURS.items() if key != 'momentum'}
-    one = make_runner(tmp_path / 'one', ema=dict(ours, horizon='2 epochs'))
-    two = make_runner(tmp_path / 'two', ema=dict(ours, momentum=1 / 8))
-    for runner in (one, two):
-        runner.train()
-    assert_same(state_of(one), state_of(two))
-    file = tmp_path / 'one/epoch_3.pth'
-    settings = dict(ema=dict(ours, horizon='2 epochs'), resume=True, load_from=str(file))
-    rest = make_runner(tmp_path / 'rest', **settings)
-    rest.train()
-    assert_same(state_of(one), state_of(rest))
-    assert 'from the config is used' not in log_of(rest)
-
-
-@pytest.mark.parametrize(
-    'horizon, settings, message',
-    [
-        ('2 epochs', dict(iters=8), 'must be in a run by epochs'),
-        ('1 update', dict(), r"longer than interval=1, but horizon='1 update' is 1 updates"),
-        (0.01, dict(), 'longer than interval=1, but horizon=0.01 is 0.24 updates of this run'),
-    ],
-)
-def test_a_horizon_that_the_run_does_not_have(tmp_path, horizon, settings, message):
-    ours = {key: value for key, value in OURS.items() if key != 'momentum'}
-    with pytest.raises(RunError, match=message):
-        make_runner(tmp_path, ema=dict(ours, horizon=horizon), **settings).train()
-
-
-@pytest.mark.parametrize(
-    'base, settings, k',
-    [
-        (12, dict(), 0.5),  # batches of 6
-        (3, dict(), 2),
-        (6, dict(), 1),
-        (6, dict(accumulative_counts=2), 2),
-        (None, dict(auto_scale_lr=dict(enable=True, base_batch_size=3)), 2),
-        (12, dict(auto_scale_lr=dict(enable=True, base_batch_size=3)), 0.5),
-        (None, dict(auto_scale_lr=dict(enable=False, base_batch_size=3)), None),
-    ],
-)
-def test_the_batch_size_scales_momentum_and_gamma(tmp_path, base, settings, k):
-    settings = dict(settings)
-    counts = settings.pop('accumulative_counts', 1)
-    also = dict(
-        short=dict(momentum=0.3, restart=dict(milestones=[5], gamma=9)),
-        horizon=dict(horizon='20 updates'),
-        mean=dict(ema_type='mmema.RestartableUniformAverage'),
-    )
-    runner = make_runner(
-        tmp_path,
-        ema=dict(OURS, base_batch_size=base, also=also),
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01), accumulative_counts=counts),
-        **settings,
-    )
-    runner.train()
-    hook, log = ema_hook_of(runner), log_of(runner)
-    times = 1 if k is None else k
-    assert hook.ema_model.momentum == pytest.approx(1 - 0.9**times, rel=1e-12)
-    assert hook.ema_model.gamma == pytest.approx(5 / times)
-    assert hook.also['short'].momentum == pytest.approx(1 - 0.7**times, rel=1e-12)
-    assert hook.also['short'].gamma == 9  # the value of a restart is not scaled
-    assert hook.also['horizon'].momentum == 1 / 20
-    if k is None:
-        assert 'EMAHook, the average' not in log
-        return
-    expected = (
-        f'EMAHook, the average: a batch of {6 * counts} with base_batch_size={base or 3}: momentum '
-        f'0.1 -> {1 - 0.9**k:g}, gamma 5 -> {5 / k:g}'
-    )
-    assert expected in log
-
-
-def test_yolox(tmp_path):
-    """YOLOX-s is trained with 64 and with 128 pictures in a batch."""
-    scaled = units.scaled(dict(momentum=1e-4, gamma=2000), 128 / 64)
-    assert scaled == {'momentum': pytest.approx(1.9999e-4, rel=1e-9), 'gamma': 1000}
 
 
 # --- cost -----------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""The averages of a run: their config, momentum in other units, updates, state and reports."""
