@@ -46,3 +46,9 @@ def check_choice(name: str, value, choices: tuple) -> None:
     """Raise ValueError if a value is none of the choices."""
     if value not in choices:
         raise ValueError(f'{name} must be one of {choices}, got {value!r}')
+
+
+def check_strings(name: str, value) -> None:
+    """Raise TypeError if a value is no list or tuple of strings."""
+    if not isinstance(value, (list, tuple)) or not all(isinstance(one, str) for one in value):
+        raise TypeError(f'{name} must be a list of strings, got {value!r}')

@@ -12,7 +12,7 @@ import torch
 from mmengine.model import BaseAveragedModel
 from torch import Tensor, nn
 
-from .arguments import check_bool, check_integer
+from .arguments import check_bool, check_integer, check_strings
 from .messages import listed, warn
 from .registry import MODELS
 from .schedules import ExpSchedule, Schedule
@@ -320,8 +320,7 @@ def _question_decay(schedule: Schedule) -> None:
 
 def checked_patterns(exclude: Sequence[str], model: nn.Module) -> tuple:
     """Return the patterns of ``exclude``; raise an error if one matches no tensor of the model."""
-    if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in exclude):
-        raise TypeError(f'exclude must be a list of strings, got {exclude!r}')
+    check_strings('exclude', exclude)
     names = [canonical_name(name) for name, _, _ in named_tensors(model)]
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in names):

@@ -14,7 +14,7 @@ from .hooks.ema import EMAHook
 from .hooks.recalibrate import EMARecalibrateHook
 from .messages import RunError, warn
 from .registry import LOOPS, register_everywhere
-from .run import averages_of, ema_hook_of, kept_rng, last_of, now_of
+from .run import averages_of, ema_hook_of, kept_rng, last_of, less_is_better, now_of
 from .swap import averaged_weights
 
 AHEAD = 3  # validations in a row after which the log says that the raw weights are ahead
@@ -31,7 +31,9 @@ class EMAValLoop(ValLoop):
     the main average. Training goes on exactly as with MMEngine's loop, random numbers included.
 
     The last validation logs a table of the best and the last score of all weights; a warning tells
-    when the main average has been worse than the raw weights three times in a row.
+    when the main average has been worse than the raw weights three times in a row. They are of the
+    first metric of ``save_best``, or the first one that is measured. Where neither a ``rule`` nor
+    MMEngine knows whether more of it is better, the table has the last score alone.
 
     Where the main average gives no metric at all, as CocoMetric does without a single detection,
     the other metrics go to the log only: hooks still find nothing and skip that validation.
@@ -134,28 +136,31 @@ class EMAValLoop(ValLoop):
         runner, loop = self.runner, self.runner.train_loop
         if not main:
             return
-        metric, less = _chosen_metric(runner, main)
+        metric, less = self._chosen_metric(main)
         now, scores = now_of(runner), runner.message_hub.runtime_info.get('ema_scores', {})
         for name, metrics in {'ema': main, **self.results}.items():
             if metric in metrics:
                 scores.setdefault(name, []).append((now, float(metrics[metric])))
         runner.message_hub.update_info('ema_scores', scores)
-        line = _raw_ahead(scores, metric, less)
+        line = '' if less is None else _raw_ahead(scores, metric, less)
         if line:
             warn(line)
         if now == last_of(loop) or getattr(loop, 'stop_training', False):
             unit = 'iter' if isinstance(loop, IterBasedTrainLoop) else 'epoch'
             runner.logger.info(_table(scores, metric, less, unit))
 
-
-def _chosen_metric(runner: Runner, metrics: dict) -> tuple[str, bool]:
-    """Return the first metric of ``save_best`` that there is, and whether less is better."""
-    for hook in runner.hooks:
-        if isinstance(hook, CheckpointHook) and hook.save_best is not None:
-            for name, rule in zip(hook.key_indicators, hook.rules):
-                if name in metrics:
-                    return name, rule == 'less'
-    return next(iter(metrics)), False
+    def _chosen_metric(self, metrics: dict) -> tuple[str, bool | None]:
+        """Return the first metric of ``save_best`` that there is, and whether less is better."""
+        prefixes = [f'{self.prefix}/', *(f'{name}/' for name in self.weights)]
+        for hook in self.runner.hooks:
+            if isinstance(hook, CheckpointHook) and hook.save_best is not None:
+                for name, rule in zip(hook.key_indicators, hook.rules):
+                    prefix = next((p for p in prefixes if name.startswith(p)), '')
+                    for known in (name, name[len(prefix) :]):
+                        if known in metrics:
+                            return known, rule == 'less'
+        first = next(iter(metrics))
+        return first, less_is_better(first)
 
 
 def _raw_ahead(scores: dict, metric: str, less: bool) -> str:
@@ -175,12 +180,14 @@ def _raw_ahead(scores: dict, metric: str, less: bool) -> str:
     )
 
 
-def _table(scores: dict, metric: str, less: bool, unit: str) -> str:
+def _table(scores: dict, metric: str, less: bool | None, unit: str) -> str:
     """Return the best and the last score of all weights as lines of text."""
     rows = [('weights', 'best', unit, 'last')]
     for name, points in scores.items():
         at, best = (min if less else max)(points, key=lambda point: point[1])
         rows.append((name, f'{best:.4f}', str(at), f'{points[-1][1]:.4f}'))
+    if less is None:  # what would be the best is not known
+        rows = [(row[0], row[-1]) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows]
     return '\n'.join([f'{metric} of all weights', *(line.rstrip() for line in lines)])

@@ -6,12 +6,16 @@ import bisect
 import random
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
+from mmengine.hooks import CheckpointHook
 from mmengine.hooks import EMAHook as StockEMAHook
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 
+from .checkpoints.probe import is_whole
+from .checkpoints.resume import checkpoint_to_resume
 from .messages import RunError
 
 
@@ -34,6 +38,27 @@ def averages_of(ema_hook: StockEMAHook) -> dict:
     return {'': getattr(ema_hook, 'ema_model', None), **getattr(ema_hook, 'also', {})}
 
 
+def choose_checkpoint(runner: Runner) -> None:
+    """Choose the file that a run is resumed from, before MMEngine opens it.
+
+    MMEngine takes the one that ``last_checkpoint`` names, even where it is gone or cut short. A
+    second call finds the choice made and changes nothing.
+
+    Raises:
+        RunError: If the file that the config names is cut short, or the run's folder has no whole
+            checkpoint left.
+    """
+    if not runner._resume or isinstance(runner._resume, str):  # FlexibleRunner has a name there
+        return
+    if runner._load_from is None:
+        runner._load_from = checkpoint_to_resume(runner.work_dir)
+    elif Path(runner._load_from).is_file() and not is_whole(runner._load_from):
+        raise RunError(
+            f'{runner._load_from} is cut short: the run was stopped while writing it. Leave '
+            'load_from out to resume from the newest whole checkpoint.'
+        )
+
+
 def what_loads(runner: Runner) -> tuple[str, bool]:
     """Return the file that is being loaded, and whether it is to resume the run.
 
@@ -54,6 +79,14 @@ def validation_follows(loop, now: int) -> bool:
     """Tell whether MMEngine's ``loop`` validates after its epoch or iteration ``now``, from 1."""
     interval = loop.dynamic_intervals[bisect.bisect(loop.dynamic_milestones, now + 1) - 1]
     return now >= loop.val_begin and (now % interval == 0 or now == last_of(loop))
+
+
+def less_is_better(metric: str, rule: str | None = None) -> bool | None:
+    """Tell whether less of a metric is better; None where neither the rule nor MMEngine knows."""
+    try:
+        return CheckpointHook(save_best=metric, rule=rule).rules == ['less']
+    except ValueError:  # MMEngine knows a few names
+        return None
 
 
 def now_of(runner: Runner) -> int:

@@ -24,7 +24,7 @@ from mmengine.utils import get_git_hash
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .arguments import check_bool, check_integer
+from .arguments import check_bool, check_integer, check_strings
 from .checkpoints import folders
 from .checkpoints.resume import checkpoint_to_resume
 from .messages import RunError, listed
@@ -101,8 +101,7 @@ class FullyShardStrategy(DDPStrategy):
         auto_scale_lr: dict | None = None,
     ):
         for name, value in (('shard', shard), ('forward_methods', forward_methods)):
-            if isinstance(value, str) or not all(isinstance(entry, str) for entry in value):
-                raise TypeError(f'{name} must be a list of strings, got {value!r}')
+            check_strings(name, value)
         check_integer('replicas', replicas)
         check_bool('cpu_offload', cpu_offload)
         check_bool('reshard_after_forward', reshard_after_forward)

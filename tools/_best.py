@@ -1,6 +1,5 @@
 """The best weights of a run by a logged metric: over all averages and all saved checkpoints."""
 
-import ast
 import math
 from contextlib import suppress
 from pathlib import Path
@@ -108,28 +107,19 @@ def saved_in(folder):
 
 def settings_of(config):
     """Return from a config's text the prefix of raw metrics, and save_best names with rules."""
-    prefix, watched = 'raw', {}
-    for call in calls_in(config):
-        if str(call.get('type')).endswith('EMAValLoop'):
-            prefix = call.get('prefix', prefix)
-        names, rules = call.get('save_best'), call.get('rule')
-        if names and not watched:
-            names = [names] if isinstance(names, str) else names
-            rules = rules if isinstance(rules, list) else [rules] * len(names)
-            watched = dict(zip(names, rules))
-    return prefix.strip('/'), watched
+    from mmema.posthoc.config_text import read_config
+
+    config = read_config(config)
+    prefix = (config.get('val_cfg') or {}).get('prefix', 'raw')
+    return prefix.strip('/'), watched_by((config.get('default_hooks') or {}).get('checkpoint'))
 
 
-def calls_in(config):
-    """Yield the plain arguments of each call in a config's text; nothing of it is run."""
-    with suppress(SyntaxError):
-        for node in ast.walk(ast.parse(config)):
-            if isinstance(node, ast.Call):
-                given = {}
-                for keyword in node.keywords:
-                    with suppress(ValueError):  # a dict(...) inside
-                        given[keyword.arg] = ast.literal_eval(keyword.value)
-                yield given
+def watched_by(hook):
+    """Return the metrics in the settings of a CheckpointHook, each with its rule or None."""
+    names, rules = (hook or {}).get('save_best') or [], (hook or {}).get('rule')
+    names = [names] if isinstance(names, str) else names
+    rules = rules if isinstance(rules, list) else [rules] * len(names)
+    return dict(zip(names, rules))
 
 
 def chosen_metric(validations, prefixes, watched, metric, rule):
@@ -152,12 +142,12 @@ def without_prefix(name, prefixes):
 
 
 def is_less_better(metric, rule):
-    from mmengine.hooks import CheckpointHook
+    from mmema.run import less_is_better
 
-    try:
-        return CheckpointHook(save_best=metric, rule=rule).rules == ['less']
-    except ValueError:  # MMEngine knows a few names
+    less = less_is_better(metric, rule)
+    if less is None:
         cli.die(f'is more of {metric} better? Give --rule greater or --rule less')
+    return less
 
 
 def scores_of(saved, validations, metric, prefixes):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import _cli as cli
-from _best import is_less_better, is_score
+from _best import is_less_better, is_score, watched_by
 from _weights import Evaluator, last_stage, training_batches
 
 
@@ -115,11 +115,8 @@ def evaluate_all(args, config, makeable, folder):
 
 def watched(config):
     """Return metric and rule by which the config's best checkpoint is chosen; None if by none."""
-    hook = config.get('default_hooks', {}).get('checkpoint', {})
-    names, rules = hook.get('save_best') or [], hook.get('rule')
-    names = [names] if isinstance(names, str) else names
-    rules = rules if isinstance(rules, list) else [rules] * len(names)
-    return next((pair for pair in zip(names, rules) if pair[0] != 'auto'), (None, None))
+    watched = watched_by(config.get('default_hooks', {}).get('checkpoint'))
+    return next((pair for pair in watched.items() if pair[0] != 'auto'), (None, None))
 
 
 def as_stored(makeable, trust):

@@ -65,8 +65,10 @@ def watched_metric(runner, metrics):
         names = [name for name in getattr(hook, 'key_indicators', []) if name != 'auto']
         if names:
             return names[0], hook.rules[0] != 'less'
+    from mmema.run import less_is_better
+
     names = [name for point in metrics for name in point if '/' in name]
-    return (names[0] if names else None), True
+    return (names[0], not less_is_better(names[0])) if names else (None, True)
 
 
 def weights_in_use(runner):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 from itertools import islice
+from math import inf
 
 import _cli as cli
 
@@ -39,7 +40,9 @@ def load_into(model, state, name):
 
 def last_stage(config):
     """Let the training data go through the pipeline of the last stage, in place; say which."""
-    for hook in config.get('custom_hooks') or []:
+    stage = 'the training pipeline'
+    # YOLOX's hook counts from the end, so it comes last.
+    for hook in sorted(config.get('custom_hooks') or [], key=lambda h: h.get('switch_epoch', inf)):
         new = hook.get('switch_pipeline', hook.get('new_train_pipeline'))
         dataset = config.train_dataloader.dataset
         if new is not None:
@@ -51,8 +54,8 @@ def last_stage(config):
             dataset.pipeline = [step for step in dataset.pipeline if kind(step) not in skipped]
         else:
             continue
-        return f'the pipeline after {kind(hook)} has switched'
-    return 'the training pipeline'
+        stage = f'the pipeline after {kind(hook)} has switched'
+    return stage
 
 
 def training_batches(config, seed, number):

@@ -22,7 +22,7 @@ def main():
         use_amp(config)
     if args.resume is not None:
         resume(config, args.resume)
-    elif os.path.exists(last_checkpoint_file(config)):
+    elif not config.get('resume') and os.path.exists(last_checkpoint_file(config)):
         cli.note(
             f'{config.work_dir} holds an earlier run; this one begins anew and writes over its '
             'checkpoints (--resume goes on with it)'
@@ -102,8 +102,8 @@ def check_resumable(config, checkpoint):
     epochs, done = config.train_cfg.get('max_epochs'), content['meta'].get('epoch', 0)
     if epochs is not None and done >= epochs:
         cli.note(
-            f'{checkpoint} is the end of a finished run ({done} of {epochs} epochs); to train on, '
-            f'--cfg-options train_cfg.max_epochs={done + 10}'
+            f'{checkpoint} is the end of a finished run ({done} of {epochs} epochs); to train on '
+            f'from its weights, begin a run with --cfg-options load_from={checkpoint}'
         )
 
 

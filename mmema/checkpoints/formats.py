@@ -214,7 +214,7 @@ def _read_other(
         raise CheckpointError(f'it is a file of {found.maker} without any weights')
     decay = getattr(values.get('args'), 'model_ema_decay', None)
     if decay is not None and found.average is not None:
-        found.notes.append(f'model_ema_decay was {decay:g}; see docs/migration.md')
+        found.notes.append(f'model_ema_decay was {decay}; see docs/migration.md')
     return found
 
 
@@ -281,5 +281,5 @@ def _counter(values: dict, place: str | None) -> int | None:
         return None
     try:
         return int(value)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         raise CheckpointError(f'{place} must be a number, got {value!r}') from None

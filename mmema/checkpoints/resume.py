@@ -1,39 +1,18 @@
-"""Choice and checks of the checkpoint that a run is resumed from."""
+"""Choice, checks and weights of the checkpoint that a run is resumed from."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from mmengine.model import BaseAveragedModel
-from mmengine.runner import Runner
 
 from ..averaged import state_keys
 from ..messages import RunError, listed, warn
+from ..update.pairs import canonical_name
 from .probe import is_whole, top_level_keys
 
 # Prefix of the copies of best checkpoints that are kept for restarts.
 KEPT = 'best_before_restart_at_'
-
-
-def choose_checkpoint(runner: Runner) -> None:
-    """Choose the file that a run is resumed from, before MMEngine opens it.
-
-    MMEngine takes the one that ``last_checkpoint`` names, even where it is gone or cut short. A
-    second call finds the choice made and changes nothing.
-
-    Raises:
-        RunError: If the file that the config names is cut short, or the run's folder has no whole
-            checkpoint left.
-    """
-    if not runner._resume or isinstance(runner._resume, str):  # FlexibleRunner has a name there
-        return
-    if runner._load_from is None:
-        runner._load_from = checkpoint_to_resume(runner.work_dir)
-    elif Path(runner._load_from).is_file() and not is_whole(runner._load_from):
-        raise RunError(
-            f'{runner._load_from} is cut short: the run was stopped while writing it. Leave '
-            'load_from out to resume from the newest whole checkpoint.'
-        )
 
 
 def checkpoint_to_resume(work_dir: str | Path) -> str | None:
@@ -92,3 +71,17 @@ def check_ema_state(checkpoint: dict, ema: BaseAveragedModel, file: str) -> None
         raise RunError(
             f'the EMA state in {file} has other shapes than the model for {listed(other)}. {how}'
         )
+
+
+def exchange_weights(checkpoint: dict) -> None:
+    """Exchange the weights under ``state_dict`` and ``ema_state_dict``, in place."""
+    model, average = checkpoint['state_dict'], checkpoint['ema_state_dict']
+    keys = {canonical_name(key): key for key in model}
+    names = {key: canonical_name(key[7:]) for key in average if key.startswith('module.')}
+    missing = [name for name in names.values() if name not in keys]
+    if missing:
+        raise RunError(
+            f'state_dict must hold the tensors of ema_state_dict, but lacks {listed(missing)}'
+        )
+    for key, name in names.items():
+        model[keys[name]], average[key] = average[key], model[keys[name]]

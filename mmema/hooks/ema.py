@@ -14,15 +14,15 @@ from ..arguments import check_bool, check_integer
 from ..averages.config import AverageConfig, also_configs
 from ..averages.run_average import RunAverage
 from ..averages.units import auto_scale_base, settle
-from ..checkpoints.resume import check_ema_state, choose_checkpoint
+from ..checkpoints.resume import check_ema_state, exchange_weights
 from ..messages import RunError, listed, warn
 from ..registry import HOOKS
 from ..restarts.facts import facts_of
 from ..restarts.live import catch_up
-from ..run import ema_hook_of, finish_saving, what_loads
+from ..run import choose_checkpoint, ema_hook_of, finish_saving, what_loads
 from ..strategy import FullyShardStrategy, to_save
 from ..swap import ShardedSwap, Swap, swap_in
-from ..update.pairs import canonical_name, unwrapped
+from ..update.pairs import unwrapped
 from ..update.refusals import refuse_pieces
 from ..update.sharded import is_sharded
 from ..update.staging import staged_once
@@ -323,17 +323,3 @@ def refuse_unsharded_runner(runner: Runner) -> None:
             f'{type(strategy or runner).__name__} saves on rank 0 alone. Let '
             "runner_type='FlexibleRunner', strategy=dict(type='mmema.FullyShardStrategy') shard it."
         )
-
-
-def exchange_weights(checkpoint: dict) -> None:
-    """Exchange the weights under ``state_dict`` and ``ema_state_dict``, in place."""
-    model, average = checkpoint['state_dict'], checkpoint['ema_state_dict']
-    keys = {canonical_name(key): key for key in model}
-    names = {key: canonical_name(key[7:]) for key in average if key.startswith('module.')}
-    missing = [name for name in names.values() if name not in keys]
-    if missing:
-        raise RunError(
-            f'state_dict must hold the tensors of ema_state_dict, but lacks {listed(missing)}'
-        )
-    for key, name in names.items():
-        model[keys[name]], average[key] = average[key], model[keys[name]]

@@ -21,10 +21,7 @@ class OptimizerSteps:
         """Count from zero; the optimizers may have been replaced."""
         for handle in self._handles:
             handle.remove()
-        wrappers = [optim_wrapper]
-        if hasattr(optim_wrapper, 'optim_wrappers'):  # an OptimWrapperDict
-            wrappers = optim_wrapper.values()
-        optimizers = [getattr(wrapper, 'optimizer', None) for wrapper in wrappers]
+        optimizers = [getattr(one, 'optimizer', None) for one in _wrappers_in(optim_wrapper)]
         watchable = all(hasattr(optimizer, 'register_step_post_hook') for optimizer in optimizers)
         watched = optimizers if watchable else []
         self._handles = [one.register_step_post_hook(self._count) for one in watched]
@@ -38,11 +35,13 @@ class OptimizerSteps:
 
     def end_iteration(self, optim_wrapper) -> bool:
         """Return whether an optimizer has made a step in this iteration."""
-        stepped = self._steps > 0
-        if not self._handles:
-            stepped = getattr(optim_wrapper, 'should_update', lambda: True)()
-        if self._iterations_without is not None:
-            self._iterations_without = None if stepped else self._iterations_without + 1
+        wrappers = _wrappers_in(optim_wrapper)
+        should = any(getattr(one, 'should_update', lambda: True)() for one in wrappers)
+        stepped = self._steps > 0 if self._handles else should
+        if stepped:
+            self._iterations_without = None
+        elif self._iterations_without is not None:  # none was due while gradients accumulate
+            self._iterations_without += should
         return stepped
 
     def report(self) -> None:
@@ -51,6 +50,12 @@ class OptimizerSteps:
             warn(
                 'the average has not moved: no optimizer told of a step in '
                 f'{self._iterations_without} iterations. per_optimizer_step=False updates it at '
-                'each of them.'
+                'each iteration.'
             )
             self._iterations_without = None
+
+
+def _wrappers_in(optim_wrapper) -> list:
+    """Return the wrappers in an OptimWrapperDict, or the one that is given."""
+    several = hasattr(optim_wrapper, 'optim_wrappers')
+    return [*optim_wrapper.values()] if several else [optim_wrapper]

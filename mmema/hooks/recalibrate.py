@@ -154,8 +154,11 @@ class EMARecalibrateHook(Hook):
         loop = runner.train_loop
         if not validation_follows(loop, now):
             return
-        done = sum(validation_follows(loop, step) for step in range(1, now + 1))
-        if now == last_of(loop) or self.interval and done % self.interval == 0:
+        due = now == last_of(loop)
+        if self.interval and not due:
+            done = sum(validation_follows(loop, step) for step in range(1, now + 1))
+            due = done % self.interval == 0
+        if due:
             weights = getattr(runner.val_loop, 'weights', ())  # those that EMAValLoop evaluates
             for name, average in averages_of(self._ema_hook).items():
                 if not name or name in weights:

@@ -8,7 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from mmengine.runner.base_loop import BaseLoop
 
-from ..checkpoints.resume import check_ema_state, choose_checkpoint
+from ..checkpoints.resume import check_ema_state
 from ..messages import RunError
 from ..registry import HOOKS, register_everywhere
 from ..restartable import Restartable
@@ -19,7 +19,7 @@ from ..restarts.live import catch_up, check_rule, log_restart, momentum_of, on_m
 from ..restarts.planner import Restart, plan
 from ..restarts.progress import RuleProgress, due_restart
 from ..restarts.rule import RestartRule
-from ..run import ema_hook_of, now_of, what_loads
+from ..run import choose_checkpoint, ema_hook_of, now_of, what_loads
 from ..update.pairs import unwrapped
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass, fields, replace
+from itertools import repeat
+from typing import Iterable
 
 import numpy as np
 from torch import nn
@@ -143,8 +145,9 @@ def _twin(file: FileFacts, name: str, begin: AverageFacts, given: Given) -> Rest
         or settings.get('base_batch_size') is not None
         or (file.config.get('auto_scale_lr') or {}).get('enable')
     )
-    if scaled and not end.live:  # the values in use are neither in the config nor in the state
-        for key in ('momentum', 'gamma'):
+    if scaled:  # the config does not have the values in use
+        in_states = begin.live or unchanged
+        for key in {'momentum', 'gamma'}.difference(in_states):
             arguments.pop(key, None)
     interval = settings.get('interval', 1) if settings else None
     found = {'interval': interval, **{key: arguments.get(key) for key in ('momentum', 'gamma')}}
@@ -210,12 +213,22 @@ def _check_end(twin: Restartable, end: AverageFacts, name: str, file: FileFacts)
 def _restarts_between(before: FileFacts | None, after: FileFacts, name: str) -> list[Restart]:
     """Return the restarts of an average that its rules have done between two files."""
     groups: dict = {}
+    rules_before = average_in(before, name).rules if before else ()
+    known_before = [state.get('arguments') for state in rules_before]
     for state in average_in(after, name).rules:
         rule, done = _rule_of(state)
         for moment, momentum in _moments_done(rule, done).items():
-            restart = restart_at(moment, momentum, rule, after.run)
-            if (before.iteration if before else 0) <= restart.iteration < after.iteration:
-                groups.setdefault(restart.iteration, []).append(restart)
+            restart, at = restart_at(moment, momentum, rule, after.run), done.get(moment)
+            if at is not None:  # a restart can be late, after a resume
+                restart = replace(restart, iteration=at, update=after.run.update_of(at))
+            if not (before.iteration if before else 0) <= restart.iteration < after.iteration:
+                continue
+            if at is None and before and rule.key not in known_before:
+                raise CheckpointError(
+                    f'{after} has a restart rule that {before} lacks, and does not say when the '
+                    f'restart of {moment} was done: it may have been late'
+                )
+            groups.setdefault(restart.iteration, []).append(restart)
     restarts = [merged(groups[at]) for at in sorted(groups)]
     for restart in restarts:
         if restart.values.get('source') == 'best' and restart.values.get('steps') != 0:
@@ -226,22 +239,22 @@ def _restarts_between(before: FileFacts | None, after: FileFacts, name: str) -> 
     return restarts
 
 
-def _rule_of(state: dict) -> tuple[RestartRule, list[Moment]]:
+def _rule_of(state: dict) -> tuple[RestartRule, dict]:
+    """Return a rule and the moments that it has done, with iterations where the state has them."""
     try:
         rule = RestartRule(*ast.literal_eval(state['arguments']))
-        return rule, [Moment.parse(text) for text in state['done']]
+        moments = [Moment.parse(text) for text in state['done']]
+        return rule, dict(zip(moments, state.get('done_at', repeat(None))))
     except (KeyError, TypeError, ValueError, SyntaxError) as error:
         raise CheckpointError(f'the state of a restart rule cannot be read: {error}') from None
 
 
-def _moments_done(rule: RestartRule, done: list[Moment]) -> dict:
+def _moments_done(rule: RestartRule, done: Iterable[Moment]) -> dict:
     """Return all moments that a rule has done, with the momentum that each sets.
 
     Of ``every`` the state keeps the last multiple alone.
     """
-    milestones = rule.milestones or ()
-    momenta = rule.momenta if len(rule.momenta) > 1 else rule.momenta * len(milestones)
-    planned = {Moment(rule.unit, at): momentum for at, momentum in zip(milestones, momenta)}
+    planned = rule.planned
     one = None if isinstance(rule.momentum, (list, tuple)) else rule.momentum
     moments = {moment: planned.get(moment, one) for moment in done}
     if rule.every:

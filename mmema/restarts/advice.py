@@ -96,6 +96,9 @@ def _updates_left(planned, facts, ema):
     left = facts.updates - last
     since = f'{left} updates are left' + (' after the last restart' if planned else '')
     momentum = values['momentum']
+    if left < 1:
+        yield f'the average is never updated: {since}'
+        return
     if ema.interval / momentum > left:
         fits = min(2 * ema.interval / left, 0.5)
         yield (

@@ -65,9 +65,7 @@ def explicit_moments(rule: RestartRule, facts: RunFacts) -> dict:
         )
     if rule.follow and rule.follow not in facts.switches:
         raise RunError(f'follow={rule.follow!r} must name a hook of the run, got a run without it')
-    milestones = rule.milestones or ()
-    momenta = rule.momenta if len(rule.momenta) > 1 else rule.momenta * len(milestones)
-    moments = {Moment(rule.unit, at): momentum for at, momentum in zip(milestones, momenta)}
+    moments = rule.planned
     if rule.follow:
         moments.update({Moment('epoch', at): rule.momentum for at in facts.switches[rule.follow]})
     return moments

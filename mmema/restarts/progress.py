@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from itertools import repeat
 from typing import Sequence
 
 from .facts import RunFacts
@@ -23,7 +24,7 @@ class RuleProgress:
     def __init__(self, rule: RestartRule) -> None:
         self.rule, plateau = rule, rule.plateau
         self.watch = plateau and PlateauWatch(plateau.metric, plateau.rule)
-        self.done: dict = {}  # moments, in the order in which they were done
+        self.done: dict = {}  # moments in the order in which they were done, at which iteration
         self.plateau_due = False
         self.kept: list = []  # names of kept best checkpoints; plateaus go back to the last
         self.validated: int | None = None  # when the last validation was, in the loop's time
@@ -56,10 +57,9 @@ class RuleProgress:
         if due:
             restarts = [restart_at(at, value, rule, self._facts) for at, value in due.items()]
         else:
-            plateau = rule.plateau
-            values = rule.values(plateau.momentum_after(momentum), plateau.source)
-            restarts = [Restart(-1, -1, (f'{plateau.metric} stopped improving',), values, rule)]
-        self.done.update(due)
+            cause, values = rule.plateau.metric, rule.values_on_plateau(momentum)
+            restarts = [Restart(-1, -1, (f'{cause} stopped improving',), values, rule)]
+        self.done.update(dict.fromkeys(due, now['iter']))
         self.plateau_due = False
         if rule.every:  # the last multiple stands for all, so that the state does not grow
             others = [m for m in self.done if m not in self._moments and m.unit == rule.unit]
@@ -80,6 +80,7 @@ class RuleProgress:
         return {
             'arguments': self.rule.key,
             'done': [str(moment) for moment in self.done],
+            'done_at': [*self.done.values()],
             'plateau_due': self.plateau_due,
             'plateau': self.watch and asdict(self.watch),
             'kept': list(self.kept),
@@ -87,8 +88,8 @@ class RuleProgress:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over a state; one of mmema 0.1.0 lists every moment that is done."""
-        self.done = dict.fromkeys(map(Moment.parse, state['done']))
+        """Take over a state; one of mmema 0.1.0 lists every moment that is done, without times."""
+        self.done = dict(zip(map(Moment.parse, state['done']), state.get('done_at', repeat(None))))
         self.plateau_due = state['plateau_due']
         self.kept = kept_names(state)
         self.validated = state.get('validated')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 from mmengine.dist import is_main_process
@@ -15,7 +16,7 @@ from mmengine.runner.checkpoint import _load_checkpoint
 
 from ..checkpoints import folders
 from ..checkpoints.probe import structure
-from ..checkpoints.resume import KEPT
+from ..checkpoints.resume import KEPT, exchange_weights
 from ..messages import RunError, warn
 from ..run import finish_saving
 from ..update.pairs import unwrapped
@@ -73,12 +74,12 @@ def keep_best(runner: Runner) -> tuple:
             f'the restart needs the best checkpoint {best}, but the file is gone. Put it back, or '
             "set source='model'."
         )
-    checkpoint = structure(file) if file.is_dir() else _read(file)
+    checkpoint = structure(file)
     missing = [key for key in ('ema_state_dict', 'optimizer') if key not in checkpoint]
     if missing:
         warn(
             f'EMARestartHook: {file} has no {" and no ".join(missing)}: it was saved before this '
-            'hook was in the run'
+            'hook was in the run, or it is damaged'
         )
         return None, []
     if file != kept:
@@ -140,19 +141,14 @@ def go_back(runner: Runner, ema: BaseAveragedModel, name: str) -> None:
             f'the run goes back to {name} at restarts, but {runner.work_dir} does not hold it. '
             'Copy it there from the folder of the run that was resumed.'
         )
-    checkpoint = _read(file)
-    state = checkpoint['ema_state_dict']
-    # MMEngine saves the averaged weights as `state_dict`, the raw ones in the place of the average.
-    averaged = checkpoint['state_dict']
-    raw = {key[7:]: tensor for key, tensor in state.items() if key.startswith('module.')}
-    model = unwrapped(runner.model)
-    model.load_state_dict(own_state(raw, model))
-    ema.rewind({'steps': state['steps'], **{f'module.{k}': averaged[k] for k in raw}})
+    read = folders.read if file.is_dir() else partial(_load_checkpoint, map_location='cpu')
+    checkpoint = read(str(file))
+    exchange_weights(checkpoint)
+    model, average = unwrapped(runner.model), checkpoint['ema_state_dict']
+    model.load_state_dict(own_state(checkpoint['state_dict'], model))
+    weights = {key: value for key, value in average.items() if key.startswith('module.')}
+    ema.rewind({'steps': average['steps'], **weights})
     _put_back_optimizer(runner.optim_wrapper, checkpoint['optimizer'])
-
-
-def _read(file: Path) -> dict:
-    return folders.read(file) if file.is_dir() else _load_checkpoint(str(file), map_location='cpu')
 
 
 def _put_back_optimizer(wrapper, state: dict) -> None:

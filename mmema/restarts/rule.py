@@ -84,10 +84,14 @@ class RestartRule:
         if self.gamma is not None:
             check_positive('gamma', self.gamma)
         check_choice('source', self.source, SOURCES)
-        changes = (self.momentum, self.gamma, plateau and plateau.momentum_add)
-        if self.steps is None and self.source == 'model' and not any(changes):
+        if planned and not self.values(self.momentum):
             raise ValueError(
                 'a restart with steps=None must change momentum, gamma or source, got none of them'
+            )
+        if plateau and not self.values_on_plateau(0.5):
+            raise ValueError(
+                'a restart on a plateau with steps=None must change momentum (one value, or '
+                'momentum_add), gamma or source, got none of them'
             )
 
     @property
@@ -100,6 +104,13 @@ class RestartRule:
         return list(self.momentum) if isinstance(self.momentum, (list, tuple)) else [self.momentum]
 
     @property
+    def planned(self) -> dict:
+        """The milestones as moments, each with the momentum that it sets."""
+        milestones = self.milestones or ()
+        momenta = self.momenta if len(self.momenta) > 1 else self.momenta * len(milestones)
+        return {Moment(self.unit, at): momentum for at, momentum in zip(milestones, momenta)}
+
+    @property
     def unit(self) -> str:
         return 'epoch' if self.by_epoch else 'iter'
 
@@ -109,6 +120,16 @@ class RestartRule:
         if (source or self.source) != 'model':
             values['source'] = source or self.source
         return {name: value for name, value in values.items() if value is not None}
+
+    def values_on_plateau(self, momentum: float) -> dict:
+        """Return the values that a restart on a plateau sets for an average of this momentum.
+
+        A list of momenta is one of milestones.
+        """
+        new = self.plateau.momentum_after(momentum)
+        if new is None and not isinstance(self.momentum, (list, tuple)):
+            new = self.momentum
+        return self.values(new, self.plateau.source)
 
     @property
     def uses_best(self) -> bool:

@@ -23,7 +23,9 @@ class DirectFollower:
         blended = selection.blended_in(source)
         self.blended = [pair for pair in pairs if id(pair.source) in blended]
         self.copied = [pair for pair in pairs if id(pair.source) not in blended]
-        snapshot = Snapshot(average, source)
+        # Compiled code has bare pointers to the dicts and the objects in them. The snapshot keeps
+        # both: the address of a layer that is gone would soon be that of another one.
+        snapshot = self._snapshot = Snapshot(average, source)
         dicts = snapshot.filled + snapshot.empty
         # The modules of TorchScript have none.
         compiled = native.compiled if all(isinstance(d, dict) for d in dicts) else None

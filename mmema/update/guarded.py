@@ -79,7 +79,7 @@ class GuardedFollower(DirectFollower):
             torch.tensor([places[name] for name in group.names], device=group.device)
             for group in self._groups
         ]
-        self._names = len(names)
+        self._count = len(names)  # of all tensors
         self._exact = BlendPlan([p for p in self.copied if not _can_be_non_finite(p)])
         self._in_main_memory = all(group.device.type == 'cpu' for group in self._groups)
 
@@ -99,7 +99,7 @@ class GuardedFollower(DirectFollower):
     def _agreed(self, checks: List[Tensor]) -> List[Tensor]:
         """Return the checks of all ranks together; a tensor is finite if all its parts are."""
         device = checks[0].device if checks else None
-        finite = torch.ones(self._names, dtype=torch.uint8, device=device)
+        finite = torch.ones(self._count, dtype=torch.uint8, device=device)
         rows = [row.to(finite.device) for row in self._rows]
         for row, check in zip(rows, checks):
             finite[row] = check.to(finite)

@@ -48,8 +48,10 @@ char* address(const at::Tensor& tensor) {
   return start + impl->storage_offset() * impl->itemsize();
 }
 
-// Python objects are kept as bare pointers; the caller of the classes below keeps them alive. A reference from C++ would be one that torch.utils.swap_tensors refuses, and taking and
-// dropping the only one goes through Python's lock, for which the threads would queue.
+// Python objects are kept as bare pointers; the follower that makes the classes below keeps the
+// tensors, and in its snapshot the dicts and all objects in them. A reference from C++ would be one
+// that torch.utils.swap_tensors refuses, and taking and dropping the only one goes through Python's
+// lock, for which the threads would queue.
 std::vector<PyObject*> pointers(const py::list& objects) {
   std::vector<PyObject*> all;
   for (const auto& object : objects) all.push_back(object.ptr());

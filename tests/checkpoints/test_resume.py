@@ -8,8 +8,9 @@ import torch
 from samples import Hostile
 
 from mmema.checkpoints.probe import is_whole
-from mmema.checkpoints.resume import KEPT, checkpoint_to_resume, choose_checkpoint
+from mmema.checkpoints.resume import KEPT, checkpoint_to_resume
 from mmema.messages import RunError
+from mmema.run import choose_checkpoint
 
 
 def save(folder, name, age, optimizer=True, **content):
