@@ -658,6 +658,7 @@ def test_what_is_excluded_is_copied(exclude, copied):
         (['conv.*', 'backbone.*'], ValueError, r"'backbone.\*' matches none"),
         ('conv.*', TypeError, 'exclude must be a list of strings'),
         ([3], TypeError, 'exclude must be a list of strings'),
+        (None, TypeError, 'exclude must be a list of strings, got None'),
     ],
 )
 @BOTH

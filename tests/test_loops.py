@@ -1,7 +1,7 @@
 import pytest
 import torch
 from mmengine.hooks import Hook
-from runs import Mean, NormModel, ema, plain_runner, points
+from runs import Mean, NormModel, ema, log_of, plain_runner, points
 
 from mmema.run import ema_hook_of
 
@@ -168,3 +168,30 @@ def test_other_prefix(tmp_path):
     keep = Keep()
     plain_runner(tmp_path, [ema(), keep], val_cfg=dict(**BOTH, prefix='source/')).train()
     assert 'source/toy/mean' in keep.metrics[0]
+
+
+@pytest.mark.parametrize(
+    'checkpoint, header',
+    [
+        (dict(save_best='raw/toy/mean', rule='less'), ['weights', 'best', 'epoch', 'last']),
+        (dict(save_best='toy/mean', rule='less'), ['weights', 'best', 'epoch', 'last']),
+        (dict(), ['weights', 'last']),  # is more of it better? Nobody says
+    ],
+)
+def test_the_table_of_a_metric_of_which_less_is_better(tmp_path, checkpoint, header):
+    keep = Keep()
+    settings = dict(type='CheckpointHook', interval=1, **checkpoint)
+    average = ema(type='mmema.EMAHook')
+    hooks = dict(checkpoint=settings)
+    runner = plain_runner(tmp_path, [average, keep], val_cfg=BOTH, default_hooks=hooks)
+    runner.train()
+    lines = log_of(runner).split('toy/mean of all weights\n')[1].splitlines()[:3]
+    rows = [line.split() for line in lines]
+    assert rows[0] == header and [row[0] for row in rows[1:]] == ['ema', 'raw']
+    for name, *cells in rows[1:]:
+        key = 'toy/mean' if name == 'ema' else f'{name}/toy/mean'
+        values = [metrics[key] for metrics in keep.metrics]
+        assert float(cells[-1]) == pytest.approx(values[-1], abs=1e-4)
+        if checkpoint:
+            assert float(cells[0]) == pytest.approx(min(values), abs=1e-4)
+            assert values[int(cells[1]) - 1] == min(values)

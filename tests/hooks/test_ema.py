@@ -805,6 +805,14 @@ def test_an_average_that_no_step_moves_is_told(tmp_path):
     assert 'has not moved' not in log_of(runner)
 
 
+def test_gradients_that_still_accumulate_are_no_reason_to_warn(tmp_path):
+    wrapper = dict(accumulative_counts=8, optimizer=dict(type='SGD', lr=0.05))
+    runner = make_runner(tmp_path, ema=OURS, optim_wrapper=wrapper, epochs=2)  # 4 iterations each
+    runner.train()
+    assert ema_of(runner).steps == 1
+    assert 'has not moved' not in log_of(runner)
+
+
 def test_weights_loaded_in_mid_training_are_what_the_average_begins_with(tmp_path):
     other = LineModel(5)
     state = {f'student.{name}': value for name, value in other.state_dict().items()}

@@ -294,12 +294,15 @@ def test_every_mode_follows_the_reference(tmp_path, what, by_iter, update_buffer
         (dict(milestones=[1], on_plateau=dict(metric='score', momentum_add=0.1)), [4, 8, 16]),
     ],
 )
-@pytest.mark.parametrize('what', [dict(), dict(steps=6), dict(steps=None, gamma=9.0)])
+@pytest.mark.parametrize(
+    'what', [dict(), dict(steps=6), dict(steps=None, gamma=9.0), dict(steps=None, momentum=0.2)]
+)
 def test_every_trigger_follows_the_reference(tmp_path, trigger, at, what):
     pytest.importorskip('mmdet')
     plan = {iteration: dict(what) for iteration in at}
     if 'momentum_add' in trigger.get('on_plateau', {}):
-        plan[8]['momentum'], plan[16]['momentum'] = 0.2, 0.3
+        before = what.get('momentum', 0.1)
+        plan[8]['momentum'], plan[16]['momentum'] = before + 0.1, before + 0.2
     runner = make_runner(
         tmp_path,
         pipeline_switch(3),

@@ -13,7 +13,7 @@ from runs import LineModel, ema_of
 from mmema.checkpoints.formats import CheckpointError
 from mmema.posthoc.averages import fit, mean, restart
 from mmema.posthoc.facts import facts_in
-from mmema.posthoc.history import Given
+from mmema.posthoc.history import Given, momenta_between
 from mmema.posthoc.profiles import exponential, stored_profiles, uniform
 from mmema.posthoc.profiles import fit as fit_profiles
 
@@ -318,6 +318,39 @@ def test_what_a_restart_by_hand_did_is_not_guessed(tmp_path):
     torch.save(content, tmp_path / 'restarted.pth')
     with refuses(r'changed the average ema that .*restarted.pth does not explain \(updates 9 inst'):
         restart(run.file(1), tmp_path / 'restarted.pth')
+
+
+def test_a_restart_that_was_late_is_counted_from_where_it_was_done(tmp_path):
+    hook = dict(type='mmema.EMAHook', ema_type='mmema.RestartableConstantEMA', momentum=0.1)
+    rule = dict(type='mmema.EMARestartHook', milestones=[2], steps=None, momentum=0.4)
+    first = record(tmp_path, hook, epochs=4)
+    late = record(tmp_path, hook, rule, resume=True)  # before epoch 4, instead of 2
+    momenta = [0.1] * 16 + [0.4] * 8
+    late.states[:0] = first.states
+    made = restart(first.file(1), late.file(6))
+    kept = math.prod(1 - m for m in momenta[LENGTH:])
+    assert made.meta['mmema']['kept'] == pytest.approx(kept, rel=1e-12)
+    expected = late.sum(window(momenta, LENGTH))
+    assert_close(parameters(made.state), parameters(expected), rtol=1e-4, atol=1e-5)
+    # A state of an earlier version does not say when.
+    content = torch.load(late.file(6), weights_only=True)
+    del content['ema_restart'][0]['done_at']
+    torch.save(content, tmp_path / 'old.pth')
+    with refuses(r'old.pth has a restart rule that .*epoch_1.pth lacks, and does not say when'):
+        restart(first.file(1), tmp_path / 'old.pth')
+
+
+def test_a_momentum_scaled_by_the_batch_is_not_the_configs(tmp_path):
+    kind = 'mmema.RestartableConstantEMA'
+    hook = dict(type='mmema.EMAHook', ema_type=kind, momentum=0.1, base_batch_size=3)
+    rule = dict(type='mmema.EMARestartHook', milestones=[2], steps=None, momentum=0.4)
+    run = record(tmp_path, hook, rule, epochs=3)  # batches of 6
+    assert len(momenta_between(facts_in(run.file(1)), facts_in(run.file(3)))) == 2 * LENGTH
+    with refuses('does not say how its average ema was updated; `restart` takes momentum='):
+        momenta_between(None, facts_in(run.file(3)))
+    scaled = 1 - 0.9**2
+    momenta = momenta_between(None, facts_in(run.file(3)), given=Given(momentum=scaled))
+    assert momenta == pytest.approx([1] + [scaled] * 7 + [0.4] * 4)
 
 
 def test_a_run_without_an_average_and_other_files_are_refused(stock, tmp_path):

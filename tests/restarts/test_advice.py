@@ -49,6 +49,12 @@ def test_a_horizon_longer_than_the_updates_left():
     ]
 
 
+def test_an_average_that_begins_after_the_end():
+    assert advice(RunFacts(10, begin=20), gamma=1, momentum=0.5) == [
+        'the average is never updated: 0 updates are left'
+    ]
+
+
 def test_updates_are_counted_rather_than_iterations():
     # 16 iterations are left with an update at every fourth.
     rule = by_iter(16, momentum=0.1, gamma=1)

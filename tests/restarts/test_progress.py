@@ -58,6 +58,14 @@ def test_a_resume_does_not_repeat_what_is_done():
     }
 
 
+def test_the_state_says_at_which_iteration_a_moment_was_done():
+    progress = progress_of(milestones=[5], every=10, by_epoch=False)
+    run(progress, range(13, 31))
+    state = progress.state_dict()
+    assert dict(zip(state['done'], state['done_at'])) == {'iter 5': 13, 'iter 30': 30}
+    assert progress_of(state=state, milestones=[5], every=10, by_epoch=False).state_dict() == state
+
+
 def test_the_state_does_not_grow_with_the_run():
     facts = RunFacts(iterations=300_000)
     progress = progress_of(facts, milestones=[55, 77], every=10, by_epoch=False)

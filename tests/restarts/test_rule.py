@@ -60,8 +60,33 @@ def test_whether_a_rule_goes_back_to_the_best_checkpoint(arguments, expected):
         (dict(milestones=[2, 2]), r'milestones must rise, got \[2, 2\]'),
         (dict(milestones=[1], every=3, momentum=[0.1]), 'got 1 values for 1 milestones'),
         (dict(every=2, steps=None), 'with steps=None must change momentum, gamma or source'),
+        (dict(on_plateau=dict(metric='a'), steps=None), 'on a plateau with steps=None must change'),
+        (
+            dict(milestones=[1], on_plateau=dict(metric='a', momentum_add=0.1), steps=None),
+            'a restart with steps=None must change',
+        ),
+        (
+            dict(milestones=[1], momentum=[0.1], on_plateau=dict(metric='a'), steps=None),
+            'on a plateau with steps=None must change',
+        ),
     ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         RestartRule(**arguments)
+
+
+@pytest.mark.parametrize(
+    'arguments, plateau, values',
+    [
+        (dict(), dict(), dict(steps=0)),
+        (dict(steps=None, momentum=0.3), dict(), dict(momentum=0.3)),
+        (dict(momentum=0.3), dict(momentum_add=0.1), dict(steps=0, momentum=0.2)),
+        (dict(momentum=[0.3], milestones=[1]), dict(), dict(steps=0)),
+        (dict(steps=None), dict(source='best'), dict(source='best')),
+        (dict(source='best', gamma=9), dict(source='model'), dict(steps=0, gamma=9)),
+    ],
+)
+def test_the_values_that_a_restart_on_a_plateau_sets(arguments, plateau, values):
+    rule = RestartRule(on_plateau=dict(metric='score', **plateau), **arguments)
+    assert rule.values_on_plateau(0.1) == values

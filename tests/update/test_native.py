@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import sysconfig
+import weakref
 
 import pytest
 import runs
@@ -290,3 +291,16 @@ def test_the_first_run_without_it_says_once_how_to_compile(log_of_a_run, monkeyp
 def test_a_run_in_which_it_is_turned_off_does_not(log_of_a_run, monkeypatch):
     monkeypatch.setenv('MMEMA_NATIVE', '0')
     assert 'build_native' not in log_of_a_run('off')
+
+
+@needs_compiled
+def test_layers_stay_as_long_as_compiled_code_has_their_addresses():
+    model = nn.ModuleDict({'head': nn.Sequential(nn.Linear(4, 4))})
+    ema = ExpMomentumEMA(model, momentum=0.5)
+    ema.update_parameters(model)
+    layer = weakref.ref(model['head'][0])
+    model['head'] = None
+    assert layer() is not None  # else the next layer could have its address, and pass for it
+    model['head'] = nn.Sequential(nn.Linear(4, 4))
+    ema.update_parameters(model)
+    assert layer() is None
