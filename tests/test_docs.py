@@ -152,6 +152,7 @@ def bash_block(page, content, folder, request):
         elif program == 'srun':
             parse_only(arguments[arguments.index('python') + 1 :])
         elif [program, *arguments[:1]] == ['python', 'tools/plot_ema.py']:
+            assert page == 'docs/monitoring.md' or (ROOT / arguments[1]).is_file(), arguments
             done = request.getfixturevalue('shown_run')
             plotted = call_tool('plot_ema.py', *arguments[1:], folder=done.folder)
             assert plotted.returncode == 0, plotted.stderr
