@@ -15,7 +15,7 @@ from typing import Callable, Sequence
 
 import mmengine
 import torch
-from mmengine._strategy import DDPStrategy
+from mmengine._strategy import BaseStrategy, DDPStrategy
 from mmengine.device import get_device
 from mmengine.dist import broadcast, init_dist, is_distributed, is_main_process
 from mmengine.model import BaseDataPreprocessor
@@ -29,6 +29,7 @@ from .checkpoints import folders
 from .checkpoints.resume import checkpoint_to_resume
 from .messages import RunError, listed
 from .registry import STRATEGIES, register_everywhere
+from .run import refuse_stock_hook
 from .update.sharded import Layout, Parts, is_dtensor, own_optimizer_state, own_state
 
 _POLICY = ('param_dtype', 'reduce_dtype', 'output_dtype', 'cast_forward_inputs')
@@ -126,11 +127,7 @@ class FullyShardStrategy(DDPStrategy):
             log_kwargs=log_kwargs,
             auto_scale_lr=auto_scale_lr,
         )
-        if not is_distributed():
-            raise RunError(
-                'FullyShardStrategy needs a launcher, got none: '
-                'torchrun --nproc-per-node 2 tools/train.py CONFIG --launcher pytorch'
-            )
+        refuse_no_launcher(self)
         if self.world_size % replicas:
             raise RunError(
                 f'replicas must divide the number of ranks, {self.world_size}, got {replicas}'
@@ -143,6 +140,11 @@ class FullyShardStrategy(DDPStrategy):
             init_dist(launcher, backend, **kwargs)
 
     # --- the model --------------------------------------------------------------------------------
+
+    def prepare(self, *args, **kwargs):
+        """Prepare model and optimizer, as MMEngine's strategies do."""
+        refuse_stock_hook(self)
+        return super().prepare(*args, **kwargs)
 
     def _wrap_model(self, model: nn.Module) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
@@ -339,6 +341,15 @@ class FullyShardStrategy(DDPStrategy):
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
+
+
+def refuse_no_launcher(strategy: BaseStrategy) -> None:
+    """Raise RunError if no launcher has started this process."""
+    if not is_distributed():
+        raise RunError(
+            f'{type(strategy).__name__} needs a launcher, got none: '
+            'torchrun --nproc-per-node 2 tools/train.py CONFIG --launcher pytorch'
+        )
 
 
 def refuse_old_torch() -> None:

@@ -356,7 +356,7 @@ def tied_apart(folder):
 CASES = {name: value for name, value in globals().items() if callable(value)}
 
 
-def main(folder, names):
+def main(folder, names, cases=CASES):
     torch.set_num_threads(1)
     alone = bool(os.environ.get('ALONE'))
     if not alone:
@@ -364,7 +364,7 @@ def main(folder, names):
     for name in names:
         runs.Runner = FlexibleRunner
         try:
-            result, kind = CASES[name](folder / name), 'pth'
+            result, kind = cases[name](folder / name), 'pth'
         except Exception as error:
             kind = 'txt'
             result = str(error) if isinstance(error, RunError) else traceback.format_exc()

@@ -36,6 +36,15 @@ def is_folder(path: str | Path) -> bool:
     return Path(path, REST).is_file() and Path(path, '.metadata').is_file()
 
 
+def zero_file(path: str | Path) -> Path | None:
+    """Return the file of a folder of DeepSpeed's ZeRO-1 or 2 with all but the optimizer.
+
+    None if the path is no such folder.
+    """
+    file = Path(path, 'mp_rank_00_model_states.pt')
+    return file if file.is_file() else None
+
+
 def write(content: dict, folder: str | Path, is_sharded: Callable, group) -> Future:
     """Write a checkpoint into a folder while the program goes on; every rank takes part.
 

@@ -25,7 +25,11 @@ class OptimizerSteps:
         if hasattr(optim_wrapper, 'optim_wrappers'):  # an OptimWrapperDict
             wrappers = optim_wrapper.values()
         optimizers = [getattr(wrapper, 'optimizer', None) for wrapper in wrappers]
-        watchable = all(hasattr(optimizer, 'register_step_post_hook') for optimizer in optimizers)
+        # DeepSpeed's, which steps where it has accumulated enough, has torch's inside.
+        optimizers = [
+            one if _has_hooks(one) else getattr(one, 'optimizer', one) for one in optimizers
+        ]
+        watchable = all(map(_has_hooks, optimizers))
         watched = optimizers if watchable else []
         self._handles = [one.register_step_post_hook(self._count) for one in watched]
         self._steps = 0
@@ -54,3 +58,7 @@ class OptimizerSteps:
                 'each of them.'
             )
             self._iterations_without = None
+
+
+def _has_hooks(optimizer) -> bool:
+    return hasattr(optimizer, 'register_step_post_hook')
