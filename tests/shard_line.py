@@ -171,9 +171,9 @@ def tested(folder):
 # --- one process goes on where ranks stopped, and the other way round -----------------------------
 
 
-def resumed(folder, *hooks, strategy=None, epochs=4, name='adam', epoch=2):
+def resumed(folder, *hooks, name='adam', epoch=2, **settings):
     file = str(folder.parent / name / f'epoch_{epoch}.pth')
-    return runner_of(folder, *hooks, strategy=strategy, epochs=epochs, load_from=file, resume=True)
+    return runner_of(folder, *hooks, load_from=file, resume=True, **settings)
 
 
 def from_alone(folder):

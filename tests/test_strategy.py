@@ -31,6 +31,7 @@ REFUSED = {
     'drift': "after 4 iterations 'layers.0.weight' of the average 'short' differ. Look for code",
     'drift_of_replicas': "after 4 iterations 'layers.0.weight' of the average 'short' differ.",
     'tied_apart': "'layers.2.bias' and 'tied.first.bias' are one",
+    'stock_hook': "FullyShardStrategy needs mmema.EMAHook, got MMEngine's EMAHook. Set type=",
 }
 TWO = ['from_alone', 'replicas', 'offload', 'ddp', 'split', 'bfloat16', 'folders', *REFUSED]
 
