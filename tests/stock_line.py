@@ -1,6 +1,6 @@
-"""Train a stock model on the digits, under DDP and sharded: ``stock_line.py LEAF DATA``.
+"""Train a stock model on the digits: ``stock_line.py LEAF DATA``, on each of two ranks.
 
-Started on each of two ranks, in whose folder it writes ``ddp`` and ``sharded``.
+Under DDP, sharded, and sharded in bf16; into ``ddp``, ``sharded`` and ``bf16`` of the folder.
 """
 
 import sys
@@ -13,12 +13,13 @@ from shard_line import DDP
 from test_digits_configs import short_run
 
 SHARDED = dict(type='mmema.FullyShardStrategy', shard=['backbone.stage?', 'neck', 'bbox_head'])
+BF16 = {**SHARDED, 'mixed_precision': dict(param_dtype='bfloat16', reduce_dtype='float32')}
 
 
 def main(leaf, data):
     torch.set_num_threads(1)
     forks.join_ranks()
-    for name, strategy in (('ddp', DDP), ('sharded', SHARDED)):
+    for name, strategy in (('ddp', DDP), ('sharded', SHARDED), ('bf16', BF16)):
         config = short_run(leaf, data, Path.cwd() / name)
         config.model.use_syncbn = False  # torch's SyncBatchNorm needs GPUs
         config.optim_wrapper.pop('clip_grad', None)  # its norm is summed in another order

@@ -14,7 +14,10 @@ import shard_line
 import torch
 from mmengine.hooks import Hook
 from runs import loader
-from shard_line import BEST, DDP, Line, ShardModel, resumed, runner_of, train
+from shard_line import BEST, DDP, OURS, Line, ShardModel, resumed, runner_of, train
+
+from mmema.restarts.facts import facts_of
+from mmema.run import ema_hook_of
 
 # It would be compiled, for minutes.
 deepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False
@@ -94,7 +97,12 @@ def loaded(folder):
 
 
 def accumulated(folder):
-    train(folder, epochs=3, **zero(gradient_accumulation_steps=2))
+    """Make a step in every second of 7 iterations; the last is of none."""
+    settings = dict(ema=dict(OURS, also=None), iters=7, param_scheduler=None)
+    runner = runner_of(folder, **settings, **zero(gradient_accumulation_steps=2))
+    runner.train()
+    hook = ema_hook_of(runner)
+    return int(hook.ema_model.steps), facts_of(runner, hook)
 
 
 def tested(folder):
