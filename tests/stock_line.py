@@ -13,7 +13,8 @@ from shard_line import DDP
 from test_digits_configs import short_run
 
 SHARDED = dict(type='mmema.FullyShardStrategy', shard=['backbone.stage?', 'neck', 'bbox_head'])
-BF16 = {**SHARDED, 'mixed_precision': dict(param_dtype='bfloat16', reduce_dtype='float32')}
+PRECISION = dict(param_dtype='bfloat16', reduce_dtype='float32', output_dtype='float32')
+BF16 = {**SHARDED, 'mixed_precision': PRECISION}
 
 
 def main(leaf, data):
