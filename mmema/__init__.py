@@ -34,9 +34,11 @@ from .restartable import (
 )
 from .strategy import FullyShardStrategy
 from .swap import averaged_weights
+from .zero import DeepSpeedStrategy
 
 __version__ = '0.1.0'
 __all__ = [
+    'DeepSpeedStrategy',
     'EMAHook',
     'EMAMonitorHook',
     'EMARecalibrateHook',

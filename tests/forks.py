@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
@@ -155,9 +156,10 @@ def become(request):
 if __name__ == '__main__':
     import runpy
 
-    for module in PRELOADED:
-        if find_spec(module.partition('.')[0]):  # `make stacks` has some without mmdet and mmyolo
-            import_module(module)
+    with redirect_stdout(sys.stderr):  # deepspeed, which MMEngine imports, greets
+        for module in PRELOADED:
+            if find_spec(module.partition('.')[0]):  # `make stacks` has some without these
+                import_module(module)
     assert len(os.listdir('/proc/self/task')) == 1, 'a process with threads must not fork'
     gc.freeze()  # a fork then ends in 0.3 seconds instead of 1.2
     become(serve())

@@ -171,9 +171,9 @@ def tested(folder):
 # --- one process goes on where ranks stopped, and the other way round -----------------------------
 
 
-def resumed(folder, *hooks, strategy=None, epochs=4, name='adam', epoch=2):
+def resumed(folder, *hooks, name='adam', epoch=2, **settings):
     file = str(folder.parent / name / f'epoch_{epoch}.pth')
-    return runner_of(folder, *hooks, strategy=strategy, epochs=epochs, load_from=file, resume=True)
+    return runner_of(folder, *hooks, load_from=file, resume=True, **settings)
 
 
 def from_alone(folder):
@@ -356,7 +356,7 @@ def tied_apart(folder):
 CASES = {name: value for name, value in globals().items() if callable(value)}
 
 
-def main(folder, names):
+def main(folder, names, cases=CASES):
     torch.set_num_threads(1)
     alone = bool(os.environ.get('ALONE'))
     if not alone:
@@ -364,7 +364,7 @@ def main(folder, names):
     for name in names:
         runs.Runner = FlexibleRunner
         try:
-            result, kind = CASES[name](folder / name), 'pth'
+            result, kind = cases[name](folder / name), 'pth'
         except Exception as error:
             kind = 'txt'
             result = str(error) if isinstance(error, RunError) else traceback.format_exc()

@@ -26,7 +26,7 @@ def load(path: str | Path, trust: bool = False) -> Weights:
 
     Args:
         path: A file of ``torch.save``, a ``.safetensors`` file, or a folder that ranks of a sharded
-            run have written.
+            run, or DeepSpeed's ZeRO-1 or 2, have written.
         trust: Whether the file may hold any object, as YOLOv5's do. Reading such a file can run
             code that is in it. Defaults to False.
 
@@ -52,7 +52,7 @@ def named(path: str | Path) -> Iterator[None]:
 
 def content_of(path: str | Path, trust: bool = False):
     """Return all that is in a file; see :func:`load` for arguments and errors."""
-    path = Path(path)
+    path = folders.zero_file(path) or Path(path)
     if not path.is_file() and not folders.is_folder(path):
         raise CheckpointError(f'{path} is no file (seen from {Path.cwd()})')
     with named(path):

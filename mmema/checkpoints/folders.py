@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import warnings
+from collections import OrderedDict
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Callable
@@ -36,6 +37,15 @@ def is_folder(path: str | Path) -> bool:
     return Path(path, REST).is_file() and Path(path, '.metadata').is_file()
 
 
+def zero_file(path: str | Path) -> Path | None:
+    """Return the file of a folder of DeepSpeed's ZeRO-1 or 2 with all but the optimizer.
+
+    None if the path is no such folder.
+    """
+    file = Path(path, 'mp_rank_00_model_states.pt')
+    return file if file.is_file() else None
+
+
 def write(content: dict, folder: str | Path, is_sharded: Callable, group) -> Future:
     """Write a checkpoint into a folder while the program goes on; every rank takes part.
 
@@ -56,7 +66,14 @@ def write(content: dict, folder: str | Path, is_sharded: Callable, group) -> Fut
     folder = Path(folder)
     unfinished = folder.with_name(f'.{folder.name}.parts')
     sharded: dict = {}
-    rest = _split(content, is_sharded, (), sharded)
+
+    def without_parts(value, place: tuple):
+        if is_sharded(value):
+            sharded[place] = value
+            return None
+        return value
+
+    rest = mapped(content, without_parts)
     if is_main_process():
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
@@ -113,21 +130,24 @@ def read(folder: str | Path, target_of: Callable | None = None) -> dict:
     return content
 
 
-def _split(content, is_sharded: Callable, place: tuple, sharded: dict):
-    """Return a content with None for what is sharded, which is put into ``sharded`` by place."""
-    if is_sharded(content):
-        sharded[place] = content
-        return None
+def mapped(content, change: Callable, place: tuple = ()):
+    """Return a copy of nested dicts, lists and tuples with each value inside of them changed.
+
+    Args:
+        content: The content of a checkpoint.
+        change: Called with a value and its place, a tuple of keys; returns the new value.
+        place: The place of the content itself. Defaults to that of the whole checkpoint.
+    """
     if isinstance(content, dict):
-        new = type(content)() if hasattr(content, '_metadata') else {}
-        new.update((k, _split(v, is_sharded, (*place, k), sharded)) for k, v in content.items())
-        if hasattr(content, '_metadata'):
+        new = OrderedDict() if isinstance(content, OrderedDict) else {}
+        new.update((key, mapped(value, change, (*place, key))) for key, value in content.items())
+        if hasattr(content, '_metadata'):  # the state of a module
             new._metadata = content._metadata
         return new
     if type(content) in (list, tuple):
-        parts = [_split(v, is_sharded, (*place, i), sharded) for i, v in enumerate(content)]
+        parts = [mapped(value, change, (*place, i)) for i, value in enumerate(content)]
         return type(content)(parts)
-    return content
+    return change(content, place)
 
 
 def _key(place) -> str:

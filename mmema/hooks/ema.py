@@ -26,6 +26,7 @@ from ..update.pairs import unwrapped
 from ..update.refusals import refuse_pieces
 from ..update.sharded import is_sharded
 from ..update.staging import staged_once
+from ..zero import DeepSpeedStrategy
 from .optimizer_steps import OptimizerSteps
 
 
@@ -47,8 +48,9 @@ class EMAHook(StockEMAHook):
       :func:`mmema.averaged_weights`. Afterwards, also after an exception, they have the trained
       weights again. If the model was switched to deploy form meanwhile, it stays that way.
     - Validations and checkpoints report which tensors of the average are not finite.
-    - ``FlexibleRunner`` trains, saves and resumes as ``Runner`` does, with one device, DDP or
-      :class:`mmema.FullyShardStrategy`. Other sharded models are refused.
+    - ``FlexibleRunner`` trains, saves and resumes as ``Runner`` does, with one device, DDP,
+      :class:`mmema.FullyShardStrategy` or :class:`mmema.DeepSpeedStrategy`. Other sharded models
+      are refused.
     - Further averages can follow the same training, each as if it were alone. The main one is
       evaluated and saved as ``state_dict``; the others are saved in ``ema_also``, and evaluated by
       :class:`mmema.EMAValLoop`. A rewind of the training to its best checkpoint leaves them alone.
@@ -258,7 +260,7 @@ class EMAHook(StockEMAHook):
             # FlexibleRunner of MMEngine 0.10.7 leaves the prefix of the DDP wrapper in the names,
             # and where a validation saves, counts what is over once more: a resumed run skips one.
             checkpoint['state_dict'] = to_save(unwrapped(runner.model).state_dict())
-            if not runner.model.training:
+            if not unwrapped(runner.model).training:
                 checkpoint['meta'].update(epoch=runner.epoch, iter=runner.iter)
         try:
             if self._swap is None:
@@ -306,12 +308,15 @@ class EMAHook(StockEMAHook):
 
 def refuse_unsaved(runner: Runner) -> None:
     """Raise RunError for the two strategies of FlexibleRunner that save without calling hooks."""
-    strategies = [cls.__name__ for cls in type(getattr(runner, 'strategy', None)).__mro__]
-    for name in {'DeepSpeedStrategy', 'ColossalAIStrategy'}.intersection(strategies):
-        raise RunError(
-            f'an average must be saved to be resumed, but the checkpoints of {name} cannot hold '
-            "it. Train with strategy=dict(type='DDPStrategy'), or without EMAHook."
-        )
+    strategy = getattr(runner, 'strategy', None)
+    names = [cls.__name__ for cls in type(strategy).__mro__]
+    ways_out = {'DeepSpeedStrategy': 'mmema.DeepSpeedStrategy', 'ColossalAIStrategy': 'DDPStrategy'}
+    for name, way_out in ways_out.items():
+        if name in names and not isinstance(strategy, DeepSpeedStrategy):
+            raise RunError(
+                f"an average must be saved to be resumed, but the checkpoints of MMEngine's {name} "
+                f"cannot hold it. Train with strategy=dict(type='{way_out}'), or without EMAHook."
+            )
 
 
 def refuse_unsharded_runner(runner: Runner) -> None:

@@ -22,7 +22,11 @@ class OptimizerSteps:
         for handle in self._handles:
             handle.remove()
         optimizers = [getattr(one, 'optimizer', None) for one in _wrappers_in(optim_wrapper)]
-        watchable = all(hasattr(optimizer, 'register_step_post_hook') for optimizer in optimizers)
+        # DeepSpeed's, which steps where it has accumulated enough, has torch's inside.
+        optimizers = [
+            one if _has_hooks(one) else getattr(one, 'optimizer', one) for one in optimizers
+        ]
+        watchable = all(map(_has_hooks, optimizers))
         watched = optimizers if watchable else []
         self._handles = [one.register_step_post_hook(self._count) for one in watched]
         self._steps = 0
@@ -53,6 +57,10 @@ class OptimizerSteps:
                 'each iteration.'
             )
             self._iterations_without = None
+
+
+def _has_hooks(optimizer) -> bool:
+    return hasattr(optimizer, 'register_step_post_hook')
 
 
 def _wrappers_in(optim_wrapper) -> list:

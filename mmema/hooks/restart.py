@@ -21,6 +21,7 @@ from ..restarts.progress import RuleProgress, due_restart
 from ..restarts.rule import RestartRule
 from ..run import choose_checkpoint, ema_hook_of, now_of, what_loads
 from ..update.pairs import unwrapped
+from ..zero import DeepSpeedStrategy
 
 
 @register_everywhere(HOOKS)
@@ -119,6 +120,7 @@ class EMARestartHook(Hook):
                 "ema_type='mmema.RestartableExpMomentumEMA' in the EMAHook."
             )
         rules, facts = [hook.rule for hook in hooks], facts_of(runner, ema_hook)
+        refuse_sources(runner, rules)
         planned = plan(rules, facts)
         self._progresses = [hook.progress for hook in hooks]
         for progress in self._progresses:
@@ -185,6 +187,18 @@ class EMARestartHook(Hook):
                 progress.kept.append(name)
             rewind.drop_kept(runner, self._progresses, still_named)
         return name
+
+
+def refuse_sources(runner: Runner, rules: list) -> None:
+    """Raise RunError if DeepSpeed trains weights that a restart is to replace."""
+    if not isinstance(getattr(runner, 'strategy', None), DeepSpeedStrategy):
+        return
+    for rule in rules:
+        for source in {rule.source, rule.plateau and rule.plateau.source} - {None, 'model'}:
+            raise RunError(
+                f"with DeepSpeedStrategy source must be 'model', got {source!r}: DeepSpeed trains "
+                'a copy of the weights that belongs to the optimizer.'
+            )
 
 
 def restart_hooks_of(runner: Runner) -> list:

@@ -118,7 +118,9 @@ def _facts(path: Path, content: dict, weights: Weights) -> FileFacts:
         losses=_losses(hub, iteration),
         meta=meta,
         config=config,
-        run=_run_facts(config, hub.get('runtime_info') or {}, iteration),
+        run=_run_facts(
+            config, hub.get('runtime_info') or {}, iteration, content.get('ds_config') or {}
+        ),
         averages=averages,
         has_raw=weights.raw is not None,
         tensors={name: (tuple(t.shape), t.dtype) for name, t in state.items()},
@@ -150,14 +152,16 @@ def _losses(hub: dict, iteration: int) -> np.ndarray | None:
     return np.array(history, dtype=float)
 
 
-def _run_facts(config: dict, info: dict, iteration: int) -> RunFacts:
+def _run_facts(config: dict, info: dict, iteration: int, deepspeed: dict) -> RunFacts:
     train, hook = config.get('train_cfg') or {}, _ema_hook(config)
     by_epoch = train.get('by_epoch', 'IterBased' not in str(train.get('type', '')))
     iterations = int(info.get('max_iters') or iteration)
     length = iterations // max(int(info.get('max_epochs') or 1), 1)
     accumulation = 1
     if is_ours(hook) and hook.get('per_optimizer_step', True):
-        accumulation = int((config.get('optim_wrapper') or {}).get('accumulative_counts', 1))
+        accumulation = deepspeed.get('gradient_accumulation_steps', 1)
+        wrapper = config.get('optim_wrapper') or {}
+        accumulation = int(wrapper.get('accumulative_counts', accumulation))
     begin_epoch, begin_iter = (max(hook.get(f'begin_{u}', 0) - 1, 0) for u in ('epoch', 'iter'))
     return RunFacts(
         iterations=max(iterations, iteration),

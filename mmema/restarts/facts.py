@@ -69,7 +69,8 @@ def facts_of(runner: Runner, ema_hook: StockEMAHook) -> RunFacts:
         iterations=runner.max_iters,
         epoch_length=epoch_length,
         accumulation=accumulation,
-        last_step=not several,  # several optimizers are not told where the run ends
+        # Several optimizers are not told where the run ends; nor is DeepSpeed's.
+        last_step=not several and hasattr(wrapper, 'should_update'),
         begin=begin_epoch * (epoch_length or 0) + begin_iter,
         switches=switches_of(runner) if by_epoch else {},
         first_best=first_best,

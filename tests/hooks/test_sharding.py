@@ -179,7 +179,7 @@ def test_a_strategy_that_cannot_save_the_average_is_refused(strategy):
     runner = SimpleNamespace(
         strategy=strategy.__new__(strategy), max_iters=8, max_epochs=2, logger=None
     )
-    with pytest.raises(RunError, match='the checkpoints of DeepSpeedStrategy cannot hold it'):
+    with pytest.raises(RunError, match="MMEngine's DeepSpeedStrategy cannot hold it"):
         EMAHook().before_train(runner)
     runner.strategy = DDPStrategy.__new__(DDPStrategy)
     refuse_unsaved(runner)
