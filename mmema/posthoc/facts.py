@@ -68,6 +68,9 @@ class FileFacts:
             elif _kind(hook) == 'YOLOXModeSwitchHook' and self.run.by_epoch:
                 # It compares epoch + 1, so it switches one epoch earlier.
                 epochs.append(self.run.end('epoch') - hook.get('num_last_epochs', 15) - 1)
+            elif _kind(hook) == 'SwitchRecipeHook':  # by the number of the epoch, from 1
+                recipes = [recipe for recipe in hook.get('schedule', ()) if 'action_epoch' in recipe]
+                epochs.extend(recipe['action_epoch'] - 1 for recipe in recipes)
         return [epoch for epoch in epochs if isinstance(epoch, int) and epoch > 0]
 
     @property
