@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Make a small detection set: handwritten digits on photographs, in COCO format.
 
-Beside it the same for other tasks: ``masks/`` has for each picture the class of each pixel (0 where
-there is no digit, else the digit plus one), and ``crops/`` the boxes cut out, a folder for each digit.
+Beside it the same for other tasks: ``masks/`` has the class of each pixel of each picture (0 where
+there is no digit, else the digit plus one), ``crops/`` the boxes cut out, a folder for each digit.
 
 Everything real comes inside scikit-learn: 1,797 handwritten digits (``load_digits``) and two
 photographs (``load_sample_images``). The training set uses the first photograph and four fifths of

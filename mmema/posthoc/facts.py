@@ -69,8 +69,8 @@ class FileFacts:
                 # It compares epoch + 1, so it switches one epoch earlier.
                 epochs.append(self.run.end('epoch') - hook.get('num_last_epochs', 15) - 1)
             elif _kind(hook) == 'SwitchRecipeHook':  # by the number of the epoch, from 1
-                recipes = [recipe for recipe in hook.get('schedule', ()) if 'action_epoch' in recipe]
-                epochs.extend(recipe['action_epoch'] - 1 for recipe in recipes)
+                numbers = [recipe.get('action_epoch') for recipe in hook.get('schedule', ())]
+                epochs.extend(number - 1 for number in numbers if isinstance(number, int))
         return [epoch for epoch in epochs if isinstance(epoch, int) and epoch > 0]
 
     @property
