@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Train a small network on handwritten digits, with MMEngine and torch alone.
 
-The average of its weights restarts where the learning rate falls. Needs scikit-learn, which carries the digits.
+The average of its weights restarts where the learning rate falls. The digits come inside
+scikit-learn, which it needs besides.
 
 examples/mmengine_digits.py --work-dir work_dirs/mmengine
 """
