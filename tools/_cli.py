@@ -231,15 +231,15 @@ def libraries_of(config):
 
     def walk(value):
         if isinstance(value, dict):
-            found.add(value.get('_scope_'))
+            for key, inner in value.items():
+                if isinstance(inner, str) and (key == '_scope_' or re.search('(^|_)type$', key)):
+                    found.add(inner.partition('.')[0])
             value = list(value.values())
         if isinstance(value, (list, tuple)):
             for inner in value:
                 walk(inner)
-        elif isinstance(value, str) and re.fullmatch(r'\w+(\.\w+)+', value):
-            found.add(value.partition('.')[0])
 
-    walk([config[key] for key in config])
+    walk([config[key] for key in runner_arguments() & set(config)])
     return sorted(found & set(MODULE2PACKAGE))
 
 

@@ -13,6 +13,7 @@ width = 8  # the stock model has 64
 norm = dict(type='BN', requires_grad=True)  # the stock SyncBN needs GPUs
 head = dict(num_classes=len(classes), norm_cfg=norm)
 model = dict(
+    data_preprocessor=dict(size=_base_.digits_scale),
     backbone=dict(base_channels=width, norm_cfg=norm),
     decode_head=dict(**head, in_channels=width, channels=width),
     auxiliary_head=dict(**head, in_channels=2 * width, channels=width),
