@@ -12,7 +12,8 @@ width = 16  # the stock model has 64
 model = dict(
     data_preprocessor=dict(num_classes=10, mean=[125] * 3, std=[55] * 3, to_rgb=True),
     backbone=dict(stem_channels=width, base_channels=width),
-    head=dict(in_channels=8 * width),
+    # Mixed labels are shares of classes, and stay so after the augmentation.
+    head=dict(in_channels=8 * width, loss=dict(use_soft=True)),
     train_cfg=dict(augments=[dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0)]),
 )
 
