@@ -26,8 +26,8 @@ SHORT = {
         'default_hooks.logger.interval': 2,
     },
     'mmpretrain_resnet18': {
-        'train_dataloader.batch_size': 16,
-        'train_dataloader.drop_last': True,
+        'train_dataloader.batch_size': 8,
+        'train_dataloader.dataset.indices': 16,
         'train_cfg.max_epochs': 2,
         'train_cfg.val_interval': 2,
         'custom_hooks.0.schedule.0.action_epoch': 2,
@@ -91,10 +91,10 @@ def check_run(name, output, scores, file):
     for weights in ('EMA', 'raw'):
         assert f'{metric} of the {weights} weights' in output
     moment = 'iter 2' if name == 'mmseg_unet' else 'epoch 1'
-    assert f'iter 2 (due: {moment}): steps 2 -> 0, momentum 0.01 -> 0.01, gamma 50 -> 20' in output
+    assert f'iter 2 (due: {moment}): steps 2 -> 0, momentum 0.02 -> 0.02, gamma 30 -> 15' in output
     checkpoint = torch.load(file)
     state, average = checkpoint['ema_state_dict'], checkpoint['state_dict']
-    assert (int(state['steps']), int(state['restarts']), float(state['gamma'])) == (2, 1, 20)
+    assert (int(state['steps']), int(state['restarts']), float(state['gamma'])) == (2, 1, 15)
     raw = {key[7:]: value for key, value in state.items() if key.startswith('module.')}
     assert set(raw) == set(average)
     assert any(not torch.equal(raw[key], average[key]) for key in raw)

@@ -1,8 +1,8 @@
 # Faster R-CNN of MMDetection on the digits, a quarter as wide and with 18 layers. Its average
-# restarts where the learning rate falls, as in the stock schedule after two thirds of the epochs.
+# restarts where the learning rate falls.
 _base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '../_base_/digits.py']
 
-max_epochs, drop = 12, 8
+max_epochs, drop = 8, 6
 
 width = 16  # of the first stage; the stock model has 64
 model = dict(
@@ -79,15 +79,15 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=100),
     dict(type='MultiStepLR', by_epoch=True, milestones=[drop], gamma=0.1),
 ]
-# 768 iterations, 256 of them after the restart: see docs/restarts.md for momentum and gamma.
+# 512 iterations, 128 of them after the restart: docs/restarts.md tells how both gammas are chosen.
 custom_hooks = [
-    dict(type='mmema.EMAHook', momentum=0.01, gamma=50, update_buffers=True),
-    dict(type='mmema.EMARestartHook', milestones=[drop], gamma=20),
+    dict(type='mmema.EMAHook', momentum=0.02, gamma=30, update_buffers=True),
+    dict(type='mmema.EMARestartHook', milestones=[drop], gamma=15),
 ]
 default_hooks = dict(
     logger=dict(interval=16),
-    checkpoint=dict(interval=4, max_keep_ckpts=2, save_best='coco/bbox_mAP'),
+    checkpoint=dict(interval=2, max_keep_ckpts=2, save_best='coco/bbox_mAP'),
 )
-train_cfg = dict(max_epochs=max_epochs, val_interval=4)
+train_cfg = dict(max_epochs=max_epochs, val_interval=2)
 val_cfg = dict(type='mmema.EMAValLoop')  # raw weights beside the averaged ones
 randomness = dict(seed=0)

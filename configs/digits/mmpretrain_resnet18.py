@@ -6,7 +6,7 @@ _base_ = [
     '../_base_/digits.py',
 ]
 
-max_epochs, plain_epochs = 20, 6  # the last ones, without augmentation
+max_epochs, plain_epochs = 12, 4  # the last ones, without augmentation
 
 width = 16  # the stock model has 64
 model = dict(
@@ -73,12 +73,12 @@ custom_hooks = [
             )
         ],
     ),
-    dict(type='mmema.EMAHook', momentum=0.01, gamma=50, update_buffers=True),
-    dict(type='mmema.EMARestartHook', follow='SwitchRecipeHook', gamma=20),
+    dict(type='mmema.EMAHook', momentum=0.02, gamma=30, update_buffers=True),
+    dict(type='mmema.EMARestartHook', follow='SwitchRecipeHook', gamma=15),
 ]
 default_hooks = dict(
     logger=dict(interval=16),
-    checkpoint=dict(interval=5, max_keep_ckpts=2, save_best='accuracy/top1'),
+    checkpoint=dict(interval=4, max_keep_ckpts=2, save_best='accuracy/top1'),
 )
 train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=2)
 val_cfg = dict(type='mmema.EMAValLoop')  # raw weights beside the averaged ones

@@ -6,7 +6,7 @@ _base_ = [
     '../_base_/digits.py',
 ]
 
-max_iters, drop = 800, 560
+max_iters, drop = 480, 320
 
 classes = ('photograph', *_base_.digits_metainfo['classes'])
 width = 8  # the stock model has 64
@@ -68,13 +68,13 @@ param_scheduler = [
     dict(type='MultiStepLR', by_epoch=False, milestones=[drop], gamma=0.1),
 ]
 custom_hooks = [
-    dict(type='mmema.EMAHook', momentum=0.01, gamma=50, update_buffers=True),
-    dict(type='mmema.EMARestartHook', by_epoch=False, milestones=[drop], gamma=20),
+    dict(type='mmema.EMAHook', momentum=0.02, gamma=30, update_buffers=True),
+    dict(type='mmema.EMARestartHook', by_epoch=False, milestones=[drop], gamma=15),
 ]
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=20, log_metric_by_epoch=False),
     checkpoint=dict(
-        type='CheckpointHook', by_epoch=False, interval=200, max_keep_ckpts=2, save_best='mIoU'
+        type='CheckpointHook', by_epoch=False, interval=160, max_keep_ckpts=2, save_best='mIoU'
     ),
 )
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=80)
