@@ -86,8 +86,8 @@ def others(session):
     install_pinned(session, bootstrap.OPENMMLAB[0], *WITH_VISION)
     session.install('einops', 'ftfy', 'importlib-metadata', 'mat4py', 'modelindex', 'regex')
     session.install('--no-deps', 'mmpretrain==1.2.0', 'mmsegmentation==1.2.2')
-    names = ('other_libraries', 'examples', 'make_digits', 'train_tool')
-    test(session, which=[*(f'tests/test_{name}.py' for name in names), 'tests/hooks/test_ema.py'])
+    names = ('test_other_libraries', 'test_examples', 'hooks/test_ema', 'restarts/test_facts')
+    test(session, which=[f'tests/{name}.py' for name in names])
 
 
 @nox.session
