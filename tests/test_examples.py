@@ -118,6 +118,9 @@ def test_other_libraries_train_and_test(name, data, tmp_path):
         words = ('Switch batch augments', 'Switch train pipeline', 'EMA restart 1 at epoch 1')
         assert len(switched) == 3
         assert all(word in line for word, line in zip(words, switched))
+    call = (CONFIGS / f'{name}.py', '--iters-per-epoch', 32, '-o', 'plan.png')
+    done = call_tool('plot_ema.py', *call, folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
     # The test set is that of the validation here, and the file has the averaged weights.
     options = [*options_of(name, data), *as_validated(name)]
     call = (CONFIGS / f'{name}.py', file, '--work-dir', 't', '--out', 'p.pkl', *options)
