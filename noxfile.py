@@ -23,7 +23,10 @@ sys.path.insert(0, str(ROOT / 'tools'))
 import bootstrap  # noqa: E402
 
 STACKS = ['pinned', 'old', 'fork', 'alone', 'others', 'newest']
-LIBRARIES = ['torch', 'mmengine', 'onedl-mmengine', 'mmcv', 'mmdet', 'mmyolo', 'mmsegmentation']
+LIBRARIES = ['torch', 'mmengine', 'onedl-mmengine', 'mmcv', 'mmdet', 'mmyolo']
+LIBRARIES += ['mmpretrain', 'mmsegmentation', 'torchvision']
+# MMPretrain imports torchvision, of which there is no build for the torch of `make setup`.
+WITH_VISION = ('torch==2.14.1', 'torchvision==0.29.1')
 STACK = ROOT / 'requirements' / 'stack.txt'
 TESTS = ['build', 'hypothesis', 'pytest', 'pytest-xdist', 'safetensors', 'tensorboard']
 # Of MMEngine, which asks for opencv-python besides; that one needs libGL.
@@ -79,11 +82,12 @@ def alone(session):
 
 @nox.session
 def others(session):
-    """MMSegmentation beside mmcv, mmdet and mmyolo."""
-    install_pinned(session, bootstrap.OPENMMLAB[0])
-    session.install('ftfy', 'regex')
-    session.install('--no-deps', 'mmsegmentation==1.2.2')
-    test(session, which=['tests/test_other_libraries.py', 'tests/hooks/test_ema.py'])
+    """MMPretrain and MMSegmentation beside mmcv, mmdet and mmyolo; their examples."""
+    install_pinned(session, bootstrap.OPENMMLAB[0], *WITH_VISION)
+    session.install('einops', 'ftfy', 'importlib-metadata', 'mat4py', 'modelindex', 'regex')
+    session.install('--no-deps', 'mmpretrain==1.2.0', 'mmsegmentation==1.2.2')
+    names = ('test_other_libraries', 'test_examples', 'hooks/test_ema', 'restarts/test_facts')
+    test(session, which=[f'tests/{name}.py' for name in names])
 
 
 @nox.session
@@ -110,11 +114,11 @@ def table(session):
 # --- parts of the sessions ----------------------------------------------------------------------
 
 
-def install_pinned(session, mmengine):
-    """Install the stack of `make setup` with this MMEngine."""
+def install_pinned(session, mmengine, torch=bootstrap.TORCH, *more):
+    """Install the stack of `make setup` with this MMEngine, and perhaps another torch."""
     session.install(*bootstrap.BUILD_TOOLS)
-    session.install(bootstrap.TORCH, *bootstrap.BUILD_TOOLS, '-r', str(STACK))
-    wheel = bootstrap.mmcv_wheel(Path(session.bin) / 'python')
+    session.install(torch, *more, *bootstrap.BUILD_TOOLS, '-r', str(STACK))
+    wheel = bootstrap.mmcv_wheel(Path(session.bin) / 'python', torch)
     session.install('--no-deps', str(wheel), mmengine, *bootstrap.OPENMMLAB[1:])
 
 

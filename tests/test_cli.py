@@ -242,6 +242,42 @@ def test_a_module_that_is_not_there(refusal):
     assert 'no_such_package is not installed (pip install no_such_package)' in refusal(run)
 
 
+# --- libraries ----------------------------------------------------------------------------------
+
+
+def test_a_config_names_its_libraries_in_types_scopes_and_its_default():
+    config = Config(
+        dict(
+            default_scope='mmseg',
+            model=dict(type='mmema.X', backbone=dict(type='mmyolo.YOLOv5CSPDarknet')),
+            custom_hooks=[dict(type='EMAHook', ema_type='mmdet.ExpMomentumEMA')],
+            train_dataloader=dict(dataset=dict(type='X', _scope_='mmpretrain')),
+            part_for_other_configs=dict(type='mmpose.X'),
+            load_from='mmocr.pth',
+        )
+    )
+    config.work_dir = 'work_dirs/mmrotate'
+    assert cli.libraries_of(config) == ['mmdet', 'mmpretrain', 'mmseg', 'mmyolo']
+    assert cli.libraries_of(Config(dict(model=dict(type='Net')))) == []
+
+
+@pytest.mark.parametrize(
+    ('library', 'way'),
+    [('mmyolo', 'run `make setup` in'), ('mmpose', ': install mmpose beside mmcv; docs/stacks.md')],
+)
+def test_a_library_that_is_missing(refusal, monkeypatch, library, way):
+    monkeypatch.setitem(sys.modules, library, None)
+    line = refusal(cli.import_libraries, Config(dict(default_scope=library)))
+    assert library in line and way in line
+
+
+def test_libraries_that_do_not_fit_together(refusal, monkeypatch, tmp_path):
+    (tmp_path / 'mmpose.py').write_text('raise AssertionError("MMCV==9 is incompatible")')
+    monkeypatch.syspath_prepend(tmp_path)
+    line = refusal(cli.import_libraries, Config(dict(default_scope='mmpose')))
+    assert 'packages do not fit together: MMCV==9 is incompatible' in line
+
+
 def test_other_errors_of_a_run_keep_their_traceback():
     with pytest.raises(RuntimeError, match='out of memory'), cli.run_errors():
         raise RuntimeError('CUDA out of memory')

@@ -11,9 +11,11 @@ import doctest
 import importlib
 import pkgutil
 import re
+import runpy
 import shlex
 import shutil
 import sys
+from contextlib import contextmanager
 from math import exp
 from pathlib import Path
 from unittest.mock import patch
@@ -41,7 +43,7 @@ RUN_ELSEWHERE = {  # see above; test_design.py has the picture
 SLOW = {'bash', 'text'}
 # Their arguments are only parsed.
 TOOLS = ('ablate', 'benchmark', 'benchmark_sharded', 'ema_posthoc', 'recalibrate_bn')
-TOOLS += ('test', 'train')
+TOOLS += ('make_digits', 'test', 'train')
 LONG = {f'tools/{name}.py' for name in TOOLS}
 OTHERS = {  # files of MMYOLO and MMEngine, named as theirs
     'tools/model_converters',
@@ -146,6 +148,9 @@ def bash_block(page, content, folder, request):
             parse_command(arguments[2:])
         elif program == 'python' and arguments[0] in LONG:
             parse_only(arguments)
+        elif program == 'python' and arguments[0].startswith('examples/'):
+            with parsing_only(), patch.object(sys, 'argv', arguments):
+                runpy.run_path(ROOT / arguments[0], run_name='__main__')
         elif program == 'torchrun':
             parsed = torchs_parser().parse_args(arguments)
             parse_only([parsed.training_script, *parsed.training_script_args])
@@ -172,8 +177,9 @@ def install(folder):
     assert (target / 'mmema' / 'update' / 'native.cpp').is_file()
 
 
-def parse_only(arguments):
-    """Let a tool parse the arguments of a run that takes long, and no more."""
+@contextmanager
+def parsing_only():
+    """Let a program parse its arguments, and no more."""
     parse = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(*arguments):
@@ -182,6 +188,12 @@ def parse_only(arguments):
 
     stopped = pytest.raises(InterruptedError)
     with stopped, patch('argparse.ArgumentParser.parse_args', parse_and_stop):
+        yield
+
+
+def parse_only(arguments):
+    """Let a tool parse the arguments of a run that takes long, and no more."""
+    with parsing_only():
         call_here(Path(arguments[0]).name, *arguments[1:], folder=ROOT)
     for argument in arguments[1:]:
         if argument.startswith('configs/'):
@@ -316,14 +328,14 @@ def test_links_and_pictures_lead_somewhere(page):
 
 @pytest.mark.parametrize('page', PAGES)
 def test_files_and_tests_that_a_page_names_exist(page):
-    every_file = {path.name for top in ('configs', 'mmema', 'tests', 'tools', 'docs')
+    every_file = {path.name for top in ('configs', 'examples', 'mmema', 'tests', 'tools', 'docs')
                   for path in (ROOT / top).rglob('*')}  # fmt: skip
     tests = ''.join(path.read_text() for path in (ROOT / 'tests').rglob('test_*.py'))
     targets = re.findall(r'^([a-z]+):', (ROOT / 'Makefile').read_text(), re.M)
     for span in spans(page):
         for word in span.split():
             path = word.partition('::')[0]
-            if re.match(r'(configs|docs|mmema|requirements|tests|tools)/', path):
+            if re.match(r'(configs|docs|examples|mmema|requirements|tests|tools)/', path):
                 assert path in OTHERS or any(ROOT.glob(path.rstrip('/'))), word
             elif re.fullmatch(r'\w+\.(py|md)', path):
                 assert path in every_file or (ROOT / path).is_file(), word

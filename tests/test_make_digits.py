@@ -78,7 +78,8 @@ def test_same_settings_give_the_same_bytes(small_set, tmp_path):
 def test_another_seed_gives_other_scenes(small_set, tmp_path):
     digits.make_digits(tmp_path / 'other', train=TRAIN, val=VAL, test=TEST, seed=4)
     first, second = contents(small_set), contents(tmp_path / 'other')
-    assert not any(first[name] == second[name] for name in first if name.endswith('.png'))
+    names = [name for name in first if name.split('/')[0] in digits.SPLITS]
+    assert names and not any(first[name] == second[name] for name in names)
     # The places of the digits are others too, not only the digits.
     numbers = [
         [annotation['image_id'] for annotation in annotations(folder, 'train')['annotations']]
@@ -98,6 +99,8 @@ def test_layout_and_coco_fields(small_set):
     assert sorted(path.name for path in small_set.iterdir()) == [
         'annotations',
         'contact_sheet.png',
+        'crops',
+        'masks',
         'test',
         'train',
         'val',
@@ -156,6 +159,28 @@ def test_split_shares_out_every_class():
         assert (labels[parts['val']] == digit).sum() == held_out // 2
         assert (labels[parts['test']] == digit).sum() == held_out - held_out // 2
         assert (labels[parts['train']] == digit).sum() == count - held_out
+
+
+def test_masks_and_crops_are_those_of_the_scenes(monkeypatch, tmp_path):
+    scenes = drawn_scenes(monkeypatch, tmp_path / 'set', train=20, val=1, test=1, seed=0)
+    covered, crops = 0, set()
+    for index, (_, _, picture, objects, masks) in enumerate(scenes[:20]):
+        file = tmp_path / 'set' / 'masks' / 'train' / f'{index:06d}.png'
+        classes = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
+        assert (classes.dtype, classes.shape) == (np.uint8, (128, 128))
+        assert not classes[~np.any(masks, axis=0)].any()
+        for k, ((label, (x, y, width, height)), mask) in enumerate(zip(objects, masks)):
+            above = np.any([np.zeros_like(mask), *masks[k + 1 :]], axis=0)
+            assert (classes[mask & ~above] == label + 1).all()
+            covered += (mask & above).sum()
+            file = tmp_path / 'set' / 'crops' / 'train' / str(label) / f'{index:06d}_{k}.png'
+            crops.add(file)
+            part = picture[y : y + height, x : x + width]
+            assert np.array_equal(cv2.imread(str(file))[..., ::-1], part)
+    assert covered > 0  # some digits lie under others
+    assert crops == set((tmp_path / 'set' / 'crops' / 'train').rglob('*.png'))
+    classes = {path.name for path in (tmp_path / 'set' / 'crops' / 'val').iterdir()}
+    assert classes == set('0123456789')  # also those of which one picture has none
 
 
 def test_boxes_fit_the_ink_of_their_digit(monkeypatch, tmp_path):
@@ -255,6 +280,19 @@ def test_a_finished_set_is_left_as_it_is(small_set):
     assert {path: path.stat().st_mtime_ns for path in small_set.rglob('*')} == before
 
 
+def test_a_set_of_before_gets_masks_and_crops_and_keeps_the_rest(small_set, tmp_path):
+    for lacking in (['masks', 'crops'], ['crops']):
+        older = tmp_path / '-'.join(lacking)
+        shutil.copytree(small_set, older)
+        for name in lacking:
+            shutil.rmtree(older / name)
+        before = {path: path.stat().st_mtime_ns for path in older.rglob('*') if path.is_file()}
+        assert digits.make_digits(older, train=TRAIN, val=VAL, test=TEST, seed=3) is True
+        assert contents(older) == contents(small_set)
+        assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(list(tmp_path.iterdir())) == 2  # nothing else is left
+
+
 @pytest.mark.parametrize(
     ('settings', 'message'),
     [
@@ -297,9 +335,12 @@ def test_foreign_content_is_refused_and_kept(tmp_path):
 
 def test_a_damaged_set_is_named(tmp_path):
     digits.make_digits(tmp_path / 'set', train=2, val=1, test=1)
-    (tmp_path / 'set' / 'train' / '000001.png').unlink()
-    with pytest.raises(digits.UsageError, match='damaged'):
-        digits.make_digits(tmp_path / 'set', train=2, val=1, test=1)
+    for lost in ('train/000001.png', 'masks/val/000000.png'):
+        content = (tmp_path / 'set' / lost).read_bytes()
+        (tmp_path / 'set' / lost).unlink()
+        with pytest.raises(digits.UsageError, match='damaged'):
+            digits.make_digits(tmp_path / 'set', train=2, val=1, test=1)
+        (tmp_path / 'set' / lost).write_bytes(content)
     (tmp_path / 'set' / 'annotations' / 'val.json').write_text('{"info": ')
     with pytest.raises(digits.UsageError, match='is not a digits set'):
         digits.make_digits(tmp_path / 'set', train=2, val=1, test=1)

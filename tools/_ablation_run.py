@@ -30,6 +30,7 @@ def main():
     file, folder, seed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     cli.import_stack()
     config = Config.fromfile(file)
+    cli.import_libraries(config)
     with cli.run_errors():
         runner = train(config, folder / 'work', seed)
     checkpoints = kept_checkpoints(config, folder / 'work')

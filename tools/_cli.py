@@ -3,17 +3,23 @@
 import argparse
 import difflib
 import gc
+import importlib
 import inspect
 import os
 import re
 import sys
 import traceback
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 USAGE = 2  # exit status of a call that has to be changed; argparse's own
 CONFIG_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, TypeError, ValueError)
+
+SETUP = (
+    'run `make setup` in the mmema checkout and start this tool with its .venv/bin/python, or '
+    'install what is missing'
+)
 
 
 def run(main):
@@ -194,26 +200,64 @@ def check_arguments(args):
 
 
 def import_stack():
-    """Import all that the tools need, or say what is missing."""
+    """Import what every run needs, or say what is missing; a config says what else it needs."""
     warnings.filterwarnings('ignore', message='.*pkg_resources')  # of MMEngine and its like
     try:
-        import mmcv  # noqa: F401
-        import mmdet  # noqa: F401
         import mmengine  # noqa: F401
-        import mmyolo  # noqa: F401
 
         import mmema  # noqa: F401  # its names resolve bare, and torch loads MMEngine's checkpoints
     except ImportError as error:
-        die(
-            f'{error} (with {sys.executable}): run `make setup` in the mmema checkout and start '
-            'this tool with its .venv/bin/python, or install what is missing'
-        )
-    except AssertionError as error:  # mmdet and mmyolo refuse an mmcv of another version
-        die(f'the installed OpenMMLab packages do not fit together: {error}')
+        die(f'{error} (with {sys.executable}): {SETUP}')
+    with suppress(ImportError):  # a run of MMEngine alone does without
+        import mmcv  # noqa: F401
+
+
+def import_libraries(config):
+    """Import the OpenMMLab libraries that a config names, or say what is missing."""
+    for name in libraries_of(config):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            die(f'{error} (with {sys.executable}): {way_to(name)}')
+        except AssertionError as error:  # they refuse an mmcv of another version
+            die(f'the installed OpenMMLab packages do not fit together: {error}')
+
+
+def libraries_of(config):
+    """Return the OpenMMLab libraries whose names stand in a config, such as mmdet of mmdet.Pad."""
+    from mmengine.config.utils import MODULE2PACKAGE
+
+    found = {config.get('default_scope')}
+
+    def walk(value):
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                if isinstance(inner, str) and (key == '_scope_' or re.search('(^|_)type$', key)):
+                    found.add(inner.partition('.')[0])
+            value = list(value.values())
+        if isinstance(value, (list, tuple)):
+            for inner in value:
+                walk(inner)
+
+    walk([config[key] for key in runner_arguments() & set(config)])
+    return sorted(found & set(MODULE2PACKAGE))
+
+
+def way_to(library):
+    """Say how a library, named by its module or its package, is installed."""
+    from mmengine.config.utils import MODULE2PACKAGE
+
+    if library in ('mmdet', 'mmyolo'):
+        return SETUP
+    package = MODULE2PACKAGE.get(library, library)
+    return f'install {package} beside mmcv; docs/stacks.md tells versions that work together'
 
 
 def load_config(args):
-    """Return the config of the file and the options, with work_dir and launcher set."""
+    """Return the config of the file and the options, with work_dir and launcher set.
+
+    The libraries that it names are imported.
+    """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     from mmengine.config import Config
 
@@ -221,8 +265,12 @@ def load_config(args):
     try:
         config = Config.fromfile(path)
     except Exception as error:  # whatever happens in there, the file is what has to change
+        base = re.match(r'(mm\w+) is not installed', str(error))  # of _base_ = 'mmdet::...'
+        if base:
+            die(f'{path} needs {base[1]}, which is not there ({sys.executable}): {way_to(base[1])}')
         die(f'{path} cannot be read: {type(error).__name__}: {error}')
     merge_options(config, args.cfg_options)
+    import_libraries(config)
     config.launcher = args.launcher
     if args.work_dir is not None:
         config.work_dir = args.work_dir
@@ -295,15 +343,20 @@ def runner_arguments():
 
 
 def build_runner(config):
-    from mmdet.utils import setup_cache_size_limit_of_dynamo
     from mmengine.registry import RUNNERS
     from mmengine.runner import Runner
-    from mmyolo.utils import is_metainfo_lower
 
-    setup_cache_size_limit_of_dynamo()
+    libraries = libraries_of(config)
+    if 'mmdet' in libraries or 'mmyolo' in libraries:
+        from mmdet.utils import setup_cache_size_limit_of_dynamo
+
+        setup_cache_size_limit_of_dynamo()
     join_ranks_on_cpu(config)
     with one_line('the config cannot be built', *CONFIG_ERRORS, config=config):
-        is_metainfo_lower(config)
+        if 'mmyolo' in libraries:
+            from mmyolo.utils import is_metainfo_lower
+
+            is_metainfo_lower(config)
         return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
 
 

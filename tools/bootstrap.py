@@ -152,9 +152,12 @@ def pip_install(python, todo, *what):
     pip(python, 'install', '-qq', '--no-warn-conflicts', *over, *what)
 
 
-def mmcv_wheel(python):
-    """Return the wheel of mmcv with its ops, from the user's cache or built into it."""
-    folder = mmcv_cache()
+def mmcv_wheel(python, torch=TORCH):
+    """Return the wheel of mmcv with its ops for this torch, from the user's cache or built into it.
+
+    ``torch`` is installed beside ``python``.
+    """
+    folder = mmcv_cache(torch)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / 'lock').open('w') as lock:  # two checkouts set up at once: one of them builds
         try:
@@ -166,9 +169,9 @@ def mmcv_wheel(python):
         return wheels[0] if wheels else build_mmcv(python, folder)
 
 
-def mmcv_cache():
+def mmcv_cache(torch=TORCH):
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'mmema'
-    key = f'{MMCV}-{TORCH}-cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}'
+    key = f'{MMCV}-{torch}-cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}'
     return cache / key.replace('==', '-')
 
 

@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
 """Make a small detection set: handwritten digits on photographs, in COCO format.
 
+Beside it the same for other tasks: ``masks/`` has the class of each pixel of each picture (0 where
+there is no digit, else the digit plus one), ``crops/`` the boxes cut out, a folder for each digit.
+
 Everything real comes inside scikit-learn: 1,797 handwritten digits (``load_digits``) and two
 photographs (``load_sample_images``). The training set uses the first photograph and four fifths of
 the digits of each class. Validation and test set each use a half of the other photograph and a half
@@ -23,6 +26,7 @@ from tqdm import tqdm
 # Part of the settings: raise it when a scene of the same seed looks different.
 GENERATOR = 2  # 1 had no test set; its training pictures are the same
 SPLITS = ('train', 'val', 'test')
+ADDED = ('masks', 'crops')  # folders that a set of an earlier version lacks; the rest is the same
 CLASSES = tuple(str(digit) for digit in range(10))
 
 HELD_OUT = 5  # one digit in five is kept from training: half for validation, half for the test
@@ -184,13 +188,18 @@ def make_split(split, folder, settings, progress):
         categories=[dict(id=k + 1, name=name) for k, name in enumerate(CLASSES)],
     )
     (folder / split).mkdir()
+    (folder / 'masks' / split).mkdir(parents=True)
+    for name in CLASSES:
+        (folder / 'crops' / split / name).mkdir(parents=True)
     size = settings['size']
     for index in range(settings[split]):
         # A generator for each scene: a larger set begins with the pictures of a smaller one.
         rng = np.random.default_rng([settings['seed'], number, index])
-        picture, objects, _ = draw_scene(photo, images, labels, size, rng)
+        picture, objects, masks = draw_scene(photo, images, labels, size, rng)
         name = f'{index:06d}.png'
         write_png(folder / split / name, picture)
+        write_png(folder / 'masks' / split / name, class_of_pixels(objects, masks, size))
+        write_crops(folder / 'crops' / split, index, picture, objects)
         coco['images'].append(dict(id=index + 1, file_name=name, width=size, height=size))
         for label, box in objects:
             coco['annotations'].append(
@@ -207,9 +216,24 @@ def make_split(split, folder, settings, progress):
     return coco
 
 
+def class_of_pixels(objects, masks, size):
+    """Return for each pixel 0, or one plus the digit drawn last on it; shape ``(size, size)``."""
+    classes = np.zeros((size, size), np.uint8)
+    for (label, _), mask in zip(objects, masks):
+        classes[mask] = label + 1
+    return classes
+
+
+def write_crops(folder, index, picture, objects):
+    """Write the box of each digit of a scene, into the folder of its class."""
+    for number, (label, (x, y, width, height)) in enumerate(objects):
+        path = folder / CLASSES[label] / f'{index:06d}_{number}.png'
+        write_png(path, picture[y : y + height, x : x + width])
+
+
 def write_png(path, picture):
-    """Write an RGB picture."""
-    if not cv2.imwrite(str(path), picture[..., ::-1]):
+    """Write a picture, RGB or of one channel."""
+    if not cv2.imwrite(str(path), picture[..., ::-1] if picture.ndim == 3 else picture):
         raise OSError(f'could not write {path}')
 
 
@@ -277,11 +301,15 @@ def found_settings(out):
         settings = [
             {name: part[name] for name in ('generator', *SPLITS, 'seed', 'size')} for part in info
         ]
-        counts = {split: len(list((out / split).glob('*.png'))) for split in SPLITS}
+        folders = [folder for folder in (out, out / 'masks') if folder.exists()]
+        counts = {
+            split: {len(list((folder / split).glob('*.png'))) for folder in folders}
+            for split in SPLITS
+        }
     except (OSError, ValueError, KeyError, TypeError):
         raise foreign from None
     if any(other != settings[0] for other in settings) or any(
-        settings[0][split] != counts[split] for split in SPLITS
+        {settings[0][split]} != counts[split] for split in SPLITS
     ):
         raise UsageError(f'{out} is a damaged digits set: remove it and make it again')
     return settings[0]
@@ -296,7 +324,8 @@ def make_digits(out, train=512, val=128, test=512, seed=0, size=128):
     """Make the set at ``out``, whole or not at all.
 
     Args:
-        out: Folder to make; a finished set of the same settings is left as it is.
+        out: Folder to make; a finished set of the same settings is left as it is, and one of an
+            earlier version of this tool gets the folders that it lacks.
         train: Number of training pictures.
         val: Number of validation pictures.
         test: Number of test pictures.
@@ -304,7 +333,7 @@ def make_digits(out, train=512, val=128, test=512, seed=0, size=128):
         size: Side of the pictures in pixels.
 
     Returns:
-        True if the set was made, False if it was there.
+        True if anything was made, False if all was there.
 
     Raises:
         UsageError: If an argument is out of range, or ``out`` holds anything else.
@@ -316,9 +345,10 @@ def make_digits(out, train=512, val=128, test=512, seed=0, size=128):
     out = Path(out).absolute()
     settings = check_settings(train, val, test, seed, size)
     found = found_settings(out)
-    if found == settings:
+    lacking = [name for name in ADDED if not (out / name).exists()]
+    if found == settings and not lacking:
         return False
-    if found is not None:
+    if found not in (None, settings):
         names = [name for name in settings if settings[name] != found[name]]
         differs = ', '.join(f'{name} {found[name]} instead of {settings[name]}' for name in names)
         raise UsageError(f'{out} is a digits set with {differs}: remove it, or name another folder')
@@ -330,8 +360,13 @@ def make_digits(out, train=512, val=128, test=512, seed=0, size=128):
         raise UsageError(f'cannot make {out}: {error.strerror}') from None
     try:
         write_set(partial, settings)
-        partial.chmod(out.parent.stat().st_mode & 0o777)
-        os.rename(partial, out)
+        if found:  # its pictures and annotations stay as they are
+            for name in lacking:
+                os.rename(partial / name, out / name)
+            shutil.rmtree(partial)
+        else:
+            partial.chmod(out.parent.stat().st_mode & 0o777)
+            os.rename(partial, out)
     except BaseException:  # Ctrl-C too: nothing half made stays behind
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -170,6 +170,8 @@ def stand_in(settings):
     hook = object.__new__(kind)
     for key, parameter in inspect.signature(kind.__init__).parameters.items():
         setattr(hook, key, settings.get(key, parameter.default))
+    if name == 'SwitchRecipeHook':  # which keeps its recipes by the numbers of their epochs
+        hook.schedule = {recipe['action_epoch']: recipe for recipe in hook.schedule}
     return hook
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Evaluate a checkpoint with any MMYOLO or MMDetection config.
+"""Evaluate a checkpoint with any config of MMYOLO, MMDetection, MMPretrain or MMSegmentation.
 
 What is evaluated is the file's ``state_dict``: in a checkpoint of a run with EMAHook these are the
 EMA weights, the ones whose metric the training log shows.
@@ -27,9 +27,7 @@ def main():
         check_weights(runner, weights, args.checkpoint)
     cli.build_loop(runner, 'test')
     if args.out:
-        from mmdet.evaluation import DumpDetResults
-
-        runner.test_loop.evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+        runner.test_loop.evaluator.metrics.append(dump_of(config)(out_file_path=args.out))
     with cli.run_errors(runner.cfg):
         metrics = runner.test()
     report(runner, metrics, args)
@@ -87,6 +85,17 @@ def check_weights(runner, weights, checkpoint):
 def plain(name):
     """Return a name without the prefix that a wrapper for several GPUs adds."""
     return name[7:] if name.startswith('module.') else name
+
+
+def dump_of(config):
+    """Return the class of MMEngine, or for a detector of MMDetection, that writes predictions."""
+    if {'mmdet', 'mmyolo'}.isdisjoint(cli.libraries_of(config)):
+        from mmengine.evaluator import DumpResults
+
+        return DumpResults
+    from mmdet.evaluation import DumpDetResults
+
+    return DumpDetResults
 
 
 def report(runner, metrics, args):

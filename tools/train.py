@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Train a detector from any MMYOLO or MMDetection config; mmema's names may stand in it bare.
+"""Train a model from any config of MMYOLO, MMDetection or another library on MMEngine.
+
+mmema's names may stand in it bare.
 
 tools/train.py configs/digits/yolov5_n_digits.py --work-dir work_dirs/digits
 """

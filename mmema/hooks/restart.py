@@ -39,8 +39,8 @@ class EMARestartHook(Hook):
             restart takes place, as ``PipelineSwitchHook.switch_epoch`` counts. Defaults to None.
         every: Restart after every so many epochs or iterations. Defaults to None.
         by_epoch: Whether ``milestones`` and ``every`` count epochs. Defaults to True.
-        follow: ``'PipelineSwitchHook'`` or ``'YOLOXModeSwitchHook'``: restart when that hook of
-            the run switches. Defaults to None.
+        follow: ``'PipelineSwitchHook'``, ``'YOLOXModeSwitchHook'`` or MMPretrain's
+            ``'SwitchRecipeHook'``: restart when that hook of the run switches. Defaults to None.
         on_plateau: Restart when a metric stops improving; the arguments of
             :class:`mmema.restarts.plateau.Plateau`. Defaults to None.
         steps: 0, a hard restart; above 0, a soft one; None, the counter goes on. See

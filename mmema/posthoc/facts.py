@@ -68,6 +68,9 @@ class FileFacts:
             elif _kind(hook) == 'YOLOXModeSwitchHook' and self.run.by_epoch:
                 # It compares epoch + 1, so it switches one epoch earlier.
                 epochs.append(self.run.end('epoch') - hook.get('num_last_epochs', 15) - 1)
+            elif _kind(hook) == 'SwitchRecipeHook':  # by the number of the epoch, from 1
+                numbers = [recipe.get('action_epoch') for recipe in hook.get('schedule', ())]
+                epochs.extend(number - 1 for number in numbers if isinstance(number, int))
         return [epoch for epoch in epochs if isinstance(epoch, int) and epoch > 0]
 
     @property

@@ -83,11 +83,14 @@ def switches_of(runner: Runner) -> dict:
     for hook in runner.hooks:
         classes = [cls.__name__ for cls in type(hook).__mro__]
         for name in set(FOLLOWED).intersection(classes):
+            epochs = switches.setdefault(name, [])
+            if name == 'SwitchRecipeHook':  # MMPretrain's, by the number of the epoch, from 1
+                epochs.extend(number - 1 for number in hook.schedule if number >= 1)
+                continue
             if hasattr(hook, 'switch_epoch'):
                 epoch = hook.switch_epoch
             else:  # YOLOXModeSwitchHook compares epoch + 1, so it switches one epoch earlier
                 epoch = runner.max_epochs - hook.num_last_epochs - 1
-            epochs = switches.setdefault(name, [])
             # From that epoch on, or, as MMYOLO's YOLOXModeSwitchHook, in that one or never.
             if epoch >= 0 or hasattr(hook, '_has_switched'):
                 epochs.append(max(epoch, 0))

@@ -8,7 +8,7 @@ from typing import Sequence
 from ..arguments import check_bool, check_choice, check_integer, check_momentum, check_positive
 from .plateau import SOURCES, Plateau
 
-FOLLOWED = ('PipelineSwitchHook', 'YOLOXModeSwitchHook')
+FOLLOWED = ('PipelineSwitchHook', 'YOLOXModeSwitchHook', 'SwitchRecipeHook')
 
 
 @dataclass(frozen=True)

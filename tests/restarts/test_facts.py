@@ -122,6 +122,26 @@ def test_switches_are_those_of_a_run_by_epochs(tmp_path):
     assert facts.switches == {}
 
 
+class SwitchRecipeHook(Hook):
+    """As MMPretrain's, which keeps its recipes by the number of their epoch, from 1."""
+
+    def __init__(self, schedule):
+        self.schedule = {recipe['action_epoch']: recipe for recipe in schedule}
+
+
+@pytest.mark.parametrize('library', ['', 'mmpretrain'])
+def test_switches_of_recipes_count_from_one(tmp_path, library):
+    schedule = [dict(action_epoch=epoch, batch_augments=None) for epoch in (3, 2, 0)]
+    hook = SwitchRecipeHook(schedule)
+    if library:
+        pytest.importorskip(library)
+        hook = dict(type=f'{library}.SwitchRecipeHook', schedule=schedule)
+    facts, _ = trained(tmp_path, hook, epochs=3)
+    assert {name: sorted(epochs) for name, epochs in facts.switches.items()} == {
+        'SwitchRecipeHook': [1, 2]
+    }
+
+
 def test_facts_by_hand():
     facts = RunFacts(iterations=10, accumulation=4)
     assert (facts.updates, [facts.iteration_of(i) for i in range(3)]) == (3, [3, 7, 9])
