@@ -66,7 +66,7 @@ def old(session):
 @nox.session
 def fork(session):
     """The maintained fork of MMEngine below mmcv, mmdet and mmyolo."""
-    install_pinned(session, 'onedl-mmengine==0.10.12')
+    install_pinned(session, bootstrap.FORK)
     install_mmema(session, with_dependencies=True)  # must leave the fork as it is
     assert 'mmengine' not in installed(session)
     test(session)

@@ -34,6 +34,10 @@ else:
 mmengine.runner.runner.collect_env = lru_cache(None)(mmengine.runner.runner.collect_env)
 
 
+def pytest_report_header():
+    return f'MMEngine of {Path(mmengine.__file__).parents[1]}, torch {torch.__version__}'
+
+
 @pytest.fixture
 def warnings_seen(caplog):
     """MMEngine's logger does not propagate, so pytest's caplog has to be hung into it."""

@@ -396,6 +396,7 @@ def test_python_of_the_page_runs(run, tool, tmp_path):
     (tmp_path / 'work_dirs' / 'digits').mkdir(parents=True)
     (tmp_path / 'work_dirs/digits/epoch_5.pth').write_bytes(run[1].read_bytes())
     blocks = re.findall(r'```python\n(.*?)```', DOCS.read_text(), re.S)
+    blocks = [block for block in blocks if 'torch.onnx' not in block]  # posthoc/test_digits.py
     assert blocks
     for block in blocks:
         exec(block, {'model': run[0].model, 'average': ema_of(run[0])})

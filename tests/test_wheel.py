@@ -2,15 +2,17 @@
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import runs
 import wheels
 from mmengine.config import Config
-from tool_runs import ROOT
+from tool_runs import ROOT, tool
 
 import mmema
 from mmema import __main__ as commands
@@ -80,6 +82,28 @@ def test_its_digits_are_in_the_folder_of_the_run(installed, tmp_path):
     config = Config.fromfile(installed / 'mmema/.mim/configs/digits/yolov5_n_digits.py')
     assert config.train_dataloader.dataset.data_root == 'data/digits/'
     assert config.val_evaluator.ann_file == 'data/digits/annotations/val.json'
+
+
+@pytest.mark.extensive
+def test_openmim_trains_and_tests_with_it(installed, tmp_path):
+    pytest.importorskip('mmyolo')
+    mim = shutil.which('mim', path=Path(sys.executable).parent) or pytest.skip('needs openmim')
+    make_digits = tool('make_digits.py').make_digits
+    make_digits(tmp_path / 'data' / 'digits', train=8, val=4, test=4)
+    options = ['train_dataloader.batch_size=4', 'train_dataloader.num_workers=0']
+    options += ['train_dataloader.persistent_workers=False', 'train_cfg.max_epochs=1']
+    options += ['train_cfg.val_interval=1', 'default_hooks.checkpoint.interval=1']
+
+    def run(command, *arguments):
+        call = [mim, command, 'mmema', 'yolov5_n_digits.py', *arguments]
+        out = wheels.call(*call, folder=tmp_path, PYTHONPATH=str(installed))
+        called = f'{installed}/mmema/.mim/tools/{command}.py {installed}/mmema/.mim/configs/digits/'
+        assert called in out
+        return out
+
+    run('train', '--work-dir', 'w', '--cfg-options', *options)
+    assert (tmp_path / 'w' / 'epoch_1.pth').is_file()
+    assert 'coco/bbox_mAP' in run('test', '--checkpoint', 'w/epoch_1.pth')
 
 
 def test_a_command_that_is_none_names_those_there_are(monkeypatch, capsys):

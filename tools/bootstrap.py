@@ -26,9 +26,12 @@ TORCH = 'torch==2.13.0'
 MMCV = 'mmcv==2.0.1'
 # Without setuptools 80 there is no `pkg_resources`, which mmengine and mmcv's setup.py import.
 BUILD_TOOLS = ('setuptools==80.10.2', 'wheel==0.45.1', 'ninja==1.13.0')
-# Installed without their dependencies: they ask for opencv-python, which needs libGL, and
-# requirements/stack.txt holds the headless one with the rest of what they need.
-OPENMMLAB = ('mmengine==0.10.7', 'mmdet==3.3.0', 'mmyolo==0.6.0')
+# Installed without their dependencies, the rest of which is in requirements/stack.txt: they ask for
+# opencv-python, which needs libGL (there is the headless one), and openmim for an old setuptools.
+OPENMMLAB = ('mmengine==0.10.7', 'mmdet==3.3.0', 'mmyolo==0.6.0', 'openmim==0.3.9')
+# The maintained fork of MMEngine is the same module, so it has a folder of its own:
+# tests/test_fork.py puts that on the path.
+FORK = 'onedl-mmengine==0.10.12'
 
 # -O1: on a CPU the detectors spend their time in torch, not in these ops, and -g alone would take
 # half of the compile time. CFLAGS replaces Python's own flags, hence NDEBUG and fwrapv.
@@ -74,6 +77,11 @@ def main():
     with steps.step(' '.join(OPENMMLAB), 'seconds', *OPENMMLAB) as todo:
         if todo:
             pip_install(python, todo, '--no-deps', *OPENMMLAB)
+    with steps.step(f'{FORK} in a folder of its own', 'seconds', FORK) as todo:
+        if todo:
+            folder = venv / 'onedl-mmengine'
+            shutil.rmtree(folder, ignore_errors=True)
+            pip_install(python, todo, '--no-deps', '--target', folder, FORK)
     pyproject = (ROOT / 'pyproject.toml').read_text()
     with steps.step('mmema, editable', 'seconds', str(ROOT), pyproject) as todo:
         if todo:
@@ -132,7 +140,7 @@ class Steps:
         if done.exists() and done.read_text() == key:
             yield ''
             return
-        say(f'{self.count}/8 {name} ({duration}) ...')
+        say(f'{self.count}/9 {name} ({duration}) ...')
         begin = time.monotonic()
         todo = 'again' if started.exists() or done.exists() else 'first'
         if self.count > 1:  # step 1 makes the folder that holds the marks
@@ -142,7 +150,7 @@ class Steps:
         self.folder.mkdir(exist_ok=True)
         done.write_text(key)
         started.unlink(missing_ok=True)
-        say(f'{self.count}/8 {name}: done in {time.monotonic() - begin:.0f} s')
+        say(f'{self.count}/9 {name}: done in {time.monotonic() - begin:.0f} s')
 
 
 def pip_install(python, todo, *what):

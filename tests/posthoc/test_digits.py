@@ -8,7 +8,8 @@ from mmengine.config import Config
 from mmengine.runner import Runner, load_checkpoint
 from recorded import Record, Recorded, shares_of
 from reference import assert_close, exp_momentum
-from tool_runs import CONFIG, call_here, call_tool, tool
+from runs import ema_of
+from tool_runs import CONFIG, ROOT, call_here, call_tool, tool
 
 import mmema  # noqa: F401
 
@@ -124,6 +125,40 @@ def test_what_is_written_is_loaded_by_mmengine_and_the_test_tool(stock, pair):
         'exported by mmema: weights ema, made restart, after epoch 1, at epoch 2, kept 0.1'
         in done.stdout
     )
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')  # of the exporter, wanted by MMDeploy
+def test_onnx_runtime_gives_what_the_average_gives(stock, tmp_path, monkeypatch):
+    """The commands of docs/checkpoints.md, 'Ship it as ONNX', on this run."""
+    runtime = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnx')
+    run, file = stock
+    monkeypatch.chdir(tmp_path)
+    call = ['export', run.file(2), '-o', 'digits.pth', '--exact-name']
+    call_here('ema_checkpoint.py', *call, folder=tmp_path)
+    page = (ROOT / 'docs' / 'checkpoints.md').read_text()
+    (block,) = re.findall(r'```python\n([^`]*torch\.onnx[^`]*)```', page)
+    block = block.replace('configs/digits/yolov5_n_digits.py', str(file))
+    exec(block.replace('digits-a9525954.pth', 'digits.pth'), {})
+
+    picture = torch.rand(1, 3, 128, 128)
+    session = runtime.InferenceSession('digits.onnx', providers=['CPUExecutionProvider'])
+    (name,) = (given.name for given in session.get_inputs())
+    found = [torch.from_numpy(out) for out in session.run(None, {name: picture.numpy()})]
+    average, raw = outputs(ema_of(run.runner).module, picture), outputs(run.runner.model, picture)
+    assert [out.shape for out in found] == [out.shape for out in average]
+    assert largest_difference(found, average) < 1e-5
+    assert largest_difference(found, raw) > 1e-3
+
+
+@torch.no_grad()
+def outputs(model, picture):
+    """Return class scores, boxes and objectness of each of the three levels."""
+    return [level for kind in model.eval()(picture) for level in kind]
+
+
+def largest_difference(first, second):
+    return max((one - other).abs().max().item() for one, other in zip(first, second))
 
 
 @pytest.mark.extensive  # test_averages.py has the same with a toy
