@@ -404,6 +404,8 @@ def test_an_interrupted_run_leaves_nothing(tmp_path):
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell makes what it runs in the background deaf to it, and so all that this starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob('.set-partial-*/train/*.png')):

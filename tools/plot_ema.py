@@ -133,7 +133,8 @@ class Run(SimpleNamespace):
         loop = EpochBasedTrainLoop if self.by_epoch else IterBasedTrainLoop
         self.train_loop = object.__new__(loop)
         counts = config.optim_wrapper.get('accumulative_counts', 1)
-        self.optim_wrapper = SimpleNamespace(_accumulative_counts=counts)
+        # As MMEngine's wrappers, it steps at the last iteration, too.
+        self.optim_wrapper = SimpleNamespace(_accumulative_counts=counts, should_update=None)
         with cli.one_line(config.filename, *cli.CONFIG_ERRORS):
             self.hooks = [hook for hook in map(stand_in, config.get('custom_hooks') or []) if hook]
             self.ema_hook = ema_hook_of(self)
