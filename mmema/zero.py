@@ -55,7 +55,7 @@ class DeepSpeedStrategy(StockDeepSpeedStrategy):
                 'pip install deepspeed==0.16.9'
             )
         super().__init__(**arguments)
-        # Of MMEngine's class for dicts, which DeepSpeed would put into a file for all to read.
+        # DeepSpeed saves it, and a file with MMEngine's class for dicts is not read without trust.
         self.config = mapped(self.config, lambda value, place: value)
         stage = self.config.get('zero_optimization', {}).get('stage', 0)
         if stage not in (1, 2):
