@@ -44,7 +44,7 @@ SHORT = {
         'default_hooks.logger.interval': 2,
     },
 }
-GAMMAS = {'mmdet_faster_rcnn_r18': 15, 'mmpretrain_resnet18': 15, 'mmseg_unet': 10}
+GAMMAS = {'mmdet_faster_rcnn_r18': 15, 'mmpretrain_resnet18': 10, 'mmseg_unet': 10}
 METRICS = {
     'mmdet_faster_rcnn_r18': 'coco/bbox_mAP',
     'mmpretrain_resnet18': 'accuracy/top1',

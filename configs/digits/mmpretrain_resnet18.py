@@ -73,8 +73,8 @@ custom_hooks = [
             )
         ],
     ),
-    dict(type='mmema.EMAHook', momentum=0.02, gamma=30, update_buffers=True),
-    dict(type='mmema.EMARestartHook', follow='SwitchRecipeHook', gamma=15),
+    dict(type='mmema.EMAHook', momentum=0.05, gamma=20, update_buffers=True),
+    dict(type='mmema.EMARestartHook', follow='SwitchRecipeHook', gamma=10),
 ]
 default_hooks = dict(
     logger=dict(interval=16),
