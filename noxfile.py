@@ -28,7 +28,8 @@ LIBRARIES += ['mmpretrain', 'mmsegmentation', 'torchvision', 'deepspeed']
 # MMPretrain imports torchvision, of which there is no build for the torch of `make setup`.
 WITH_VISION = ('torch==2.14.1', 'torchvision==0.29.1')
 STACK = ROOT / 'requirements' / 'stack.txt'
-TESTS = ['build', 'hypothesis', 'pytest', 'pytest-xdist', 'safetensors', 'tensorboard']
+TESTS = ['build', 'hypothesis', 'pytest', 'pytest-xdist', 'safetensors', 'scikit-learn']
+TESTS += ['tensorboard']
 # Of MMEngine, which asks for opencv-python besides; that one needs libGL.
 OF_MMENGINE = [
     'addict',
