@@ -22,13 +22,14 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / 'tools'))
 import bootstrap  # noqa: E402
 
-STACKS = ['pinned', 'old', 'fork', 'alone', 'others', 'newest']
+STACKS = ['pinned', 'old', 'fork', 'alone', 'others', 'newest', 'deepspeed']
 LIBRARIES = ['torch', 'mmengine', 'onedl-mmengine', 'mmcv', 'mmdet', 'mmyolo']
-LIBRARIES += ['mmpretrain', 'mmsegmentation', 'torchvision']
+LIBRARIES += ['mmpretrain', 'mmsegmentation', 'torchvision', 'deepspeed']
 # MMPretrain imports torchvision, of which there is no build for the torch of `make setup`.
 WITH_VISION = ('torch==2.14.1', 'torchvision==0.29.1')
 STACK = ROOT / 'requirements' / 'stack.txt'
-TESTS = ['build', 'hypothesis', 'pytest', 'pytest-xdist', 'safetensors', 'tensorboard']
+TESTS = ['build', 'hypothesis', 'pytest', 'pytest-xdist', 'safetensors', 'scikit-learn']
+TESTS += ['tensorboard']
 # Of MMEngine, which asks for opencv-python besides; that one needs libGL.
 OF_MMENGINE = [
     'addict',
@@ -96,6 +97,14 @@ def newest(session):
     session.install('--upgrade', 'setuptools<81', 'ninja', 'torch', *OF_MMENGINE, 'yapf', *TESTS)
     session.install('--no-deps', '--upgrade', 'mmengine')
     test(session)
+
+
+@nox.session
+def deepspeed(session):
+    """The stack of `make setup` and DeepSpeed, which shards by ZeRO."""
+    install_pinned(session, bootstrap.OPENMMLAB[0])
+    session.install('--no-build-isolation', 'deepspeed==0.16.9')
+    test(session, which=['tests/test_zero.py'])
 
 
 @nox.session(venv_backend='none')

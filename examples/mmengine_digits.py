@@ -74,7 +74,7 @@ def loader(train):
 def make_runner(work_dir, epochs=12, drop=8):
     """Return a run whose learning rate falls before the epoch with index ``drop``."""
     return Runner(
-        model=Net(),
+        model=dict(type=Net),  # built once the seed is set
         work_dir=work_dir,
         train_dataloader=loader(train=True),
         val_dataloader=loader(train=False),

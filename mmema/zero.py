@@ -10,7 +10,7 @@ from mmengine.device import get_device
 from mmengine.runner.checkpoint import _load_checkpoint
 from torch import nn
 
-from .checkpoints.folders import zero_file
+from .checkpoints.folders import mapped, zero_file
 from .messages import RunError
 from .registry import STRATEGIES
 from .run import refuse_stock_hook
@@ -55,6 +55,8 @@ class DeepSpeedStrategy(StockDeepSpeedStrategy):
                 'pip install deepspeed==0.16.9'
             )
         super().__init__(**arguments)
+        # DeepSpeed saves it, and a file with MMEngine's class for dicts is not read without trust.
+        self.config = mapped(self.config, lambda value, place: value)
         stage = self.config.get('zero_optimization', {}).get('stage', 0)
         if stage not in (1, 2):
             raise RunError(

@@ -179,14 +179,23 @@ def test_the_published_report_is_that_of_the_published_data(tmp_path):
     reporting.report(tmp_path)
     assert (tmp_path / 'report.md').read_text() == (published / 'report.md').read_text()
     rows = reporting.read_rows(published / 'runs.csv')
-    (setting, *_) = reporting.settings_of(rows, published)
-    assert (setting.name, len(setting.seeds)) == ('YOLOv5-n, to 1 %', 12)
-    (primary, second, *_) = reporting.comparisons(setting)
+    settings = reporting.settings_of(rows, published)
+    assert {setting.name: len(setting.seeds) for setting in settings} == {
+        'YOLOv5-n, to 1 %': 12,
+        'YOLOv5-n, to a fifth': 6,
+        'RTMDet-tiny, to 1 %': 6,
+        'RTMDet-tiny, to a fifth': 6,
+    }
+    (primary, second, *_) = reporting.comparisons(settings[0])
     # The figures in README and docs/evidence.md.
     assert primary.last.mean() == pytest.approx(0.048, abs=5e-4)
     assert (primary.last > 0).all()
     assert reporting.t_interval(primary.last) == pytest.approx((0.041, 0.0545), abs=5e-4)
     assert second.last.mean() == pytest.approx(-0.0026, abs=5e-5)
+    (primary, second, *_) = reporting.comparisons(settings[2])
+    assert (primary.last > 0).all()
+    assert reporting.t_interval(primary.last) == pytest.approx((0.102, 0.177), abs=5e-4)
+    assert second.last.mean() == pytest.approx(0.0035, abs=5e-5)
 
 
 def test_ranges_over_the_horizons(tmp_path):

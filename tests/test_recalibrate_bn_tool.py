@@ -108,9 +108,13 @@ def test_the_last_stage_is_that_of_the_last_switch():
         return dict(type='PipelineSwitchHook', switch_epoch=epoch, switch_pipeline=pipeline)
 
     yolox = dict(type='YOLOXModeSwitchHook', num_last_epochs=5)
+    recipe = [dict(action_epoch=at, train_pipeline=[dict(type=f'At{at}')]) for at in (30, 10)]
+    recipe += [dict(action_epoch=40, batch_augments=None)]
+    recipe = dict(type='SwitchRecipeHook', schedule=recipe)
     for hooks, left in (
         ([switch(20, 'Mosaic', 'Flip'), switch(10, 'Crop')], ['Mosaic', 'Flip']),
         ([yolox, switch(20, 'Mosaic', 'Flip'), switch(10, 'Crop')], ['Flip']),
+        ([recipe], ['At30']),
     ):
         dataset = dict(pipeline=[dict(type='MixUp')])
         config = Config(dict(custom_hooks=hooks, train_dataloader=dict(dataset=dataset)))

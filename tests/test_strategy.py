@@ -304,12 +304,13 @@ def test_a_stock_model_that_is_sharded_has_the_bits_of_ddp(tmp_path, leaf):
     status = [rank.wait() for rank in ranks]
     assert status == [0, 0], (tmp_path / 'rank_0.txt').read_text()[-3000:]
     assert_same_checkpoint(tmp_path / 'ddp/epoch_3.pth', tmp_path / 'sharded/epoch_3.pth')
-    # In bf16 numbers have 8 bits; after six steps the weights still are near those of float32.
+    # In bf16 numbers have 8 bits; after six steps the weights still are near those of float32. The
+    # statistics of BatchNorm are of rounded features.
     for key in ('state_dict', 'ema_state_dict') if leaf != 'yolov8_n_digits' else ():
         whole, half = (read(tmp_path / name / 'epoch_3.pth')[key] for name in ('sharded', 'bf16'))
         assert {name: value.dtype for name, value in half.items()} == {
             name: value.dtype for name, value in whole.items()
         }
-        names = [name for name, value in whole.items() if value.is_floating_point()]
+        names = [n for n, t in whole.items() if t.is_floating_point() and 'running' not in n]
         one, other = (torch.cat([s[name].flatten() for name in names]) for s in (whole, half))
         assert 0 < (one - other).norm() / one.norm() < 0.01

@@ -1,6 +1,6 @@
 """DeepSpeedStrategy: a run by ZeRO-1 or 2 has the bits of DDP, and resumes with its averages.
 
-Two real ranks (gloo) of deepspeed; skipped where it is not installed, as in `make setup`.
+Two real ranks (gloo) of deepspeed. `make setup` does not install it; `make stacks` does.
 """
 
 from pathlib import Path

@@ -12,6 +12,7 @@ import mmengine._strategy.deepspeed
 import runs
 import shard_line
 import torch
+from mmengine import ConfigDict
 from mmengine.hooks import Hook
 from runs import loader
 from shard_line import BEST, DDP, OURS, Line, ShardModel, resumed, runner_of, train
@@ -39,7 +40,7 @@ TEST = dict(
 
 def zero(name='zero_1', lr=0.01, **arguments):
     """Return the settings of a run with a strategy of DeepSpeed."""
-    strategy = dict(
+    strategy = ConfigDict(  # as of a file
         type='mmema.DeepSpeedStrategy',
         train_micro_batch_size_per_gpu=6,
         inputs_to_half=['x', 'y'],

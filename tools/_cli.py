@@ -422,9 +422,9 @@ def read_checkpoint(path):
 
     check_file(path)
     try:
-        if os.path.isdir(path):
+        if folders.is_folder(path):
             return folders.read(path)
-        checkpoint = torch.load(path, map_location='cpu')
+        checkpoint = torch.load(folders.zero_file(path) or path, map_location='cpu')
     except Exception as error:
         if 'GLOBAL ' in str(error):
             unknown = str(error).split('GLOBAL ')[-1].split(' ')[0]

@@ -41,21 +41,33 @@ def load_into(model, state, name):
 def last_stage(config):
     """Let the training data go through the pipeline of the last stage, in place; say which."""
     stage = 'the training pipeline'
-    # YOLOX's hook counts from the end, so it comes last.
-    for hook in sorted(config.get('custom_hooks') or [], key=lambda h: h.get('switch_epoch', inf)):
-        new = hook.get('switch_pipeline', hook.get('new_train_pipeline'))
+    for _, hook, new in sorted(switches_in(config), key=lambda switch: switch[0]):
         dataset = config.train_dataloader.dataset
         if new is not None:
             while 'pipeline' not in dataset and 'dataset' in dataset:  # a wrapper of another kind
                 dataset = dataset.dataset
             dataset.pipeline = new
-        elif kind(hook) == 'YOLOXModeSwitchHook' and 'pipeline' in dataset:
+        elif 'pipeline' in dataset:
             skipped = hook.get('skip_type_keys', ('Mosaic', 'RandomAffine', 'MixUp'))
             dataset.pipeline = [step for step in dataset.pipeline if kind(step) not in skipped]
         else:
             continue
         stage = f'the pipeline after {kind(hook)} has switched'
     return stage
+
+
+def switches_in(config):
+    """Yield time, hook and new pipeline of each switch; None for one that leaves out transforms."""
+    for hook in config.get('custom_hooks') or []:
+        new = hook.get('switch_pipeline', hook.get('new_train_pipeline'))
+        if new is not None:
+            yield hook.get('switch_epoch', 0), hook, new
+        elif kind(hook) == 'YOLOXModeSwitchHook':
+            yield inf, hook, None  # it counts from the end, so it comes last
+        elif kind(hook) == 'SwitchRecipeHook':
+            for action in hook.get('schedule') or []:
+                if action.get('train_pipeline') is not None:
+                    yield action['action_epoch'], hook, action['train_pipeline']
 
 
 def training_batches(config, seed, number):

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Make a small detection set: handwritten digits on photographs, in COCO format.
 
-Beside it the same for other tasks: ``masks/`` has the class of each pixel of each picture (0 where
-there is no digit, else the digit plus one), ``crops/`` the boxes cut out, a folder for each digit.
+Beside it the same for other tasks: ``masks/`` has for each picture which of its pixels are of a
+digit (1, the others 0), ``crops/`` the boxes cut out, a folder for each digit.
 
 Everything real comes inside scikit-learn: 1,797 handwritten digits (``load_digits``) and two
 photographs (``load_sample_images``). The training set uses the first photograph and four fifths of
@@ -198,7 +198,7 @@ def make_split(split, folder, settings, progress):
         picture, objects, masks = draw_scene(photo, images, labels, size, rng)
         name = f'{index:06d}.png'
         write_png(folder / split / name, picture)
-        write_png(folder / 'masks' / split / name, class_of_pixels(objects, masks, size))
+        write_png(folder / 'masks' / split / name, np.any(masks, axis=0).astype(np.uint8))
         write_crops(folder / 'crops' / split, index, picture, objects)
         coco['images'].append(dict(id=index + 1, file_name=name, width=size, height=size))
         for label, box in objects:
@@ -214,14 +214,6 @@ def make_split(split, folder, settings, progress):
             )
         progress.update()
     return coco
-
-
-def class_of_pixels(objects, masks, size):
-    """Return for each pixel 0, or one plus the digit drawn last on it; shape ``(size, size)``."""
-    classes = np.zeros((size, size), np.uint8)
-    for (label, _), mask in zip(objects, masks):
-        classes[mask] = label + 1
-    return classes
 
 
 def write_crops(folder, index, picture, objects):

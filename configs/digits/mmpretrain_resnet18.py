@@ -60,7 +60,7 @@ val_evaluator = test_evaluator = dict(type='Accuracy', topk=(1,))
 optim_wrapper = dict(optimizer=dict(type='AdamW', lr=0.004, weight_decay=0.05))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
-    dict(type='CosineAnnealingLR', T_max=max_epochs, eta_min=0.0002, by_epoch=True),
+    dict(type='CosineAnnealingLR', T_max=max_epochs, eta_min=0.001, by_epoch=True),
 ]
 custom_hooks = [
     dict(
@@ -73,8 +73,8 @@ custom_hooks = [
             )
         ],
     ),
-    dict(type='mmema.EMAHook', momentum=0.02, gamma=30, update_buffers=True),
-    dict(type='mmema.EMARestartHook', follow='SwitchRecipeHook', gamma=15),
+    dict(type='mmema.EMAHook', momentum=0.05, gamma=20, update_buffers=True),
+    dict(type='mmema.EMARestartHook', follow='SwitchRecipeHook', gamma=10),
 ]
 default_hooks = dict(
     logger=dict(interval=16),

@@ -1,4 +1,4 @@
-# UNet of MMSegmentation, an eighth as wide, finds the pixels of each digit. A run by iterations, as
+# UNet of MMSegmentation, an eighth as wide, finds the pixels of the digits. A run by iterations, as
 # usual there; its average restarts where the learning rate falls.
 _base_ = [
     'mmseg::_base_/models/fcn_unet_s5-d16.py',
@@ -6,17 +6,15 @@ _base_ = [
     '../_base_/digits.py',
 ]
 
-max_iters, drop = 480, 320
+max_iters, drop = 300, 200
 
-classes = ('photograph', *_base_.digits_metainfo['classes'])
 width = 8  # the stock model has 64
 norm = dict(type='BN', requires_grad=True)  # the stock SyncBN needs GPUs
-head = dict(num_classes=len(classes), norm_cfg=norm)
 model = dict(
     data_preprocessor=dict(size=_base_.digits_scale),
     backbone=dict(base_channels=width, norm_cfg=norm),
-    decode_head=dict(**head, in_channels=width, channels=width),
-    auxiliary_head=dict(**head, in_channels=2 * width, channels=width),
+    decode_head=dict(in_channels=width, channels=width, norm_cfg=norm),
+    auxiliary_head=dict(in_channels=2 * width, channels=width, norm_cfg=norm),
     test_cfg=dict(_delete_=True, mode='whole'),
 )
 
@@ -33,7 +31,7 @@ dataset = dict(
     data_root=_base_.digits_root,
     data_prefix=dict(img_path='train', seg_map_path='masks/train'),
     img_suffix='.png',
-    metainfo=dict(classes=classes),
+    metainfo=dict(classes=('photograph', 'digit')),
     pipeline=train_pipeline,
 )
 train_dataloader = dict(
@@ -68,16 +66,16 @@ param_scheduler = [
     dict(type='MultiStepLR', by_epoch=False, milestones=[drop], gamma=0.1),
 ]
 custom_hooks = [
-    dict(type='mmema.EMAHook', momentum=0.02, gamma=30, update_buffers=True),
-    dict(type='mmema.EMARestartHook', by_epoch=False, milestones=[drop], gamma=15),
+    dict(type='mmema.EMAHook', momentum=0.05, gamma=20, update_buffers=True),
+    dict(type='mmema.EMARestartHook', by_epoch=False, milestones=[drop], gamma=10),
 ]
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=20, log_metric_by_epoch=False),
     checkpoint=dict(
-        type='CheckpointHook', by_epoch=False, interval=160, max_keep_ckpts=2, save_best='mIoU'
+        type='CheckpointHook', by_epoch=False, interval=100, max_keep_ckpts=2, save_best='mIoU'
     ),
 )
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=80)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=50)
 val_cfg = dict(type='mmema.EMAValLoop')  # raw weights beside the averaged ones
 test_cfg = dict(type='TestLoop')
 randomness = dict(seed=0)
