@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip('sklearn')
+pytest.importorskip('tqdm')
 from sklearn.datasets import load_digits, load_sample_images
 
 TOOLS = Path(__file__).resolve().parent.parent / 'tools'
