@@ -84,7 +84,7 @@ class RestartRule:
         if self.gamma is not None:
             check_positive('gamma', self.gamma)
         check_choice('source', self.source, SOURCES)
-        if planned and not self.values(self.momentum):
+        if planned and not any(self.values(momentum) for momentum in self.momenta):
             raise ValueError(
                 'a restart with steps=None must change momentum, gamma or source, got none of them'
             )
