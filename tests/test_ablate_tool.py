@@ -505,7 +505,7 @@ class StopAblation(Hook):
             raise KeyboardInterrupt
 
 
-@pytest.mark.slow
+@pytest.mark.extensive
 def test_a_stopped_training_goes_on_with_the_same_random_numbers(data, tmp_path):
     runs = tool('_ablation_run.py')
     config = Config.fromfile(CONFIG)
