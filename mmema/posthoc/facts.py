@@ -170,6 +170,7 @@ def _run_facts(config: dict, info: dict, iteration: int, deepspeed: dict) -> Run
         iterations=max(iterations, iteration),
         epoch_length=length if by_epoch else None,
         accumulation=accumulation,
+        last_step=not deepspeed,
         begin=begin_epoch * length + begin_iter,
     )
 
