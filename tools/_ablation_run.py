@@ -11,10 +11,10 @@ import shutil
 import sys
 from contextlib import redirect_stdout
 from copy import deepcopy
-from itertools import islice
 from pathlib import Path
 
 import _cli as cli
+import _weights
 import numpy as np
 import torch
 from _ablation_report import METRIC, SPLITS, write_rows
@@ -177,12 +177,10 @@ def plain(state):
 
 def training_batches(config, seed):
     """Return batches of the last stage of the training, the same for all epochs of a run."""
-    loader = deepcopy(config.train_dataloader)
-    for hook in config.custom_hooks:
-        if 'switch_pipeline' in hook:
-            loader.dataset.pipeline = hook.switch_pipeline
+    config = deepcopy(config)
+    _weights.last_stage(config)
     set_random_seed(seed)
-    return list(islice(Runner.build_dataloader(loader, seed=seed), BATCHES))
+    return [*_weights.training_batches(config, seed, BATCHES)]
 
 
 class Split:
