@@ -70,7 +70,7 @@ def could_be_made(all_of_them, notes):
     left = []
     for candidate in all_of_them:
         try:
-            yield candidate._replace(off=candidate.nearest())
+            yield candidate.solved()
         except CheckpointError as error:
             left.append(f'{candidate.label} ({str(error).split(":")[0]})')
     if left:
@@ -98,7 +98,7 @@ def evaluate_all(args, config, makeable, folder):
             evaluator.close()
             cli.die(f'no metric {metric} was measured; there are {", ".join(metrics)}')
         score = metrics[metric] if metric and is_score(metrics, metric) else None
-        off = '' if candidate.off is None else f'{candidate.off:.1%}'
+        off = f'{candidate.fit.error:.1%}' if candidate.fit else ''
         rows.append(Row(candidate.label, off, '-' if score is None else f'{score:.4f}'))
         if score is None:
             continue
