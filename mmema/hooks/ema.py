@@ -17,9 +17,8 @@ from ..averages.units import auto_scale_base, settle
 from ..checkpoints.resume import check_ema_state, exchange_weights
 from ..messages import RunError, listed, warn
 from ..registry import HOOKS
-from ..restarts.facts import facts_of
 from ..restarts.live import catch_up
-from ..run import choose_checkpoint, ema_hook_of, finish_saving, what_loads
+from ..run import choose_checkpoint, ema_hook_of, facts_of, finish_saving, what_loads
 from ..strategy import FullyShardStrategy, to_save
 from ..swap import ShardedSwap, Swap, swap_in
 from ..update.pairs import unwrapped
