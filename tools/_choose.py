@@ -6,8 +6,11 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import _cli as cli
-from _best import is_less_better, is_score, watched_by
-from _weights import Evaluator, last_stage, training_batches
+from _weights import Evaluator, training_batches
+
+from mmema.run.config import hooks_in
+from mmema.run.metrics import is_score, prefixes_in, watched_metric
+from mmema.run.switches import use_last_pipeline
 
 
 class Row(NamedTuple):
@@ -84,42 +87,34 @@ def evaluate_all(args, config, makeable, folder):
     """Return the metric, the best (candidate, what was made, score), and the rows of the table."""
     if args.batches:
         cli.need(config, 'train_dataloader')
-        last_stage(config)
+        use_last_pipeline(config)
+    hooks, prefixes = hooks_in(config), prefixes_in(config)
     evaluator = Evaluator(config, 'val', folder, 'validation')
     evaluator.expect(len(makeable))
     batches = []
     if args.batches:
         batches = [*training_batches(config, evaluator.runner.seed, args.batches)]
-    named, rule = watched(config)
-    metric, best, rows = args.metric or named, None, []
-    rule = args.rule or (rule if metric == named else None)
+    watched, best, rows = None, None, []
     for candidate in makeable:
         made = candidate.made(args.trust)
         metrics, state = evaluator.metrics(made.state, candidate.label, batches)
-        metric = metric or next(iter(metrics), None)
-        if metrics and metric not in metrics:
-            evaluator.close()
-            cli.die(f'no metric {metric} was measured; there are {", ".join(metrics)}')
-        score = metrics[metric] if metric and is_score(metrics, metric) else None
+        if metrics:
+            watched = watched_metric(hooks, list(metrics), prefixes, args.metric, args.rule)
+            if watched.metric not in metrics:
+                evaluator.close()
+                cli.die(f'no metric {watched.metric} was measured; there are {", ".join(metrics)}')
+        measured = bool(metrics) and is_score(metrics, watched.metric)
+        score = float(metrics[watched.metric]) if measured else None
         off = f'{candidate.fit.error:.1%}' if candidate.fit else ''
-        rows.append(Row(candidate.label, off, '-' if score is None else f'{score:.4f}'))
-        if score is None:
+        rows.append(Row(candidate.label, off, f'{score:.4f}' if measured else '-'))
+        if not measured:
             continue
-        better = best is None or (
-            score < best[2] if is_less_better(metric, rule) else score > best[2]
-        )
-        if better:
-            best = candidate, made._replace(state=state), float(score)
+        if best is None or (score < best[2] if watched.less else score > best[2]):
+            best = candidate, made._replace(state=state), score
     evaluator.close()
     if best is None:
         cli.die('no candidate got a metric: nothing was detected by any of them')
-    return metric, best, rows
-
-
-def watched(config):
-    """Return metric and rule by which the config's best checkpoint is chosen; None if by none."""
-    watched = watched_by(config.get('default_hooks', {}).get('checkpoint'))
-    return next((pair for pair in watched.items() if pair[0] != 'auto'), (None, None))
+    return watched.metric, best, rows
 
 
 def as_stored(makeable, trust):
