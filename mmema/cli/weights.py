@@ -1,11 +1,13 @@
 """One set of weights after another in the model of a config: evaluation, and data to measure on."""
 
+from __future__ import annotations
+
 import contextlib
 import io
 from itertools import islice
 from math import inf
 
-import _cli as cli
+from . import common as cli
 
 # They average weights or need an average; here a model has one set of weights.
 EMA_HOOKS = ('EMAHook', 'EMARestartHook', 'EMAMonitorHook', 'EMARecalibrateHook')
@@ -117,7 +119,7 @@ class Evaluator:
 
     def metrics(self, state, name, batches=()):
         """Return the metrics of weights, and their state; measured anew on batches, if given."""
-        from mmema.hooks.recalibrate import measure_statistics
+        from ..hooks.recalibrate import measure_statistics
 
         model = getattr(self.runner.model, 'module', self.runner.model)
         load_into(model, state, name)

@@ -1,13 +1,15 @@
 """The best of many averages of a run, by evaluation on the validation set."""
 
+from __future__ import annotations
+
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import _cli as cli
-from _best import is_less_better, is_score, watched_by
-from _weights import Evaluator, last_stage, training_batches
+from . import common as cli
+from .best import is_less_better, is_score, watched_by
+from .weights import Evaluator, last_stage, training_batches
 
 
 class Row(NamedTuple):
@@ -20,8 +22,8 @@ class Row(NamedTuple):
 
 def choose(args, files):
     """Evaluate all candidates of a run, print a table, and write the best one."""
-    from mmema.posthoc.candidates import candidates
-    from mmema.posthoc.profiles import stored_profiles
+    from ..posthoc.candidates import candidates
+    from ..posthoc.profiles import stored_profiles
 
     cli.import_stack()
     config = read(args.config, args.cfg_options)
@@ -65,7 +67,7 @@ def annotations(config, split):
 
 def could_be_made(all_of_them, notes):
     """Yield the candidates that the checkpoints can make; add a note about the others."""
-    from mmema.checkpoints.formats import CheckpointError
+    from ..checkpoints.formats import CheckpointError
 
     left = []
     for candidate in all_of_them:
