@@ -1,12 +1,14 @@
 """The best weights of a run by a logged metric: over all averages and all saved checkpoints."""
 
+from __future__ import annotations
+
 import math
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import _cli as cli
-from _scalars import read_points
+from . import common as cli
+from .scalars import read_points
 
 
 class Saved(NamedTuple):
@@ -80,7 +82,7 @@ def find_best(folder, metric=None, rule=None):
 
 def saved_in(folder):
     """Return the checkpoints of a run in the order of time; those cut short are named."""
-    from mmema.checkpoints.probe import is_whole, structure
+    from ..checkpoints.probe import is_whole, structure
 
     note = folder / 'last_checkpoint'
     last = Path(note.read_text().strip()) if note.is_file() else note
@@ -107,7 +109,7 @@ def saved_in(folder):
 
 def settings_of(config):
     """Return from a config's text the prefix of raw metrics, and save_best names with rules."""
-    from mmema.run.config import read_config
+    from ..run.config import read_config
 
     config = read_config(config)
     prefix = (config.get('val_cfg') or {}).get('prefix', 'raw')
@@ -142,7 +144,7 @@ def without_prefix(name, prefixes):
 
 
 def is_less_better(metric, rule):
-    from mmema.run import less_is_better
+    from ..run import less_is_better
 
     less = less_is_better(metric, rule)
     if less is None:

@@ -1,15 +1,15 @@
-#!/usr/bin/env python3
 """Draw the schedule of a config's EMA over the run, before any training, or that of a run after it.
 
-tools/plot_ema.py configs/digits/yolov5_n_digits.py -o plan.png
-tools/plot_ema.py configs/digits/yolov5_n_digits.py --work-dir work_dirs/digits -o run.png
+mmema plot configs/digits/yolov5_n_digits.py -o plan.png
+mmema plot configs/digits/yolov5_n_digits.py --work-dir work_dirs/digits -o run.png
 
 The picture shows the momentum (and the horizon, interval / momentum) of each average, the learning
 rate, restarts and pipeline switches of the main one, and how much of it in the end each epoch's
 weights make up; after a run also the metrics of all weights.
 """
 
-import argparse
+from __future__ import annotations
+
 import contextlib
 import copy
 import inspect
@@ -18,15 +18,15 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
-import _cli as cli
-from _scalars import read_points
+from . import common as cli
+from .scalars import read_points
 
 COLORS = ('orange', 'green', 'purple', 'brown', 'pink', 'olive', 'cyan', 'gray')
 MOST_BLOCKS = 100  # a run by iterations is cut into at most so many
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     cli.import_stack()
     config = cli.load_config(args)
     cli.need(config, 'train_cfg', 'optim_wrapper')
@@ -50,10 +50,8 @@ def main():
     print(f'{output}: {curves.title}')
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
     parser.add_argument('config', help='file of the config')
     parser.add_argument('-o', '--output', metavar='PNG', help='(default: <config>_ema.png)')
     parser.add_argument(
@@ -84,7 +82,7 @@ def parse_args():
         help='draw from this epoch (iteration of a run by iterations) to the end (default: 0)',
     )
     parser.add_argument('--cfg-options', nargs='+', action='extend', default=[], metavar='K=V')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.iters_per_epoch is not None and args.iters_per_epoch < 1:
         parser.error(f'--iters-per-epoch must be at least 1, got {args.iters_per_epoch}')
     if args.processes < 1:
@@ -109,8 +107,8 @@ class Run(SimpleNamespace):
     def __init__(self, config, iters_per_epoch, processes=1):
         from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
-        from mmema.averages.config import AverageConfig
-        from mmema.run import ema_hook_of, facts_of
+        from ..averages.config import AverageConfig
+        from ..run import ema_hook_of, facts_of
 
         super().__init__(config=config, iter=0, epoch=0)
         train_cfg = config.train_cfg
@@ -156,7 +154,7 @@ def stand_in(settings):
     """
     from mmengine.registry import HOOKS
 
-    from mmema.run import SWITCH_HOOKS as FOLLOWED
+    from ..run import SWITCH_HOOKS as FOLLOWED
 
     name = str(settings.get('type', '')).rsplit('.', 1)[-1]
     if name in ('EMAHook', 'EMARestartHook'):
@@ -219,10 +217,10 @@ def iterations_of(facts, updates):
 
 def planned(run, name, config):
     """Return the restarts of an average and the momentum of each update."""
-    from mmema.hooks.restart import EMARestartHook
-    from mmema.messages import RunError
-    from mmema.restarts.planner import plan
-    from mmema.restarts.profile import momenta
+    from ..hooks.restart import EMARestartHook
+    from ..messages import RunError
+    from ..restarts.planner import plan
+    from ..restarts.profile import momenta
 
     facts = run.facts
     rules = [config.rule] if config.rule else []
@@ -242,10 +240,10 @@ def averaged_model(run, name, config, rules):
     from mmengine.registry import MODELS
     from torch import nn
 
-    from mmema.averaged import MomentumAveragedModel
-    from mmema.averages.config import class_of
-    from mmema.averages.units import auto_scale_base, settle
-    from mmema.restartable import TWINS
+    from ..averaged import MomentumAveragedModel
+    from ..averages.config import class_of
+    from ..averages.units import auto_scale_base, settle
+    from ..restartable import TWINS
 
     kind = class_of(config.ema_type)
     if kind is None or not issubclass(kind, MomentumAveragedModel):
@@ -267,8 +265,8 @@ def averaged_model(run, name, config, rules):
 
 def check_rules(rules, ema):
     """Check that an average can be restarted so; notes name the parts that are left out."""
-    from mmema.restartable import Restartable
-    from mmema.restarts.live import check_rule
+    from ..restartable import Restartable
+    from ..restarts.live import check_rule
 
     if rules and not isinstance(ema, Restartable):
         cli.die(f'{type(ema).__name__} cannot be restarted, which EMARestartHook wants')
@@ -484,7 +482,7 @@ def draw_momenta(axis, curves, run, scale):
 def draw_shares(axis, curves, run, scale):
     import numpy as np
 
-    from mmema.restarts.profile import share_of_blocks, shares
+    from ..restarts.profile import share_of_blocks, shares
 
     at = iterations_of(run.facts, len(curves.all_momenta))
     each = np.zeros(at[-1] + 1)
@@ -514,7 +512,3 @@ def mark(axis, curves, run, scale):
             axis.axvline(
                 epoch, color='tab:orange', alpha=0.4, linewidth=5, label=f'{name} switches'
             )
-
-
-if __name__ == '__main__':
-    main()

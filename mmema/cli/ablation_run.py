@@ -1,7 +1,9 @@
 """One run of an ablation: its training, and the evaluation of every average that rode along.
 
-A process of its own, which tools/ablate.py starts: _ablation_run.py CONFIG FOLDER SEED
+A process of its own, which the command starts: python -m mmema.cli.ablation_run CONFIG FOLDER SEED
 """
+
+from __future__ import annotations
 
 import io
 import os
@@ -13,21 +15,29 @@ from contextlib import redirect_stdout
 from copy import deepcopy
 from pathlib import Path
 
-import _cli as cli
-import _weights
 import numpy as np
 import torch
-from _ablation_report import METRIC, SPLITS, write_rows
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.registry import EVALUATOR
 from mmengine.runner import Runner, set_random_seed
 
+from ..checkpoints.files import load
+from ..hooks.recalibrate import measure_statistics
+from ..run.config import averages_in, hooks_in, kind_of
+from ..run.metrics import is_score, prefixes_in, watched_metric
+from ..run.switches import use_last_pipeline
+from . import common as cli
+from . import weights
+from .ablation_data import SPLITS, write_rows
+
+COCO_MAP = 'coco/bbox_mAP'
 RESULT = 'result.csv'
 BATCHES = 100  # to measure BatchNorm on, as EMARecalibrateHook has it; fewer if the set has fewer
 
 
-def main():
-    file, folder, seed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+def main(argv=None):
+    file, folder, seed = Path(argv[0]), Path(argv[1]), int(argv[2])
     cli.import_stack()
     config = Config.fromfile(file)
     cli.import_libraries(config)
@@ -43,19 +53,11 @@ def main():
 
 
 def tell(steps):
-    """Tell tools/ablate.py how much is done."""
+    """Tell mmema ablate how much is done."""
     print(f'steps {steps}', file=sys.__stdout__, flush=True)
 
 
 # What a config says -----------------------------------------------------------------------------
-
-
-def averages_beside(config):
-    """Return the names in ``also`` of the config's EMAHook."""
-    for hook in config.get('custom_hooks') or ():
-        if str(hook.get('type')).endswith('EMAHook') and hook.get('also'):
-            return list(hook.also)
-    return []
 
 
 def recalibrated(config):
@@ -65,7 +67,7 @@ def recalibrated(config):
 
 def steps_of(config):
     """Return the length of a run on a progress bar: epochs, and weights to evaluate."""
-    weights = 2 + len(averages_beside(config)) + len(recalibrated(config))
+    weights = 2 + len(averages_in(config)) + len(recalibrated(config))
     return config.train_cfg.max_epochs + number_kept(config) * weights
 
 
@@ -88,7 +90,7 @@ def kept_checkpoints(config, folder):
 
 def train(config, folder, seed):
     """Train to the end, from the last checkpoint if there is one; return the runner."""
-    from mmema.checkpoints.resume import checkpoint_to_resume
+    from ..checkpoints.resume import checkpoint_to_resume
 
     config = deepcopy(config)
     config.work_dir = str(folder)
@@ -138,73 +140,93 @@ class KeepRandomNumbers(Hook):
 
 def evaluate(model, config, checkpoints, seed):
     """Yield (average, split, epoch, metric, value) for all weights in the checkpoints."""
-    from mmema.hooks.recalibrate import measure_statistics
-
+    kind = CocoSplit if is_coco_map(config) else Split
     splits = {
-        split: Split(config[f'{split}_dataloader'], config[f'{split}_evaluator'].ann_file)
-        for split in SPLITS
+        split: kind(config[f'{split}_dataloader'], config[f'{split}_evaluator']) for split in SPLITS
     }
     batches = training_batches(config, seed) if recalibrated(config) else []
     steps = config.train_cfg.max_epochs
     for epoch, file in checkpoints.items():
-        states = weights_of(torch.load(file, map_location='cpu'))
+        states = load(file, trust=True).sets()  # a file of this very run
         again = {name: states[of] for name, of in recalibrated(config).items()}
         for name, state in (*states.items(), *again.items()):
             model.load_state_dict(state)
             if name in again:
                 measure_statistics(model, batches)
             model.eval()
-            for split, pictures in splits.items():
-                yield name, split, epoch, METRIC, pictures.mean_average_precision(model)
+            for split, data in splits.items():
+                yield name, split, epoch, *measured(config, data.metrics(model), name, epoch)
             steps += 1
             tell(steps)
 
 
-def weights_of(checkpoint):
-    """Return all weights in a checkpoint by name: raw, ema, and those of ``also``."""
-    others = {name: own['state_dict'] for name, own in checkpoint['ema_also'].items()}
-    return {
-        'raw': plain(checkpoint['ema_state_dict']),
-        'ema': checkpoint['state_dict'],
-        **{name: plain(state) for name, state in others.items()},
-    }
+def is_coco_map(config):
+    """Return whether what is compared is COCO's mAP of boxes, which CocoMetric rounds."""
+    evaluators = [config[f'{split}_evaluator'] for split in SPLITS]
+    return config.ablation.get('metric', COCO_MAP) == COCO_MAP and all(
+        isinstance(one, dict) and kind_of(one) == 'CocoMetric' and one.get('metric') == 'bbox'
+        for one in evaluators
+    )
 
 
-def plain(state):
-    """Return the weights in the state of an average."""
-    return {key[7:]: value for key, value in state.items() if key.startswith('module.')}
+def measured(config, metrics, name, epoch):
+    """Return the metric that is compared and its value, which is finite."""
+    asked = config.ablation.get('metric')
+    metric, _ = watched_metric(hooks_in(config), list(metrics), prefixes_in(config), asked)
+    if not is_score(metrics, metric):
+        cli.die(
+            f'{metric or "a metric"} of {name} at epoch {epoch} must be a finite number, got '
+            f'{metrics.get(metric)}; measured were {", ".join(metrics) or "none"}'
+        )
+    return metric, float(metrics[metric])
 
 
 def training_batches(config, seed):
     """Return batches of the last stage of the training, the same for all epochs of a run."""
     config = deepcopy(config)
-    _weights.last_stage(config)
+    use_last_pipeline(config)
     set_random_seed(seed)
-    return [*_weights.training_batches(config, seed, BATCHES)]
+    return [*weights.training_batches(config, seed, BATCHES)]
 
 
 class Split:
-    """The pictures of a split, loaded once, and their boxes."""
+    """The batches of a split, loaded once, and the metrics of models on them."""
 
-    def __init__(self, loader, annotations):
+    def __init__(self, loader, evaluator):
+        loader = Runner.build_dataloader(loader)
+        self.batches, self.number = list(loader), len(loader.dataset)
+        if not isinstance(evaluator, dict) or 'metrics' not in evaluator:
+            evaluator = dict(metrics=evaluator)
+        self.evaluator = EVALUATOR.build(dict(dict(type='Evaluator'), **evaluator))
+        self.evaluator.dataset_meta = self.meta = getattr(loader.dataset, 'metainfo', None)
+
+    @torch.no_grad()
+    def metrics(self, model):
+        for batch in self.batches:
+            self.evaluator.process(model.test_step(batch), batch)
+        return self.evaluator.evaluate(self.number)
+
+
+class CocoSplit(Split):
+    """COCO's mAP, as CocoMetric has it but not rounded to three digits.
+
+    It is that of boxes of all sizes; the others would take three quarters of the time.
+    """
+
+    def __init__(self, loader, evaluator):
         from pycocotools.coco import COCO
 
-        loader = Runner.build_dataloader(loader)
-        self.batches = list(loader)
+        super().__init__(loader, [])
         with redirect_stdout(io.StringIO()):
-            self.truth = COCO(annotations)
-        self.categories = self.truth.getCatIds(catNms=loader.dataset.metainfo['classes'])
+            self.truth = COCO(evaluator.ann_file)
+        self.categories = self.truth.getCatIds(catNms=self.meta['classes'])
 
-    def mean_average_precision(self, model):
-        """Return COCO's mAP, as CocoMetric does but not rounded to three digits.
-
-        It is that of boxes of all sizes; the others would take three quarters of the time.
-        """
+    def metrics(self, model):
         from pycocotools.cocoeval import COCOeval
 
         found = self.detections(model)
         if not found:
-            return 0.0
+            return {COCO_MAP: 0.0}
         with redirect_stdout(io.StringIO()):
             evaluation = COCOeval(self.truth, self.truth.loadRes(found), 'bbox')
             evaluation.params.areaRng = evaluation.params.areaRng[:1]
@@ -213,7 +235,7 @@ class Split:
             evaluation.evaluate()
             evaluation.accumulate()
         precision = evaluation.eval['precision']
-        return float(precision[precision > -1].mean())
+        return {COCO_MAP: float(precision[precision > -1].mean())}
 
     @torch.no_grad()
     def detections(self, model):
@@ -237,4 +259,4 @@ class Split:
 
 
 if __name__ == '__main__':
-    main()
+    main(sys.argv[1:])

@@ -1,16 +1,17 @@
 """The best of many averages of a run, by evaluation on the validation set."""
 
+from __future__ import annotations
+
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import _cli as cli
-from _weights import Evaluator, training_batches
-
-from mmema.run.config import hooks_in
-from mmema.run.metrics import is_score, prefixes_in, watched_metric
-from mmema.run.switches import use_last_pipeline
+from ..run.config import hooks_in
+from ..run.metrics import is_score, prefixes_in, watched_metric
+from ..run.switches import use_last_pipeline
+from . import common as cli
+from .weights import Evaluator, training_batches
 
 
 class Row(NamedTuple):
@@ -23,8 +24,8 @@ class Row(NamedTuple):
 
 def choose(args, files):
     """Evaluate all candidates of a run, print a table, and write the best one."""
-    from mmema.posthoc.candidates import candidates
-    from mmema.posthoc.profiles import stored_profiles
+    from ..posthoc.candidates import candidates
+    from ..posthoc.profiles import stored_profiles
 
     cli.import_stack()
     config = read(args.config, args.cfg_options)
@@ -50,7 +51,7 @@ def choose(args, files):
         report(report_on, [(candidate.label, made.state), *as_stored(makeable, args.trust)], metric)
     else:
         own = test_set and test_set != annotations(config, 'val')
-        how = f'tools/test.py {args.config} {out}' if own else '--report-config CONFIG'
+        how = f'mmema test {args.config} {out}' if own else '--report-config CONFIG'
         print(f'Chosen on the validation set, so report it on another one: {how}')
 
 
@@ -71,7 +72,7 @@ def annotations(config, split):
 
 def could_be_made(all_of_them, notes):
     """Yield the candidates that the checkpoints can make; add a note about the others."""
-    from mmema.checkpoints.formats import CheckpointError
+    from ..checkpoints.formats import CheckpointError
 
     left = []
     for candidate in all_of_them:
@@ -83,38 +84,41 @@ def could_be_made(all_of_them, notes):
         notes.append(f'left out, since the checkpoints cannot make them: {"; ".join(left)}')
 
 
+class Best(NamedTuple):
+    """The best candidate so far."""
+
+    candidate: object
+    made: object
+    score: float
+
+
 def evaluate_all(args, config, makeable, folder):
-    """Return the metric, the best (candidate, what was made, score), and the rows of the table."""
+    """Return the metric, the best of the candidates, and the rows of the table."""
     if args.batches:
         cli.need(config, 'train_dataloader')
         use_last_pipeline(config)
     hooks, prefixes = hooks_in(config), prefixes_in(config)
-    evaluator = Evaluator(config, 'val', folder, 'validation')
-    evaluator.expect(len(makeable))
-    batches = []
-    if args.batches:
-        batches = [*training_batches(config, evaluator.runner.seed, args.batches)]
-    watched, best, rows = None, None, []
-    for candidate in makeable:
-        made = candidate.made(args.trust)
-        metrics, state = evaluator.metrics(made.state, candidate.label, batches)
-        if metrics:
-            watched = watched_metric(hooks, list(metrics), prefixes, args.metric, args.rule)
-            if watched.metric not in metrics:
-                evaluator.close()
-                cli.die(f'no metric {watched.metric} was measured; there are {", ".join(metrics)}')
-        measured = bool(metrics) and is_score(metrics, watched.metric)
-        score = float(metrics[watched.metric]) if measured else None
-        off = f'{candidate.fit.error:.1%}' if candidate.fit else ''
-        rows.append(Row(candidate.label, off, f'{score:.4f}' if measured else '-'))
-        if not measured:
-            continue
-        if best is None or (score < best[2] if watched.less else score > best[2]):
-            best = candidate, made._replace(state=state), score
-    evaluator.close()
+    best, rows = None, []
+    with Evaluator(config, 'val', folder, 'validation', len(makeable)) as evaluator:
+        batches = []
+        if args.batches:
+            batches = [*training_batches(config, evaluator.runner.seed, args.batches)]
+        for candidate in makeable:
+            made = candidate.made(args.trust)
+            metrics, state = evaluator.metrics(made.state, candidate.label, batches)
+            metric, less = watched_metric(hooks, list(metrics), prefixes, args.metric, args.rule)
+            if metrics and metric not in metrics:
+                cli.die(f'no metric {metric} was measured; there are {", ".join(metrics)}')
+            score = float(metrics[metric]) if is_score(metrics, metric) else None
+            off = f'{candidate.fit.error:.1%}' if candidate.fit else ''
+            rows.append(Row(candidate.label, off, '-' if score is None else f'{score:.4f}'))
+            if score is None:  # nothing was detected
+                continue
+            if best is None or (score < best.score if less else score > best.score):
+                best, watched = Best(candidate, made._replace(state=state), score), metric
     if best is None:
         cli.die('no candidate got a metric: nothing was detected by any of them')
-    return watched.metric, best, rows
+    return watched, best, rows
 
 
 def as_stored(makeable, trust):
@@ -134,11 +138,10 @@ def table(metric, rows, best):
 
 
 def report(config, states, metric):
-    with tempfile.TemporaryDirectory() as folder:
-        evaluator = Evaluator(config, 'test', folder, 'report')
-        evaluator.expect(len(states))
+    with tempfile.TemporaryDirectory() as folder, Evaluator(
+        config, 'test', folder, 'report', len(states)
+    ) as evaluator:
         found = [(label, evaluator.metrics(state, label)[0]) for label, state in states]
-        evaluator.close()
     for label, metrics in found:
         score = f'{metrics[metric]:.4f}' if metric in metrics else '-'
         print(f'{metric} on the test set of {Path(config.filename).name}: {score}  {label}')

@@ -1,5 +1,7 @@
 """Table and picture of an ablation, from the two files of its folder."""
 
+from __future__ import annotations
+
 import math
 import os
 from dataclasses import dataclass
@@ -7,8 +9,9 @@ from itertools import cycle
 from pathlib import Path
 
 import numpy as np
-from _ablation_data import REPORT, SELECTION, read_settings, write_whole
-from _statistics import LEVEL, bootstrap_interval, holm, summary, t_interval
+
+from .ablation_data import REPORT, SELECTION, read_settings, write_whole
+from .paired import LEVEL, bootstrap_interval, holm, summary, t_interval
 
 # Comparisons ------------------------------------------------------------------------------------
 
@@ -180,10 +183,11 @@ def ranges_of_means(setting, show, first, second):
         return range_of(halves[0], axis) - range_of(halves[1], axis)
 
     drawn = np.concatenate(both)
+    ranges = [show.plain(range_of(values, -1)) for values in both]
+    interval = show.between(bootstrap_interval(drawn, difference))
     return (
-        f'Of the means over seeds, the {first} is {show.plain(range_of(both[0], -1))} and the {second} '
-        f'{show.plain(range_of(both[1], -1))}; the difference is {show.signed(difference(drawn, -1))}, 95 % '
-        f'(BCa) {show.between(bootstrap_interval(drawn, difference))}.'
+        f'Of the means over seeds, the {first} is {ranges[0]} and the {second} {ranges[1]}; the '
+        f'difference is {show.signed(difference(drawn, -1))}, 95 % (BCa) {interval}.'
     )
 
 

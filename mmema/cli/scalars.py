@@ -1,9 +1,11 @@
 """The curves that MMEngine's LocalVisBackend wrote in the folder of a run, all parts of it."""
 
+from __future__ import annotations
+
 import json
 from typing import NamedTuple
 
-import _cli as cli
+from . import common as cli
 
 
 class Validation(NamedTuple):

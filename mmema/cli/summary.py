@@ -1,5 +1,7 @@
 """The end of a training run in a few lines, and its curve as a picture."""
 
+from __future__ import annotations
+
 import json
 import os
 from pathlib import Path
@@ -65,7 +67,7 @@ def watched_metric(runner, metrics):
         names = [name for name in getattr(hook, 'key_indicators', []) if name != 'auto']
         if names:
             return names[0], hook.rules[0] != 'less'
-    from mmema.run import less_is_better
+    from ..run import less_is_better
 
     names = [name for point in metrics for name in point if '/' in name]
     return (names[0], not less_is_better(names[0])) if names else (None, True)

@@ -4,6 +4,8 @@ runs.csv has one row for each average, split and epoch; questions.json the compa
 setting, as `ablation` of its config asks for them.
 """
 
+from __future__ import annotations
+
 import csv
 import json
 import math
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmema.run.metrics import less_is_better
+from ..run.metrics import less_is_better
 
 COLUMNS = ('family', 'schedule', 'seed', 'average', 'split', 'epoch', 'metric', 'value')
 SELECTION, REPORT = SPLITS = ('val', 'test')
@@ -71,9 +73,12 @@ class Questions:
         return pairs
 
 
+ASKED = tuple(vars(Questions()))
+
+
 def questions_in(ablation):
     """Return the :class:`Questions` in the settings ``ablation`` of a config."""
-    return Questions(**{key: ablation[key] for key in vars(Questions()) if key in ablation})
+    return Questions(**{key: ablation[key] for key in ASKED if key in ablation})
 
 
 def read_questions(folder):
