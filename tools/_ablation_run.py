@@ -22,6 +22,8 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner, set_random_seed
 
+from mmema.run.switches import use_last_pipeline
+
 RESULT = 'result.csv'
 BATCHES = 100  # to measure BatchNorm on, as EMARecalibrateHook has it; fewer if the set has fewer
 
@@ -178,7 +180,7 @@ def plain(state):
 def training_batches(config, seed):
     """Return batches of the last stage of the training, the same for all epochs of a run."""
     config = deepcopy(config)
-    _weights.last_stage(config)
+    use_last_pipeline(config)
     set_random_seed(seed)
     return [*_weights.training_batches(config, seed, BATCHES)]
 

@@ -24,7 +24,7 @@ def main():
         cli.die(f'{out} exists; --force replaces it')
     cli.import_stack()
     config = cli.load_config(args)
-    cli.need(config, 'train_dataloader')
+    cli.need(config, 'train_dataloader', 'train_cfg')
     from mmema.checkpoints.formats import CheckpointError
 
     try:
@@ -71,7 +71,6 @@ def parse_args():
 def measure(args, config, out):
     import torch
     from _weights import (
-        last_stage,
         load_into,
         training_batches,
         with_statistics_of,
@@ -83,13 +82,14 @@ def measure(args, config, out):
     from mmema.checkpoints.files import load
     from mmema.checkpoints.formats import CheckpointError
     from mmema.hooks.recalibrate import measure_statistics
+    from mmema.run.switches import use_last_pipeline
 
     found = load(args.checkpoint, args.trust)
     sets = found.sets()
     name = args.weights or next(iter(sets))
     if name not in sets:
         raise CheckpointError(f'{args.checkpoint} has no {name} weights; it has {", ".join(sets)}')
-    stage = last_stage(config)
+    stage = use_last_pipeline(config)
     without_averages(config)
     for split in ('val', 'test'):
         for part in ('dataloader', 'cfg', 'evaluator'):
