@@ -1,5 +1,7 @@
 """The end of a training run in a few lines, and its curve as a picture."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
 
@@ -7,9 +9,9 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import EMAHook
 from mmengine.runner import EpochBasedTrainLoop
 
-from mmema.run import watched_metric
-from mmema.run.metrics import main_names, prefixes_of
-from mmema.run.scalars import read_scalars
+from ..run import watched_metric
+from ..run.metrics import main_names, prefixes_of
+from ..run.scalars import read_scalars
 
 
 def report(runner, seconds):

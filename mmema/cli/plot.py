@@ -1,15 +1,15 @@
-#!/usr/bin/env python3
 """Draw the schedule of a config's EMA over the run, before any training, or that of a run after it.
 
-tools/plot_ema.py configs/digits/yolov5_n_digits.py -o plan.png
-tools/plot_ema.py configs/digits/yolov5_n_digits.py --work-dir work_dirs/digits -o run.png
+mmema plot configs/digits/yolov5_n_digits.py -o plan.png
+mmema plot configs/digits/yolov5_n_digits.py --work-dir work_dirs/digits -o run.png
 
 The picture shows the momentum (and the horizon, interval / momentum) of each average, the learning
 rate, restarts and pipeline switches of the main one, and how much of it in the end each epoch's
 weights make up; after a run also the metrics of all weights.
 """
 
-import argparse
+from __future__ import annotations
+
 import contextlib
 import copy
 import io
@@ -18,35 +18,35 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import _cli as cli
 import numpy as np
 import torch
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, PARAM_SCHEDULERS, init_default_scope
 from mmengine.runner import Runner
 
-from mmema import EMARestartHook
-from mmema.averaged import MomentumAveragedModel
-from mmema.averages.config import AverageConfig, class_of
-from mmema.averages.units import base_of, settle
-from mmema.messages import RunError
-from mmema.restartable import TWINS, Restartable
-from mmema.restarts import profile
-from mmema.restarts.live import check_rule
-from mmema.restarts.planner import plan
-from mmema.restarts.rule import RestartRule
-from mmema.run import RunFacts, facts_in_config, the_ema_hook, watched_metric
-from mmema.run.config import hooks_in, is_by_epoch, kind_of
-from mmema.run.metrics import main_names, prefixes_in
-from mmema.run.scalars import read_scalars
+from .. import EMARestartHook
+from ..averaged import MomentumAveragedModel
+from ..averages.config import AverageConfig, class_of
+from ..averages.units import base_of, settle
+from ..messages import RunError
+from ..restartable import TWINS, Restartable
+from ..restarts import profile
+from ..restarts.live import check_rule
+from ..restarts.planner import plan
+from ..restarts.rule import RestartRule
+from ..run import RunFacts, facts_in_config, the_ema_hook, watched_metric
+from ..run.config import hooks_in, is_by_epoch, kind_of
+from ..run.metrics import main_names, prefixes_in
+from ..run.scalars import read_scalars
+from . import common as cli
 
 COLORS = ('orange', 'green', 'purple', 'brown', 'pink', 'olive', 'cyan', 'gray')
 HOOKS_OF_AVERAGES = ('EMAHook', 'EMARestartHook')
 MOST_BLOCKS = 100  # a run by iterations is cut into at most so many
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     cli.import_stack()
     config = cli.load_config(args)
     cli.need(config, 'train_cfg', 'optim_wrapper')
@@ -68,10 +68,8 @@ def main():
     print(f'{output}: {curves.title}')
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
     parser.add_argument('config', help='file of the config')
     parser.add_argument('-o', '--output', metavar='PNG', help='(default: <config>_ema.png)')
     parser.add_argument(
@@ -102,7 +100,7 @@ def parse_args():
         help='draw from this epoch (iteration of a run by iterations) to the end (default: 0)',
     )
     parser.add_argument('--cfg-options', nargs='+', action='extend', default=[], metavar='K=V')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.iters_per_epoch is not None and args.iters_per_epoch < 1:
         parser.error(f'--iters-per-epoch must be at least 1, got {args.iters_per_epoch}')
     if args.processes < 1:
@@ -460,7 +458,3 @@ def mark(axis, curves, run, scale):
             axis.axvline(
                 epoch, color='tab:orange', alpha=0.4, linewidth=5, label=f'{name} switches'
             )
-
-
-if __name__ == '__main__':
-    main()

@@ -1,17 +1,18 @@
 """The best of many averages of a run, by evaluation on the validation set."""
 
+from __future__ import annotations
+
 import tempfile
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import _cli as cli
-from _best import metric_to_compare
-from _weights import Evaluator, training_batches
-
-from mmema.run.metrics import is_score, prefixes_in
-from mmema.run.switches import use_last_pipeline
+from ..run.metrics import is_score, prefixes_in
+from ..run.switches import use_last_pipeline
+from . import common as cli
+from .best import metric_to_compare
+from .weights import Evaluator, training_batches
 
 
 class Row(NamedTuple):
@@ -24,8 +25,8 @@ class Row(NamedTuple):
 
 def choose(args, files):
     """Evaluate all candidates of a run, print a table, and write the best one."""
-    from mmema.posthoc.candidates import candidates
-    from mmema.posthoc.profiles import stored_profiles
+    from ..posthoc.candidates import candidates
+    from ..posthoc.profiles import stored_profiles
 
     cli.import_stack()
     config = read(args.config, args.cfg_options)
@@ -72,7 +73,7 @@ def annotations(config, split):
 
 def could_be_made(all_of_them, notes):
     """Yield the candidates that the checkpoints can make; add a note about the others."""
-    from mmema.checkpoints.formats import CheckpointError
+    from ..checkpoints.formats import CheckpointError
 
     left = []
     for candidate in all_of_them:

@@ -1,12 +1,13 @@
 """One set of weights after another in the model of a config: evaluation, and data to measure on."""
 
+from __future__ import annotations
+
 import contextlib
 import io
 from itertools import islice
 
-import _cli as cli
-
-from mmema.run.config import kind_of
+from ..run.config import kind_of
+from . import common as cli
 
 # They average weights or need an average; here a model has one set of weights.
 EMA_HOOKS = ('EMAHook', 'EMARestartHook', 'EMAMonitorHook', 'EMARecalibrateHook')
@@ -82,7 +83,7 @@ class Evaluator:
 
     def metrics(self, state, name, batches=()):
         """Return the metrics of weights, and their state; measured anew on batches, if given."""
-        from mmema.hooks.recalibrate import measure_statistics
+        from ..hooks.recalibrate import measure_statistics
 
         model = getattr(self.runner.model, 'module', self.runner.model)
         load_into(model, state, name)

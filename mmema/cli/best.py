@@ -1,16 +1,17 @@
 """The best weights of a run by a logged metric: over all averages and all saved checkpoints."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import NamedTuple
 
-import _cli as cli
-
-from mmema.checkpoints.formats import CheckpointError
-from mmema.run import watched_metric
-from mmema.run.checkpoints import Saved, checkpoints_in
-from mmema.run.config import hooks_in, read_config
-from mmema.run.metrics import is_score, main_names, prefixes_in
-from mmema.run.scalars import read_scalars
+from ..checkpoints.formats import CheckpointError
+from ..run import watched_metric
+from ..run.checkpoints import Saved, checkpoints_in
+from ..run.config import hooks_in, read_config
+from ..run.metrics import is_score, main_names, prefixes_in
+from ..run.scalars import read_scalars
+from . import common as cli
 
 
 class Scored(NamedTuple):
