@@ -7,10 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from ..run.config import hooks_in
-from ..run.metrics import is_score, prefixes_in, watched_metric
+from ..run.metrics import is_score, prefixes_in
 from ..run.switches import use_last_pipeline
 from . import common as cli
+from .best import metric_to_compare
 from .weights import Evaluator, training_batches
 
 
@@ -95,10 +95,10 @@ class Best(NamedTuple):
 def evaluate_all(args, config, makeable, folder):
     """Return the metric, the best of the candidates, and the rows of the table."""
     if args.batches:
-        cli.need(config, 'train_dataloader')
+        cli.need(config, 'train_dataloader', 'train_cfg')
         use_last_pipeline(config)
-    hooks, prefixes = hooks_in(config), prefixes_in(config)
-    best, rows = None, []
+    prefixes = prefixes_in(config).values()
+    watched, best, rows = None, None, []
     with Evaluator(config, 'val', folder, 'validation', len(makeable)) as evaluator:
         batches = []
         if args.batches:
@@ -106,19 +106,20 @@ def evaluate_all(args, config, makeable, folder):
         for candidate in makeable:
             made = candidate.made(args.trust)
             metrics, state = evaluator.metrics(made.state, candidate.label, batches)
-            metric, less = watched_metric(hooks, list(metrics), prefixes, args.metric, args.rule)
-            if metrics and metric not in metrics:
-                cli.die(f'no metric {metric} was measured; there are {", ".join(metrics)}')
-            score = float(metrics[metric]) if is_score(metrics, metric) else None
+            if metrics:  # none where nothing was detected
+                names = list(metrics)
+                watched = metric_to_compare(config, names, prefixes, args.metric, args.rule)
+            scored = metrics and is_score(metrics, watched.metric)
+            score = float(metrics[watched.metric]) if scored else None
             off = f'{candidate.fit.error:.1%}' if candidate.fit else ''
             rows.append(Row(candidate.label, off, '-' if score is None else f'{score:.4f}'))
-            if score is None:  # nothing was detected
+            if score is None:
                 continue
-            if best is None or (score < best.score if less else score > best.score):
-                best, watched = Best(candidate, made._replace(state=state), score), metric
+            if best is None or (score < best.score if watched.less else score > best.score):
+                best = Best(candidate, made._replace(state=state), score)
     if best is None:
         cli.die('no candidate got a metric: nothing was detected by any of them')
-    return watched, best, rows
+    return watched.metric, best, rows
 
 
 def as_stored(makeable, trust):

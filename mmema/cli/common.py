@@ -426,6 +426,11 @@ def build_loop(runner, kind):
                 raise FileNotFoundError(f'no picture {path}')
 
 
+def check_folder(path):
+    if not os.path.isdir(path):
+        die(f'no folder {path}')
+
+
 def check_file(path):
     if os.path.isfile(path) or os.path.isdir(path):
         return

@@ -192,11 +192,13 @@ def facts_of_run(folder, trust=False):
     """
     from ..checkpoints.formats import CheckpointError
     from ..posthoc.facts import check_same_run, facts_in
-    from .best import saved_in
+    from ..run.checkpoints import checkpoints_in
 
-    if not Path(folder).is_dir():
-        cli.die(f'no folder {folder}')
-    *others, last = [saved.file for saved in saved_in(Path(folder))] or [None]
+    cli.check_folder(folder)
+    checkpoints, notes = checkpoints_in(folder)
+    for note in notes:
+        cli.note(f'note: {note}')
+    *others, last = [saved.file for saved in checkpoints] or [None]
     if last is None:
         cli.die(f'no checkpoint of a run in {folder}')
     last, files = facts_in(last, trust), {}

@@ -24,7 +24,7 @@ def main(argv=None):
         cli.die(f'{out} exists; --force replaces it')
     cli.import_stack()
     config = cli.load_config(args)
-    cli.need(config, 'train_dataloader')
+    cli.need(config, 'train_dataloader', 'train_cfg')
     from ..checkpoints.formats import CheckpointError
 
     try:
