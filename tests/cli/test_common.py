@@ -1,4 +1,4 @@
-"""What the tools share, called in this process; test_train_tool.py calls the tools themselves."""
+"""What the commands share, called in this process; the other files call the commands."""
 
 import argparse
 import decimal
@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
-from tool_runs import CONFIG, ROOT, tool
+from tool_runs import CONFIG
 from tool_runs import refusal as refusal_of
 
+from mmema.cli import common as cli
+from mmema.cli import train
 from mmema.messages import RunError
 
 pytest.importorskip('mmyolo')
-sys.path.insert(0, str(ROOT / 'tools'))
-import _cli as cli
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_refuses_to_resume_from_odd_contents(tmp_path, refusal, key):
     content = {'state_dict': {}, 'meta': {'epoch': 1}, 'optimizer': {}}
     config = Config(dict(train_cfg=dict(max_epochs=2)))
     torch.save(content, path)
-    check = tool('train.py').check_resumable
+    check = train.check_resumable
     check(config, path)
     torch.save({**content, key: 'x'}, path)
     line = refusal(check, config, path)
