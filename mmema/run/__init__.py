@@ -17,26 +17,3 @@ from .live import (
 )
 from .metrics import less_is_better, watched_metric
 from .switches import SWITCH_HOOKS, switches_of
-
-__all__ = [
-    'SWITCH_HOOKS',
-    'Moment',
-    'RunFacts',
-    'averages_of',
-    'checkpoint_hooks',
-    'choose_checkpoint',
-    'ema_hook_of',
-    'facts_in_config',
-    'facts_of',
-    'finish_saving',
-    'kept_rng',
-    'last_of',
-    'less_is_better',
-    'now_of',
-    'refuse_stock_hook',
-    'switches_of',
-    'the_ema_hook',
-    'validation_follows',
-    'watched_metric',
-    'what_loads',
-]
