@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Callable
+
 from mmengine.hooks import EMAHook
 from mmengine.model import BaseAveragedModel
 from mmengine.registry import MODELS
@@ -16,7 +18,6 @@ from ..restarts.facts import facts_of
 from ..restarts.live import check_rule, log_restart, momentum_of, values_of
 from ..restarts.progress import RuleProgress, due_restart
 from ..run import now_of
-from ..strategy import to_save
 from ..swap import copy_weights
 from ..update.finite import names_of_non_finite
 from ..update.sharded import Parts
@@ -100,7 +101,7 @@ class RunAverage:
             metrics = getattr(runner.val_loop, 'results', {}).get(self.name, {})
             self.progress.see_validation(metrics, now_of(runner))
 
-    def state(self) -> dict:
+    def state(self, to_save: Callable) -> dict:
         restart = self.progress and self.progress.state_dict()
         return {'state_dict': to_save(self.ema_model.state_dict()), 'restart': restart}
 

@@ -19,14 +19,13 @@ from ..messages import RunError, listed, warn
 from ..registry import HOOKS
 from ..restarts.facts import facts_of
 from ..restarts.live import catch_up
-from ..run import choose_checkpoint, ema_hook_of, finish_saving, what_loads
-from ..strategy import FullyShardStrategy, to_save
+from ..run import choose_checkpoint, ema_hook_of, what_loads
+from ..strategies import refuse_unsaved, traits_of
 from ..swap import ShardedSwap, Swap, swap_in
 from ..update.pairs import unwrapped
 from ..update.refusals import refuse_pieces
 from ..update.sharded import is_sharded
 from ..update.staging import staged_once
-from ..zero import DeepSpeedStrategy
 from .optimizer_steps import OptimizerSteps
 
 
@@ -155,7 +154,7 @@ class EMAHook(StockEMAHook):
 
     def after_run(self, runner: Runner) -> None:
         """Wait for the last checkpoint: the process may end now."""
-        finish_saving(runner)
+        traits_of(runner).finish_saving()
 
     def _averages_of(self, runner: Runner) -> list[RunAverage]:
         """Return the averages; make them if a loop, a load or a save came before the run."""
@@ -254,7 +253,7 @@ class EMAHook(StockEMAHook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Save the averaged weights as ``state_dict``, the trained ones in ``ema_state_dict``."""
-        averages = self._averages_of(runner)
+        averages, to_save = self._averages_of(runner), traits_of(runner).to_save
         self._report()
         if hasattr(runner, 'strategy'):
             # FlexibleRunner of MMEngine 0.10.7 leaves the prefix of the DDP wrapper in the names,
@@ -274,7 +273,9 @@ class EMAHook(StockEMAHook):
         checkpoint['ema_state_dict'] = to_save(self.ema_model.state_dict())
         exchange_weights(checkpoint)
         if self.also:
-            checkpoint['ema_also'] = {average.name: average.state() for average in averages[1:]}
+            checkpoint['ema_also'] = {
+                average.name: average.state(to_save) for average in averages[1:]
+            }
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Resume the averages, or let them be copies of the loaded model."""
@@ -306,25 +307,11 @@ class EMAHook(StockEMAHook):
             warn(f'{file} has averages that the config lacks; they are dropped: {listed(dropped)}')
 
 
-def refuse_unsaved(runner: Runner) -> None:
-    """Raise RunError for the two strategies of FlexibleRunner that save without calling hooks."""
-    strategy = getattr(runner, 'strategy', None)
-    names = [cls.__name__ for cls in type(strategy).__mro__]
-    ways_out = {'DeepSpeedStrategy': 'mmema.DeepSpeedStrategy', 'ColossalAIStrategy': 'DDPStrategy'}
-    for name, way_out in ways_out.items():
-        if name in names and not isinstance(strategy, DeepSpeedStrategy):
-            raise RunError(
-                f"an average must be saved to be resumed, but the checkpoints of MMEngine's {name} "
-                f"cannot hold it. Train with strategy=dict(type='{way_out}'), or without EMAHook."
-            )
-
-
 def refuse_unsharded_runner(runner: Runner) -> None:
     """Raise RunError if a model is sharded by FSDP2, but saved on rank 0 alone."""
-    strategy = getattr(runner, 'strategy', None)
-    if is_sharded(unwrapped(runner.model)) and not isinstance(strategy, FullyShardStrategy):
+    if is_sharded(unwrapped(runner.model)) and not traits_of(runner).saves_parts:
         raise RunError(
             'a model that is sharded by FSDP2 must be saved by all ranks, but '
-            f'{type(strategy or runner).__name__} saves on rank 0 alone. Let '
+            f'{type(getattr(runner, "strategy", runner)).__name__} saves on rank 0 alone. Let '
             "runner_type='FlexibleRunner', strategy=dict(type='mmema.FullyShardStrategy') shard it."
         )

@@ -21,7 +21,6 @@ from ..registry import HOOKS, register_everywhere
 from ..run import averages_of, ema_hook_of, kept_rng, last_of, validation_follows
 from ..update.pairs import copy_all, unwrapped
 from ..update.sharded import is_sharded
-from ..zero import DeepSpeedStrategy
 
 
 @register_everywhere(HOOKS)
@@ -90,10 +89,11 @@ class EMARecalibrateHook(Hook):
                 'rank has the average of its part alone. Leave the hook out, or train with '
                 'DDPStrategy.'
             )
-        if isinstance(getattr(runner, 'strategy', None), DeepSpeedStrategy):
+        wrapper = runner.optim_wrapper
+        if not hasattr(wrapper, 'optim_context'):
             raise RunError(
                 'EMARecalibrateHook computes in the context of an OptimWrapper, but '
-                'DeepSpeedOptimWrapper has none. Leave the hook out, or train with DDPStrategy.'
+                f'{type(wrapper).__name__} has none. Leave the hook out, or train with DDPStrategy.'
             )
         if runner.val_loop is None:
             raise RunError(

@@ -17,9 +17,10 @@ from mmengine.runner import FlexibleRunner, Runner
 from runs import EMA, Crash, assert_same, ema_of, loader, make_runner, state_of
 from torch import nn
 
-from mmema.hooks.ema import EMAHook, refuse_unsaved
+from mmema import EMAHook
 from mmema.messages import RunError
 from mmema.run import ema_hook_of
+from mmema.strategies import refuse_unsaved
 from mmema.update.refusals import refuse_pieces
 
 TESTS = Path(__file__).parents[1]
