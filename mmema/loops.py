@@ -5,8 +5,8 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Sequence
 
-from mmengine.hooks import CheckpointHook, RuntimeInfoHook
 from mmengine.hooks import EMAHook as StockEMAHook
+from mmengine.hooks import RuntimeInfoHook
 from mmengine.runner import IterBasedTrainLoop, Runner, ValLoop
 from mmengine.runner.base_loop import BaseLoop
 
@@ -14,7 +14,8 @@ from .hooks.ema import EMAHook
 from .hooks.recalibrate import EMARecalibrateHook
 from .messages import RunError, warn
 from .registry import LOOPS, register_everywhere
-from .run import averages_of, ema_hook_of, kept_rng, last_of, less_is_better, now_of
+from .run import averages_of, ema_hook_of, kept_rng, last_of, now_of, watched_metric
+from .run.metrics import prefixes_of
 from .swap import averaged_weights
 
 AHEAD = 3  # validations in a row after which the log says that the raw weights are ahead
@@ -136,7 +137,7 @@ class EMAValLoop(ValLoop):
         runner, loop = self.runner, self.runner.train_loop
         if not main:
             return
-        metric, less = self._chosen_metric(main)
+        metric, less = watched_metric(runner.hooks, list(main), prefixes_of(self).values())
         now, scores = now_of(runner), runner.message_hub.runtime_info.get('ema_scores', {})
         for name, metrics in {'ema': main, **self.results}.items():
             if metric in metrics:
@@ -148,19 +149,6 @@ class EMAValLoop(ValLoop):
         if now == last_of(loop) or getattr(loop, 'stop_training', False):
             unit = 'iter' if isinstance(loop, IterBasedTrainLoop) else 'epoch'
             runner.logger.info(_table(scores, metric, less, unit))
-
-    def _chosen_metric(self, metrics: dict) -> tuple[str, bool | None]:
-        """Return the first metric of ``save_best`` that there is, and whether less is better."""
-        prefixes = [f'{self.prefix}/', *(f'{name}/' for name in self.weights)]
-        for hook in self.runner.hooks:
-            if isinstance(hook, CheckpointHook) and hook.save_best is not None:
-                for name, rule in zip(hook.key_indicators, hook.rules):
-                    prefix = next((p for p in prefixes if name.startswith(p)), '')
-                    for known in (name, name[len(prefix) :]):
-                        if known in metrics:
-                            return known, rule == 'less'
-        first = next(iter(metrics))
-        return first, less_is_better(first)
 
 
 def _raw_ahead(scores: dict, metric: str, less: bool) -> str:

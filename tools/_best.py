@@ -107,7 +107,7 @@ def saved_in(folder):
 
 def settings_of(config):
     """Return from a config's text the prefix of raw metrics, and save_best names with rules."""
-    from mmema.posthoc.config_text import read_config
+    from mmema.run.config import read_config
 
     config = read_config(config)
     prefix = (config.get('val_cfg') or {}).get('prefix', 'raw')

@@ -28,7 +28,10 @@ def choose(args, files):
     report_on = args.report_config and read(args.report_config, [])
     test_set = annotations(config, 'test')
     stored, notes = stored_profiles(files)
-    restarts = stored[-1].facts.switches if args.restart_at is None else args.restart_at
+    restarts = args.restart_at
+    if restarts is None:
+        switches = stored[-1].facts.run.switches.values()
+        restarts = [epoch for epochs in switches for epoch in epochs if epoch > 0]
     makeable = [*could_be_made(candidates(stored, sorted(set(restarts))), notes)]
     for note in notes:
         cli.note(f'note: {note}')

@@ -110,8 +110,7 @@ class Run(SimpleNamespace):
         from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
         from mmema.averages.config import AverageConfig
-        from mmema.restarts.facts import facts_of
-        from mmema.run import ema_hook_of
+        from mmema.run import ema_hook_of, facts_of
 
         super().__init__(config=config, iter=0, epoch=0)
         train_cfg = config.train_cfg
@@ -157,7 +156,7 @@ def stand_in(settings):
     """
     from mmengine.registry import HOOKS
 
-    from mmema.restarts.rule import FOLLOWED
+    from mmema.run import SWITCH_HOOKS as FOLLOWED
 
     name = str(settings.get('type', '')).rsplit('.', 1)[-1]
     if name in ('EMAHook', 'EMARestartHook'):

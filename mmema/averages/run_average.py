@@ -14,10 +14,9 @@ from torch import nn
 from ..checkpoints.resume import check_ema_state
 from ..messages import RunError, listed, warn
 from ..restarts.advice import beyond_the_end
-from ..restarts.facts import facts_of
 from ..restarts.live import check_rule, log_restart, momentum_of, values_of
 from ..restarts.progress import RuleProgress, due_restart
-from ..run import now_of
+from ..run import facts_of, now_of
 from ..swap import copy_weights
 from ..update.finite import names_of_non_finite
 from ..update.sharded import Parts

@@ -11,7 +11,7 @@ from mmengine.model import BaseAveragedModel
 from mmengine.runner import Runner
 
 from ..messages import RunError
-from ..restarts.facts import RunFacts
+from ..run import RunFacts
 
 
 def parsed_horizon(horizon: str | float) -> tuple[float, str]:

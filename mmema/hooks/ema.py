@@ -17,10 +17,8 @@ from ..averages.units import auto_scale_base, settle
 from ..checkpoints.resume import check_ema_state, exchange_weights
 from ..messages import RunError, listed, warn
 from ..registry import HOOKS
-from ..restarts.facts import facts_of
 from ..restarts.live import catch_up
-from ..run import choose_checkpoint, ema_hook_of, what_loads
-from ..strategies import refuse_unsaved, traits_of
+from ..run import choose_checkpoint, ema_hook_of, facts_of, refuse_unsaved, traits_of, what_loads
 from ..swap import ShardedSwap, Swap, swap_in
 from ..update.pairs import unwrapped
 from ..update.refusals import refuse_pieces

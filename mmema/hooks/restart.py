@@ -14,13 +14,11 @@ from ..registry import HOOKS, register_everywhere
 from ..restartable import Restartable
 from ..restarts import rewind
 from ..restarts.advice import advice
-from ..restarts.facts import facts_of
 from ..restarts.live import catch_up, check_rule, log_restart, momentum_of, on_main, values_of
 from ..restarts.planner import Restart, plan
 from ..restarts.progress import RuleProgress, due_restart
 from ..restarts.rule import RestartRule
-from ..run import choose_checkpoint, ema_hook_of, now_of, what_loads
-from ..strategies import traits_of
+from ..run import choose_checkpoint, ema_hook_of, facts_of, now_of, traits_of, what_loads
 from ..update.pairs import unwrapped
 
 

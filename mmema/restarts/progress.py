@@ -6,12 +6,12 @@ from dataclasses import asdict
 from itertools import repeat
 from typing import Sequence
 
-from .facts import RunFacts
+from ..run.facts import Moment, RunFacts
 from .live import on_main
 from .planner import Restart, explicit_moments, merged, restart_at
 from .plateau import PlateauWatch
 from .rewind import kept_names
-from .rule import Moment, RestartRule
+from .rule import RestartRule
 
 
 class RuleProgress:

@@ -29,7 +29,7 @@ from ..checkpoints import folders
 from ..checkpoints.resume import checkpoint_to_resume
 from ..messages import RunError, listed
 from ..registry import STRATEGIES
-from ..strategies import StrategyTraits
+from ..run import StrategyTraits
 from ..update.sharded import Layout, Parts, is_dtensor, own_state
 from .folders import write_file, write_folder
 from .precision import cast_inputs, checked_policy, own_precision, with_cast

@@ -13,7 +13,7 @@ from torch import nn
 from ..checkpoints.folders import zero_file
 from ..messages import RunError
 from ..registry import STRATEGIES
-from ..strategies import StrategyTraits
+from ..run import StrategyTraits
 from .refusals import refuse_no_launcher, refuse_stock_hook
 from .states import mapped
 

@@ -19,8 +19,7 @@ from torch import nn
 
 from mmema import EMAHook
 from mmema.messages import RunError
-from mmema.run import ema_hook_of
-from mmema.strategies import refuse_unsaved
+from mmema.run import ema_hook_of, refuse_unsaved
 from mmema.update.refusals import refuse_pieces
 
 TESTS = Path(__file__).parents[1]

@@ -1,36 +1,43 @@
-"""Facts of a run, as a real Runner gives them."""
+"""Facts of a run: as its updates are, and the same from a Runner and from a config."""
+
+from dataclasses import replace
 
 import pytest
 import torch
+import toy_config
+from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.optim import OptimWrapper, OptimWrapperDict, build_optim_wrapper
+from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.runner import Runner
 from runs import EMA, ema_of, make_runner
 from torch import nn
 
-from mmema.restarts.facts import RunFacts, facts_of
-from mmema.restarts.rule import Moment
-from mmema.run import ema_hook_of
+from mmema.posthoc.facts import facts_in
+from mmema.run import Moment, RunFacts, ema_hook_of, facts_in_config, facts_of
 
 OURS = dict(EMA, type='mmema.EMAHook')
 
 
+class Look(Hook):
+    """Keeps the facts of a run at its start, and the iterations of its updates."""
+
+    priority = 'LOWEST'
+    updates, before = [], 0
+
+    def before_train(self, runner):
+        self.updates, self.facts = [], facts_of(runner, ema_hook_of(runner))
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        now = int(ema_of(runner).steps)
+        if now != self.before:
+            self.updates.append(runner.iter)
+        self.before = now
+
+
 def trained(tmp_path, *hooks, **settings):
     """Return the facts of a run at its start, and the iterations of its updates."""
-
-    class Look(Hook):
-        priority = 'LOWEST'
-        updates, before = [], 0
-
-        def before_train(self, runner):
-            self.updates, self.facts = [], facts_of(runner, ema_hook_of(runner))
-
-        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-            now = int(ema_of(runner).steps)
-            if now != self.before:
-                self.updates.append(runner.iter)
-            self.before = now
-
     look = Look()
     make_runner(tmp_path, *hooks, look, **settings).train()
     return look.facts, look.updates
@@ -60,6 +67,7 @@ def test_other_hooks_update_at_every_iteration(tmp_path):
     assert (ours.accumulation, ours.updates, len(updates)) == (1, 8, 8)
 
 
+@MODELS.register_module()
 class TwoOptimizers(BaseModel):
     def __init__(self):
         super().__init__()
@@ -140,6 +148,66 @@ def test_switches_of_recipes_count_from_one(tmp_path, library):
     assert {name: sorted(epochs) for name, epochs in facts.switches.items()} == {
         'SwitchRecipeHook': [1, 2]
     }
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class EachOfTwo:
+    def __init__(self, optim_wrapper_cfg, paramwise_cfg=None):
+        self.wrappers = optim_wrapper_cfg
+
+    def __call__(self, model):
+        built = {n: build_optim_wrapper(getattr(model, n), w) for n, w in self.wrappers.items()}
+        return OptimWrapperDict(**built)
+
+
+TWO = dict(
+    model=dict(type='TwoOptimizers'),
+    optim_wrapper=dict(
+        _delete_=True, constructor='EachOfTwo', one=accumulating(6), other=accumulating(3)
+    ),
+)
+
+
+def from_config(folder, changes):
+    """Train a config; return it, the facts that its Runner has, and its updates."""
+    config = Config.fromfile(toy_config.write(folder))
+    config.custom_hooks[0] = OURS
+    config.merge_from_dict(changes)
+    config.work_dir, look = str(folder / 'run'), Look()
+    runner = Runner.from_cfg(config)
+    runner.register_hook(look)
+    runner.train()
+    return config, look.facts, look.updates
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {},
+        dict(optim_wrapper=dict(accumulative_counts=3)),
+        dict(custom_hooks=[dict(EMA, begin_epoch=2)], optim_wrapper=dict(accumulative_counts=3)),
+        dict(custom_hooks=[dict(OURS, begin_iter=6, per_optimizer_step=False)]),
+        dict(train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=10)),
+        TWO,
+    ],
+)
+def test_a_config_tells_the_facts_of_its_run(tmp_path, changes):
+    config, facts, updates = from_config(tmp_path, changes)
+    assert facts.updates - facts.update_of(facts.begin) == len(updates)
+    assert facts_in_config(config, 4) == replace(facts, first_best=None)
+    # And the config's text in a checkpoint.
+    saved = max((tmp_path / 'run').glob('[ei]*.pth'), key=lambda file: file.stat().st_mtime)
+    assert facts_in(saved).run == replace(facts, first_best=None)
+
+
+def test_deepspeed_makes_no_step_where_the_run_ends():
+    strategy = dict(type='mmema.DeepSpeedStrategy', gradient_accumulation_steps=4)
+    config = dict(train_cfg=dict(max_epochs=3), custom_hooks=[OURS], strategy=strategy)
+    assert facts_in_config(config, 5).updates == 3
+    inner = dict(type='DeepSpeedStrategy', config=dict(gradient_accumulation_steps=4))
+    assert facts_in_config({**config, 'strategy': inner}, 5).updates == 3
+    engine = dict(gradient_accumulation_steps=4)  # as a checkpoint has it
+    assert facts_in_config(dict(custom_hooks=[OURS]), 5, 15, engine).updates == 3
 
 
 def test_facts_by_hand():

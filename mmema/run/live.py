@@ -1,4 +1,4 @@
-"""Facts about a Runner that several modules need."""
+"""Questions to a Runner that several rooms ask."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ import random
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Iterable
 
 import numpy as np
 import torch
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.hooks import EMAHook as StockEMAHook
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 
-from .checkpoints.probe import is_whole
-from .checkpoints.resume import checkpoint_to_resume
-from .messages import RunError
+from ..checkpoints.probe import is_whole
+from ..checkpoints.resume import checkpoint_to_resume
+from ..messages import RunError
 
 
 def ema_hook_of(runner: Runner) -> StockEMAHook:
     """Return the run's EMAHook, the stock one or ours; there must be one."""
-    found = [hook for hook in runner.hooks if isinstance(hook, StockEMAHook)]
+    return the_ema_hook(runner.hooks)
+
+
+def the_ema_hook(hooks: Iterable[Hook]) -> StockEMAHook:
+    """Return the EMAHook among hooks; raise RunError unless there is one."""
+    found = [hook for hook in hooks if isinstance(hook, StockEMAHook)]
     if len(found) != 1:
         ours = (
             'For several averages give the others in also: '
@@ -31,6 +37,10 @@ def ema_hook_of(runner: Runner) -> StockEMAHook:
         advice = ours if found else f'Add to custom_hooks: {stock}'
         raise RunError(f'the run must have one EMAHook, got {len(found)}. {advice}')
     return found[0]
+
+
+def checkpoint_hooks(runner: Runner) -> list[CheckpointHook]:
+    return [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
 
 
 def averages_of(ema_hook: StockEMAHook) -> dict:
@@ -79,14 +89,6 @@ def validation_follows(loop, now: int) -> bool:
     """Tell whether MMEngine's ``loop`` validates after its epoch or iteration ``now``, from 1."""
     interval = loop.dynamic_intervals[bisect.bisect(loop.dynamic_milestones, now + 1) - 1]
     return now >= loop.val_begin and (now % interval == 0 or now == last_of(loop))
-
-
-def less_is_better(metric: str, rule: str | None = None) -> bool | None:
-    """Tell whether less of a metric is better; None where neither the rule nor MMEngine knows."""
-    try:
-        return CheckpointHook(save_best=metric, rule=rule).rules == ['less']
-    except ValueError:  # MMEngine knows a few names
-        return None
 
 
 def now_of(runner: Runner) -> int:

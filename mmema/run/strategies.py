@@ -5,7 +5,7 @@ from __future__ import annotations
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import weights_to_cpu
 
-from .messages import RunError
+from ..messages import RunError
 
 WAYS_OUT = {'DeepSpeedStrategy': 'mmema.DeepSpeedStrategy', 'ColossalAIStrategy': 'DDPStrategy'}
 
