@@ -67,7 +67,7 @@ digits_ablation_switch = dict(
     switch_epoch=digits_ablation_epochs - digits_ablation_plain_epochs,
 )
 digits_ablation_train_cfg = dict(max_epochs=digits_ablation_epochs)
-# tools/ablate.py evaluates the checkpoints that are kept: of epochs 24, 27 and 30.
+# mmema ablate evaluates the checkpoints that are kept: of epochs 24, 27 and 30.
 digits_ablation_hooks = dict(
     logger=dict(interval=32), checkpoint=dict(interval=3, max_keep_ckpts=3, save_best=None)
 )

@@ -1,6 +1,6 @@
 _base_ = ['./rtmdet_tiny_digits.py', '../_base_/digits_ablation.py']
 
-# For tools/ablate.py.
+# For mmema ablate.
 ablation = dict(
     family='RTMDet-tiny',
     schedule='to 1 %',

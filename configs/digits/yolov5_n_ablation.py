@@ -1,6 +1,6 @@
 _base_ = ['./yolov5_n_digits.py', '../_base_/digits_ablation.py']
 
-# For tools/ablate.py.
+# For mmema ablate.
 ablation = dict(
     family='YOLOv5-n',
     schedule='to 1 %',

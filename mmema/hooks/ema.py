@@ -13,7 +13,7 @@ from torch import nn
 from ..arguments import check_bool, check_integer
 from ..averages.config import AverageConfig, also_configs
 from ..averages.run_average import RunAverage
-from ..averages.units import auto_scale_base, settle
+from ..averages.units import auto_scale_base, effective_batch, settle
 from ..checkpoints.resume import check_ema_state, exchange_weights
 from ..messages import RunError, listed, warn
 from ..registry import HOOKS
@@ -142,7 +142,9 @@ class EMAHook(StockEMAHook):
             for average in self._averages.values():
                 ema, horizon = average.ema_model, average.config.horizon
                 if base or horizon:
-                    text = settle(runner, ema, horizon, base, facts_of(runner, self))
+                    facts = facts_of(runner, self)
+                    batch = base and effective_batch(runner, facts)
+                    text = settle(ema, horizon, base, batch, facts)
                     text = text or 'no momentum to scale'
                     runner.logger.info(f'EMAHook, {average.label}: {text}')
         for loop in (getattr(runner, '_val_loop', None), getattr(runner, '_test_loop', None)):

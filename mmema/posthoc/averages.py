@@ -208,7 +208,7 @@ def mean(files: Sequence[str | Path], weights: str = 'raw', trust: bool = False)
 
 STATISTICS_NOTE = (
     "BatchNorm's statistics are averaged too, and belong to no weights: measure them with "
-    'tools/recalibrate_bn.py CONFIG FILE -o OUT'
+    'mmema recalibrate CONFIG FILE -o OUT'
 )
 
 

@@ -121,7 +121,7 @@ def pattern_of(
             notes.append(
                 "BatchNorm's statistics are those of the raw weights, since the average did not "
                 'blend its own: EMARecalibrateHook measured them, or they are of the first update, '
-                "as in MMYOLO's ExpMomentumEMA. tools/recalibrate_bn.py measures them"
+                "as in MMYOLO's ExpMomentumEMA. mmema recalibrate measures them"
             )
     times = _numbers_of_names(averages[0], raw, blended) if repeats and update_buffers else {}
     if times:

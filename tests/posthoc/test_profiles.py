@@ -1,7 +1,5 @@
 """Profiles of stored averages and their fit, against numbers worked out by hand."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -198,17 +196,3 @@ def test_huge_coefficients_are_refused_unless_forced(stock):
     with pytest.raises(CheckpointError, match='sum to 3,999 without their signs, more than 1,000'):
         averages.fit([one, near], wanted)
     assert averages.fit([one, near], wanted, force=True)[1].size == pytest.approx(3999, rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ('hook', 'epochs'),
-    [
-        (dict(type='mmdet.PipelineSwitchHook', switch_epoch=4), [4]),
-        (dict(type='YOLOXModeSwitchHook', num_last_epochs=2), [3]),  # of 6 epochs, one earlier
-        (dict(type='SwitchRecipeHook', schedule=[dict(action_epoch=n) for n in (5, 2)]), [4, 1]),
-        (dict(type='SwitchRecipeHook', schedule=[dict(action_epoch=None)]), []),
-    ],
-)
-def test_switches_that_a_config_names(stock, hook, epochs):
-    (last,) = facts_of(stock, 6)
-    assert replace(last, config=dict(custom_hooks=[hook])).switches == epochs

@@ -49,7 +49,7 @@ def test_hooks_and_their_settings_say_the_same(settings, epochs, switches):
 
 def test_recipes_count_from_one():
     schedule = [dict(action_epoch=3, train_pipeline=NEW)]
-    schedule += [dict(action_epoch=epoch, batch_augments=None) for epoch in (2, 0)]
+    schedule += [dict(action_epoch=epoch, batch_augments=None) for epoch in (2, 0, None)]
     for hook in (SwitchRecipeHook(schedule), dict(type='SwitchRecipeHook', schedule=schedule)):
         found = switches_of([hook], 3)
         assert found == {'SwitchRecipeHook': [Switch(1), Switch(2, NEW)]}

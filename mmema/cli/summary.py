@@ -1,32 +1,34 @@
 """The end of a training run in a few lines, and its curve as a picture."""
 
-import json
+from __future__ import annotations
+
 import os
 from pathlib import Path
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import EMAHook
+from mmengine.runner import EpochBasedTrainLoop
+
+from ..run import watched_metric
+from ..run.metrics import main_names, prefixes_of
+from ..run.scalars import read_scalars
 
 
 def report(runner, seconds):
     """Print the metric of the run and where its files are; draw its curve."""
-    from mmengine.dist import is_main_process
-
     if not is_main_process():
         return
-    losses, metrics = read_scalars(Path(runner.log_dir) / 'vis_data' / 'scalars.json')
+    scalars = read_scalars(runner.work_dir)
     rows = [('trained', duration(seconds))]
     weights = weights_in_use(runner)
-    name, greater = watched_metric(runner, metrics)
-    prefix = getattr(runner.val_loop, 'prefix', 'raw') + '/'  # of an EMAValLoop
-    chosen = name
-    name = name[len(prefix) :] if name and name.startswith(prefix) else name
-    points = [(point['step'], point[name]) for point in metrics if name in point]
-    if points:
-        text = best_and_last(runner, points, greater, resumed=chosen == name)
-        rows.append((f'{name} of the {weights}', text))
-    raw_name = f'{prefix}{name}'
-    raw = [(point['step'], point[raw_name]) for point in metrics if raw_name in point]
-    if raw:
-        text = best_and_last(runner, raw, greater, resumed=chosen == raw_name)
-        rows.append((f'{name} of the raw weights', text))
+    prefixes = prefixes_of(runner.val_loop)
+    names = main_names(scalars.names, prefixes.values())
+    watched = watched_metric(runner.hooks, names, prefixes.values())
+    name = watched.metric
+    points, raw = scalars.curve(name), scalars.curve(f'{prefixes.get("raw")}{name}')
+    for label, curve in ((weights, points), ('raw weights', raw)):
+        if curve:
+            rows.append((f'{name} of the {label}', best_and_last(runner, curve, watched.best)))
     best = runner.message_hub.runtime_info.get('best_ckpt')
     if best and os.path.exists(best):  # a folder, of a sharded run
         rows.append(('best checkpoint', shorten(best)))
@@ -35,63 +37,26 @@ def report(runner, seconds):
         rows.append(('last checkpoint', shorten(Path(mark).read_text().strip())))
     rows.append(('log', shorten(os.path.join(runner.log_dir, f'{runner.timestamp}.log'))))
     path = os.path.join(runner.work_dir, 'curve.png')
-    if losses:
+    if scalars.train:
         rows.append(('curve', shorten(path)))
     width = max(len(label) for label, _ in rows)
     print('\n' + '\n'.join(f'{label:<{width}}  {value}' for label, value in rows), flush=True)
-    if losses:
-        draw(path, losses, points, (name, step_unit(runner), weights), raw)
-
-
-def read_scalars(path):
-    """Return the training and the validation points that MMEngine has written, as lists of dicts.
-
-    Both lists are empty where the config has no LocalVisBackend, which writes the file.
-    """
-    losses, metrics = [], []
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            point = json.loads(line)
-            (losses if 'loss' in point else metrics).append(point)
-    return losses, metrics
-
-
-def watched_metric(runner, metrics):
-    """Return the name of the metric that chooses the best checkpoint, and whether more is better.
-
-    Without a best checkpoint it is the first metric that was measured.
-    """
-    for hook in runner.hooks:
-        names = [name for name in getattr(hook, 'key_indicators', []) if name != 'auto']
-        if names:
-            return names[0], hook.rules[0] != 'less'
-    from mmema.run import less_is_better
-
-    names = [name for point in metrics for name in point if '/' in name]
-    return (names[0], not less_is_better(names[0])) if names else (None, True)
+    if scalars.train:
+        draw(path, scalars.train, points, (name, step_unit(runner), weights), raw)
 
 
 def weights_in_use(runner):
-    from mmengine.hooks import EMAHook
-
     averaged = any(isinstance(hook, EMAHook) for hook in runner.hooks)
     return 'EMA weights' if averaged else 'weights'
 
 
-def best_and_last(runner, points, greater, resumed=True):
+def best_and_last(runner, points, better):
     unit = step_unit(runner)
-    better = max if greater else min
     step, best = better(points, key=lambda point: point[1])
-    text = f'best {best:.3f} ({unit} {step}), last {points[-1][1]:.3f} ({unit} {points[-1][0]})'
-    earlier = runner.message_hub.runtime_info.get('best_score')
-    if resumed and earlier is not None and better(earlier, best) != best:
-        text += f'; best before it was resumed {earlier:.3f}'
-    return text
+    return f'best {best:.3f} ({unit} {step}), last {points[-1][1]:.3f} ({unit} {points[-1][0]})'
 
 
 def step_unit(runner):
-    from mmengine.runner import EpochBasedTrainLoop
-
     return 'epoch' if isinstance(runner.train_loop, EpochBasedTrainLoop) else 'iteration'
 
 

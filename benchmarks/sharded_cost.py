@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure an averaged model on several ranks: DDP beside FSDP2, memory, update and messages.
 
-    torchrun --nproc-per-node 2 tools/benchmark_sharded.py YOLOv5-n YOLOv5-l
+    torchrun --nproc-per-node 2 benchmarks/sharded_cost.py YOLOv5-n YOLOv5-l
 
 Memory is counted, not measured: the bytes of the tensors that a rank keeps, the largest over ranks.
 The time of an update is the median of the slowest rank. The model trains on random pictures of 64

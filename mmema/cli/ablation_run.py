@@ -1,7 +1,9 @@
 """One run of an ablation: its training, and the evaluation of every average that rode along.
 
-A process of its own, which tools/ablate.py starts: _ablation_run.py CONFIG FOLDER SEED
+A process of its own, which the command starts: python -m mmema.cli.ablation_run CONFIG FOLDER SEED
 """
+
+from __future__ import annotations
 
 import io
 import os
@@ -13,21 +15,23 @@ from contextlib import redirect_stdout
 from copy import deepcopy
 from pathlib import Path
 
-import _cli as cli
-import _weights
 import numpy as np
 import torch
-from _ablation_report import METRIC, SPLITS, write_rows
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner, set_random_seed
+
+from ..run.switches import use_last_pipeline
+from . import common as cli
+from . import weights
+from .ablation_report import METRIC, SPLITS, write_rows
 
 RESULT = 'result.csv'
 BATCHES = 100  # to measure BatchNorm on, as EMARecalibrateHook has it; fewer if the set has fewer
 
 
-def main():
-    file, folder, seed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+def main(argv=None):
+    file, folder, seed = Path(argv[0]), Path(argv[1]), int(argv[2])
     cli.import_stack()
     config = Config.fromfile(file)
     cli.import_libraries(config)
@@ -43,7 +47,7 @@ def main():
 
 
 def tell(steps):
-    """Tell tools/ablate.py how much is done."""
+    """Tell mmema ablate how much is done."""
     print(f'steps {steps}', file=sys.__stdout__, flush=True)
 
 
@@ -88,7 +92,7 @@ def kept_checkpoints(config, folder):
 
 def train(config, folder, seed):
     """Train to the end, from the last checkpoint if there is one; return the runner."""
-    from mmema.checkpoints.resume import checkpoint_to_resume
+    from ..checkpoints.resume import checkpoint_to_resume
 
     config = deepcopy(config)
     config.work_dir = str(folder)
@@ -138,7 +142,7 @@ class KeepRandomNumbers(Hook):
 
 def evaluate(model, config, checkpoints, seed):
     """Yield (average, split, epoch, metric, value) for all weights in the checkpoints."""
-    from mmema.hooks.recalibrate import measure_statistics
+    from ..hooks.recalibrate import measure_statistics
 
     splits = {
         split: Split(config[f'{split}_dataloader'], config[f'{split}_evaluator'].ann_file)
@@ -178,9 +182,9 @@ def plain(state):
 def training_batches(config, seed):
     """Return batches of the last stage of the training, the same for all epochs of a run."""
     config = deepcopy(config)
-    _weights.last_stage(config)
+    use_last_pipeline(config)
     set_random_seed(seed)
-    return [*_weights.training_batches(config, seed, BATCHES)]
+    return [*weights.training_batches(config, seed, BATCHES)]
 
 
 class Split:
@@ -237,4 +241,4 @@ class Split:
 
 
 if __name__ == '__main__':
-    main()
+    main(sys.argv[1:])

@@ -39,7 +39,7 @@ def main():
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(paths)}
     compiled = compile_update(environment)
     tests = run_tests(args.out, environment)
-    command = ['tools/benchmark.py', '--device', args.device, '--out', args.out.resolve()]
+    command = ['benchmarks/update_cost.py', '--device', args.device, '--out', args.out.resolve()]
     failed = call([*command, *(['--quick'] if args.quick else [])], environment)
     if failed:
         sys.exit(f'the benchmark ended with {failed}; there is no report')

@@ -1,40 +1,58 @@
-#!/usr/bin/env python3
 """Draw the schedule of a config's EMA over the run, before any training, or that of a run after it.
 
-tools/plot_ema.py configs/digits/yolov5_n_digits.py -o plan.png
-tools/plot_ema.py configs/digits/yolov5_n_digits.py --work-dir work_dirs/digits -o run.png
+mmema plot configs/digits/yolov5_n_digits.py -o plan.png
+mmema plot configs/digits/yolov5_n_digits.py --work-dir work_dirs/digits -o run.png
 
 The picture shows the momentum (and the horizon, interval / momentum) of each average, the learning
 rate, restarts and pipeline switches of the main one, and how much of it in the end each epoch's
 weights make up; after a run also the metrics of all weights.
 """
 
-import argparse
+from __future__ import annotations
+
 import contextlib
 import copy
-import inspect
 import io
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
-import _cli as cli
-from _scalars import read_points
+import numpy as np
+import torch
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import HOOKS, MODELS, PARAM_SCHEDULERS, init_default_scope
+from mmengine.runner import Runner
+
+from .. import EMARestartHook
+from ..averaged import MomentumAveragedModel
+from ..averages.config import AverageConfig, class_of
+from ..averages.units import base_of, settle
+from ..messages import RunError
+from ..restartable import TWINS, Restartable
+from ..restarts import profile
+from ..restarts.live import check_rule
+from ..restarts.planner import plan
+from ..restarts.rule import RestartRule
+from ..run import RunFacts, facts_in_config, the_ema_hook, watched_metric
+from ..run.config import hooks_in, is_by_epoch, kind_of
+from ..run.metrics import main_names, prefixes_in
+from ..run.scalars import read_scalars
+from . import common as cli
 
 COLORS = ('orange', 'green', 'purple', 'brown', 'pink', 'olive', 'cyan', 'gray')
+HOOKS_OF_AVERAGES = ('EMAHook', 'EMARestartHook')
 MOST_BLOCKS = 100  # a run by iterations is cut into at most so many
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     cli.import_stack()
     config = cli.load_config(args)
     cli.need(config, 'train_cfg', 'optim_wrapper')
-    from mmengine.registry import init_default_scope
-
     init_default_scope(config.get('default_scope', 'mmengine'))
-    run = Run(config, args.iters_per_epoch, args.processes)
-    end = run.max_epochs if run.by_epoch else run.max_iters
+    run = run_in(config, args.iters_per_epoch, args.processes)
+    end = run.facts.end('epoch' if run.facts.by_epoch else 'iter')
     if not 0 <= args.begin < end:
         cli.die(f'--from must be at least 0 and below the end of the run, {end}, got {args.begin}')
     if args.from_run:
@@ -50,10 +68,8 @@ def main():
     print(f'{output}: {curves.title}')
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
     parser.add_argument('config', help='file of the config')
     parser.add_argument('-o', '--output', metavar='PNG', help='(default: <config>_ema.png)')
     parser.add_argument(
@@ -84,7 +100,7 @@ def parse_args():
         help='draw from this epoch (iteration of a run by iterations) to the end (default: 0)',
     )
     parser.add_argument('--cfg-options', nargs='+', action='extend', default=[], metavar='K=V')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.iters_per_epoch is not None and args.iters_per_epoch < 1:
         parser.error(f'--iters-per-epoch must be at least 1, got {args.iters_per_epoch}')
     if args.processes < 1:
@@ -93,91 +109,50 @@ def parse_args():
     return args
 
 
-class Loader(SimpleNamespace):
-    """Stand-in for the training data: their length and batch size."""
+class Run(NamedTuple):
+    """What a config tells of its run: facts, the averages, and the rules of their restarts."""
 
-    def __init__(self, length, batch_size):
-        super().__init__(length=length, batch_size=batch_size, batch_sampler=None)
-
-    def __len__(self):
-        return self.length
-
-
-class Run(SimpleNamespace):
-    """Stand-in for a Runner, without a model and without data: length, hooks, accumulation."""
-
-    def __init__(self, config, iters_per_epoch, processes=1):
-        from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
-
-        from mmema.averages.config import AverageConfig
-        from mmema.run import ema_hook_of, facts_of
-
-        super().__init__(config=config, iter=0, epoch=0)
-        train_cfg = config.train_cfg
-        self.by_epoch = train_cfg.get('by_epoch', train_cfg.get('type') != 'IterBasedTrainLoop')
-        key = 'max_epochs' if self.by_epoch else 'max_iters'
-        if train_cfg.get(key) is None:
-            cli.die(f'{config.filename} has no train_cfg.{key}')
-        if self.by_epoch:
-            self.max_epochs = train_cfg.max_epochs
-            self.epoch_length = iters_per_epoch or length_of_epoch(config)
-            self.max_iters = self.max_epochs * self.epoch_length
-        else:
-            self.max_epochs = 1
-            self.max_iters = self.epoch_length = train_cfg.max_iters
-        batch = (config.get('train_dataloader') or {}).get('batch_size')
-        self.train_dataloader = Loader(self.epoch_length, batch and batch * processes)
-        self.auto_scale_lr = config.get('auto_scale_lr')
-        # A loop that is asked for its class only.
-        loop = EpochBasedTrainLoop if self.by_epoch else IterBasedTrainLoop
-        self.train_loop = object.__new__(loop)
-        counts = config.optim_wrapper.get('accumulative_counts', 1)
-        # As MMEngine's wrappers, it steps at the last iteration, too.
-        self.optim_wrapper = SimpleNamespace(_accumulative_counts=counts, should_update=None)
-        with cli.one_line(config.filename, *cli.CONFIG_ERRORS):
-            self.hooks = [hook for hook in map(stand_in, config.get('custom_hooks') or []) if hook]
-            self.ema_hook = ema_hook_of(self)
-            self.facts = facts_of(self, self.ema_hook)
-            stock = dict(self.ema_hook.ema_cfg)
-            stock = {'': AverageConfig(stock.pop('type'), stock)}
-            configs = getattr(self.ema_hook, '_configs', stock)
-        self.averages = {name or 'ema': average for name, average in configs.items()}
+    config: dict
+    facts: RunFacts
+    averages: dict[str, AverageConfig]  # by name; the main one is 'ema'
+    rules: dict[str, list[RestartRule]]  # of each average
+    base: int | None  # the batch size at which momentum and gamma were tuned, if there is one
+    batch: int | None  # the batch size of an update
+    ours: bool  # whether the EMAHook is mmema's
 
     @property
-    def block(self):
+    def block(self) -> int:
         """Iterations whose shares are drawn as one bar."""
-        return self.epoch_length if self.by_epoch else -(-self.max_iters // MOST_BLOCKS)
+        return self.facts.epoch_length or -(-self.facts.iterations // MOST_BLOCKS)
 
 
-def stand_in(settings):
-    """Return the hook of a config if it concerns the EMA; a switch only as its moment.
-
-    A real switch hook builds its pipelines, for which transforms may be missing here.
-    """
-    from mmengine.registry import HOOKS
-
-    from mmema.run import SWITCH_HOOKS as FOLLOWED
-
-    name = str(settings.get('type', '')).rsplit('.', 1)[-1]
-    if name in ('EMAHook', 'EMARestartHook'):
-        return HOOKS.build({k: v for k, v in settings.items() if k != 'priority'})
-    if name not in FOLLOWED:
-        return None
-    with HOOKS.switch_scope_and_registry(None) as registry:  # of the config's scope
-        kind = registry.get(settings['type'])
-    if kind is None:
-        cli.die(f'custom_hooks has a hook of an unknown type {settings["type"]!r}')
-    hook = object.__new__(kind)
-    for key, parameter in inspect.signature(kind.__init__).parameters.items():
-        setattr(hook, key, settings.get(key, parameter.default))
-    if name == 'SwitchRecipeHook':  # which keeps its recipes by the numbers of their epochs
-        hook.schedule = {recipe['action_epoch']: recipe for recipe in hook.schedule}
-    return hook
+def run_in(config, iters_per_epoch, processes=1):
+    """Return the run of a config."""
+    length = 'max_epochs' if is_by_epoch(config) else 'max_iters'
+    if config.train_cfg.get(length) is None:
+        cli.die(f'{config.filename} has no train_cfg.{length}')
+    by_epoch = length == 'max_epochs'
+    epoch_length = (iters_per_epoch or length_of_epoch(config)) if by_epoch else 1
+    with cli.one_line(config.filename, *cli.CONFIG_ERRORS):
+        settings = [hook for hook in hooks_in(config) if kind_of(hook) in HOOKS_OF_AVERAGES]
+        hooks = [HOOKS.build({k: v for k, v in own.items() if k != 'priority'}) for own in settings]
+        ema_hook = the_ema_hook(hooks)
+        facts = facts_in_config(config, epoch_length)
+    stock = dict(ema_hook.ema_cfg)
+    stock = {'': AverageConfig(stock.pop('type'), stock)}
+    averages = {n or 'ema': one for n, one in getattr(ema_hook, '_configs', stock).items()}
+    rules = {name: [one.rule] if one.rule else [] for name, one in averages.items()}
+    rules['ema'] = [hook.rule for hook in hooks if isinstance(hook, EMARestartHook)]
+    strategy = config.get('strategy') or {}
+    scale_lr = config.get('auto_scale_lr') or strategy.get('auto_scale_lr')
+    ours = hasattr(ema_hook, 'base_batch_size')
+    base = (ema_hook.base_batch_size or base_of(scale_lr)) if ours else None
+    batch = (config.get('train_dataloader') or {}).get('batch_size')
+    batch = batch and batch * processes * facts.accumulation
+    return Run(config, facts, averages, rules, base, batch, ours)
 
 
 def length_of_epoch(config):
-    from mmengine.runner import Runner
-
     ask = 'give the length of an epoch of one process with --iters-per-epoch N'
     if config.get('train_dataloader') is None:
         cli.die(f'{config.filename} has no train_dataloader; {ask}')
@@ -194,10 +169,9 @@ def length_of_epoch(config):
 
 
 def of_config(run):
-    facts = run.facts
-    plans = {name: planned(run, name, config) for name, config in run.averages.items()}
+    plans = {name: planned(run, name) for name in run.averages}
     restarts, values = plans['ema']
-    at, rates = iterations_of(facts, len(values)), learning_rates(run)
+    at, rates = iterations_of(run.facts, len(values)), learning_rates(run.config, run.facts)
     return SimpleNamespace(
         title=f'{Path(run.config.filename).name}, planned',
         momenta={name: (at, momenta) for name, (_, momenta) in plans.items()},
@@ -212,64 +186,48 @@ def of_config(run):
 
 def iterations_of(facts, updates):
     """Return the iterations at which the first so many updates take place."""
-    import numpy as np
-
     return np.array([facts.iteration_of(update) for update in range(updates)])
 
 
-def planned(run, name, config):
+def planned(run, name):
     """Return the restarts of an average and the momentum of each update."""
-    from mmema.hooks.restart import EMARestartHook
-    from mmema.messages import RunError
-    from mmema.restarts.planner import plan
-    from mmema.restarts.profile import momenta
-
-    facts = run.facts
-    rules = [config.rule] if config.rule else []
-    if name == 'ema':
-        rules = [hook.rule for hook in run.hooks if isinstance(hook, EMARestartHook)]
+    facts, rules = run.facts, run.rules[name]
     try:
-        ema = averaged_model(run, name, config, rules)
+        ema = averaged_model(run, name)
         check_rules(rules, ema)
         restarts = plan(rules, facts)
     except RunError as error:
         raise RunError(f'{name}: {error}') from None
-    return restarts, momenta(ema, facts.updates, restarts, facts.update_of(facts.begin))
+    begin = facts.update_of(facts.begin)
+    return restarts, profile.momenta(ema, facts.updates, restarts, begin)
 
 
-def averaged_model(run, name, config, rules):
-    """Return an average with the momentum that the run would give it."""
-    from mmengine.registry import MODELS
-    from torch import nn
-
-    from mmema.averaged import MomentumAveragedModel
-    from mmema.averages.config import class_of
-    from mmema.averages.units import auto_scale_base, settle
-    from mmema.restartable import TWINS
-
+def averaged_model(run, name):
+    """Return an average of one layer with the momentum that the run would give it."""
+    config = run.averages[name]
     kind = class_of(config.ema_type)
     if kind is None or not issubclass(kind, MomentumAveragedModel):
         stock = str(config.ema_type).rsplit('.', 1)[-1]
         if stock not in TWINS:
             cli.die(f'ema_type {config.ema_type!r} is not known here; mmema has its own classes')
-        if rules:
+        if run.rules[name]:
             cli.die(f'{stock} cannot be restarted, which EMARestartHook wants')
         kind = TWINS[stock]
     arguments = dict(config.arguments, type=kind, device=None)
-    ema = MODELS.build(arguments, default_args=dict(model=nn.Linear(1, 1)))
-    if hasattr(run.ema_hook, 'base_batch_size'):  # not MMEngine's hook
-        base = run.ema_hook.base_batch_size or auto_scale_base(run)
-        text = settle(run, ema, config.horizon, base, run.facts)
-        if text:
-            cli.note(f'note: {name}: {text}')
+    ema = MODELS.build(arguments, default_args=dict(model=torch.nn.Linear(1, 1)))
+    if run.base and not run.batch:
+        raise RunError(
+            'base_batch_size needs the batch size of the run, but the config has no '
+            'train_dataloader.batch_size. Set it.'
+        )
+    text = settle(ema, config.horizon, run.base, run.batch, run.facts) if run.ours else ''
+    if text:
+        cli.note(f'note: {name}: {text}')
     return ema
 
 
 def check_rules(rules, ema):
     """Check that an average can be restarted so; notes name the parts that are left out."""
-    from mmema.restartable import Restartable
-    from mmema.restarts.live import check_rule
-
     if rules and not isinstance(ema, Restartable):
         cli.die(f'{type(ema).__name__} cannot be restarted, which EMARestartHook wants')
     for rule in rules:
@@ -282,58 +240,60 @@ def check_rules(rules, ema):
             )
 
 
-def learning_rates(run):
+def learning_rates(config, facts):
     """Return the rate of each iteration: the run's own schedulers are stepped as the run does."""
-    import torch
-    from mmengine.optim import build_optim_wrapper
-    from mmengine.registry import HOOKS, PARAM_SCHEDULERS
-
-    settings = copy.deepcopy(run.config.optim_wrapper)
+    settings = copy.deepcopy(config.optim_wrapper)
     if 'optimizer' not in settings:
         cli.die('optim_wrapper has several optimizers, or none; the plan takes one')
     for key in ('constructor', 'paramwise_cfg', 'loss_scale', 'dtype'):
         settings.pop(key, None)
     settings['type'] = 'OptimWrapper'  # the plan needs no mixed precision
     settings['optimizer'].pop('batch_size_per_gpu', None)  # of YOLOv5's constructor
-    run.optim_wrapper = build_optim_wrapper(torch.nn.Linear(1, 1), settings)
-    schedulers = run.config.get('param_scheduler') or []
-    run.param_schedulers = [
+    wrapper = build_optim_wrapper(torch.nn.Linear(1, 1), settings)
+    length = facts.epoch_length or facts.iterations
+    epochs = facts.iterations // length
+    schedulers = config.get('param_scheduler') or []
+    built = [
         PARAM_SCHEDULERS.build(
-            {'end': end_of(scheduler, run), **scheduler},
-            default_args=dict(optimizer=run.optim_wrapper, epoch_length=run.epoch_length),
+            {'end': epochs if each.get('by_epoch', True) else facts.iterations, **each},
+            default_args=dict(optimizer=wrapper, epoch_length=length),
         )
-        for scheduler in (schedulers if isinstance(schedulers, list) else [schedulers])
+        for each in (schedulers if isinstance(schedulers, list) else [schedulers])
     ]
     default = dict(type='ParamSchedulerHook')
-    hook = run.config.get('default_hooks', {}).get('param_scheduler', default) or default
+    hook = config.get('default_hooks', {}).get('param_scheduler', default) or default
     hook = HOOKS.build({k: v for k, v in hook.items() if k != 'priority'})
-    group = run.optim_wrapper.optimizer.param_groups[0]
-    rates = []
-    hook.before_train(run)
+    # All that such hooks ask of a Runner.
+    time = SimpleNamespace(
+        epoch=0,
+        iter=0,
+        optim_wrapper=wrapper,
+        param_schedulers=built,
+        train_dataloader=range(length),
+    )
+    group, rates = wrapper.optimizer.param_groups[0], []
+    hook.before_train(time)
     warnings.filterwarnings('ignore', 'Detected call of `scheduler.step')  # nothing is optimized
-    while run.epoch < run.max_epochs:
-        for index in range(run.epoch_length):
-            hook.before_train_iter(run, index)
+    for epoch in range(epochs):
+        time.epoch = epoch
+        for index in range(length):
+            hook.before_train_iter(time, index)
             rates.append(float(group['lr']))
-            hook.after_train_iter(run, index)
-            run.iter += 1
-        hook.after_train_epoch(run)
-        run.epoch += 1
+            hook.after_train_iter(time, index)
+            time.iter += 1
+        hook.after_train_epoch(time)
     return rates
-
-
-def end_of(scheduler, run):
-    return run.max_epochs if scheduler.get('by_epoch', True) else run.max_iters
 
 
 # --- after the run ------------------------------------------------------------------------------
 
 
 def of_scalars(run, folder):
-    import numpy as np
-
-    train, validations = read_points(Path(folder))
-    train = [point for point in train if 'ema_momentum' in point and 'ema_steps' in point]
+    cli.check_folder(folder)
+    scalars = read_scalars(folder)
+    for note in scalars.notes:
+        cli.note(f'note: {note}')
+    train = [point for point in scalars.train if 'ema_momentum' in point and 'ema_steps' in point]
     if not train:
         cli.die(
             f"the run in {folder} wrote no EMA scalars: add dict(type='mmema.EMAMonitorHook') to "
@@ -349,8 +309,7 @@ def of_scalars(run, folder):
         points = [(p['step'], p[key]) for p in train if (key := f'ema_{name}_momentum') in p]
         if points:
             momenta[name] = tuple(map(np.array, zip(*points)))
-    points = [validation.point for validation in validations]
-    metric, metrics = metric_curves(points, run.config.get('val_cfg') or {}, run.averages)
+    metric, metrics = metric_curves(run.config, scalars)
     return SimpleNamespace(
         title=f'{folder}, as it ran to iteration {at[-1]}',
         momenta=momenta,
@@ -368,8 +327,6 @@ def between(at, momentum, steps, counts):
 
     A restart is never crossed, and a copy, where the counter was 0, is exact.
     """
-    import numpy as np
-
     values = np.empty(at[-1])
     begin = 0
     for count in np.unique(counts):
@@ -394,20 +351,13 @@ def restarts_of(at, steps, counts):
     return restarts
 
 
-def metric_curves(points, val_cfg, averages=()):
-    """Return the metric's name and its (time, value) by the name of the weights."""
-    prefixes = {'raw': val_cfg.get('prefix', 'raw').strip('/') + '/'}
-    prefixes.update({name: f'{name}/' for name in averages if name != 'ema'})
-    others = tuple(prefixes.values())
-    names = [name for p in points for name in p if '/' in name and not name.startswith(others)]
-    metric = next((name for name in names if 'mAP' in name), names[0] if names else None)
-    curves = {}
-    for name, prefix in {'ema': '', **prefixes}.items():
-        key = f'{prefix}{metric}'
-        curve = sorted((point['step'], point[key]) for point in points if key in point)
-        if curve:
-            curves[name] = curve
-    return metric, curves
+def metric_curves(config, scalars):
+    """Return the metric that the run watches, and its (time, value) by the name of the weights."""
+    prefixes = prefixes_in(config)
+    names = main_names(scalars.names, prefixes.values())
+    metric = watched_metric(hooks_in(config), names, prefixes.values()).metric
+    curves = {n: scalars.curve(f'{p}{metric}') for n, p in {'ema': '', **prefixes}.items()}
+    return metric, {name: curve for name, curve in curves.items() if curve}
 
 
 # --- the picture --------------------------------------------------------------------------------
@@ -419,7 +369,7 @@ def draw(curves, run, path, begin=0):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    scale = run.epoch_length if run.by_epoch else 1
+    scale = run.facts.epoch_length or 1
     rows = 4 if curves.metrics else 3
     figure, axes = plt.subplots(
         rows, 1, figsize=(9, 2.3 * rows + 1.2), sharex=True, layout='constrained'
@@ -433,10 +383,10 @@ def draw(curves, run, path, begin=0):
     for axis in axes:
         mark(axis, curves, run, scale)
         axis.grid(alpha=0.3)
-    axes[0].set_xlim(begin, run.max_iters / scale)
+    axes[0].set_xlim(begin, run.facts.iterations / scale)
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_title(curves.title, fontsize=10)
-    axes[-1].set_xlabel('epoch' if run.by_epoch else 'iteration')
+    axes[-1].set_xlabel('epoch' if run.facts.by_epoch else 'iteration')
     labels = {}
     for axis in (*axes[3:], axes[0]):
         labels.update({label: line for line, label in zip(*axis.get_legend_handles_labels())})
@@ -460,8 +410,6 @@ def style_of(name, run):
 
 
 def draw_momenta(axis, curves, run, scale):
-    import numpy as np
-
     interval = run.averages['ema'].arguments.get('interval', 1)
 
     def inverse(values):
@@ -482,17 +430,13 @@ def draw_momenta(axis, curves, run, scale):
 
 
 def draw_shares(axis, curves, run, scale):
-    import numpy as np
-
-    from mmema.restarts.profile import share_of_blocks, shares
-
     at = iterations_of(run.facts, len(curves.all_momenta))
     each = np.zeros(at[-1] + 1)
-    each[at] = 100 * shares(curves.all_momenta)
-    share = share_of_blocks(each, run.block)
+    each[at] = 100 * profile.shares(curves.all_momenta)
+    share = profile.share_of_blocks(each, run.block)
     left = np.arange(len(share)) * run.block / scale
     axis.bar(left, share, width=run.block / scale, align='edge', color='tab:purple', alpha=0.8)
-    unit = 'epoch' if run.by_epoch else f'{run.block} iterations'
+    unit = 'epoch' if run.facts.by_epoch else f'{run.block} iterations'
     axis.set(ylabel=f'share of each {unit}\nin the final EMA (%)', ylim=(0, None))
 
 
@@ -514,7 +458,3 @@ def mark(axis, curves, run, scale):
             axis.axvline(
                 epoch, color='tab:orange', alpha=0.4, linewidth=5, label=f'{name} switches'
             )
-
-
-if __name__ == '__main__':
-    main()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write tables of the tensors of stock models, from which stand-ins are built without mmyolo.
 
-    python tools/model_shapes.py    (writes tests/shapes/*.json; needs mmyolo)
+    python benchmarks/model_shapes.py    (writes tests/shapes/*.json; needs mmyolo)
 
 An update of an average costs the same for any model with the same modules, tensors and dtypes, so
 that it can be tested and timed on machines where mmyolo and mmcv are not installed.

@@ -1,14 +1,15 @@
-#!/usr/bin/env python3
 """Compare averages that ride along in the same runs, over several seeds.
 
-tools/ablate.py configs/digits/yolov5_n_ablation.py --seeds 12 --out work_dirs/evidence
-tools/ablate.py report work_dirs/evidence    (report.md and differences.png once more)
+mmema ablate configs/digits/yolov5_n_ablation.py --seeds 12 --out work_dirs/evidence
+mmema ablate report work_dirs/evidence    (report.md and differences.png once more)
 
 Each seed is one training, in a process of its own. All averages in `also` of the config's EMAHook
 are evaluated on val_dataloader (to choose an epoch) and on test_dataloader (to report). A call
 that was interrupted goes on where it was. runs.csv holds every value; several configs can have the
 same --out.
 """
+
+from __future__ import annotations
 
 import argparse
 import fcntl
@@ -19,18 +20,18 @@ import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-import _ablation_report as reporting
-import _cli as cli
+from . import ablation_report as reporting
+from . import common as cli
 
-CHILD = Path(__file__).with_name('_ablation_run.py')
+CHILD = 'mmema.cli.ablation_run'
 ONE_THREAD = {f'{name}_NUM_THREADS': '1' for name in ('OMP', 'MKL', 'OPENBLAS', 'VECLIB_MAXIMUM')}
 
 
-def main():
-    if sys.argv[1:2] == ['report']:
-        make_report(report_args().folder, said=[])
+def main(argv=None):
+    if argv[:1] == ['report']:
+        make_report(report_args(argv[1:]).folder, said=[])
         return
-    args = parse_args()
+    args = parse_args(argv)
     cli.check_arguments(args)
     cli.import_stack()
     config = cli.load_config(args)
@@ -50,10 +51,8 @@ def main():
         sys.exit(1)
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
     parser.add_argument('config', help='file of the config, or the word report')
     parser.add_argument('--seeds', type=int, default=12, help='number of runs (12)')
     parser.add_argument('--first-seed', type=int, default=100, help='seed of the first one (100)')
@@ -63,7 +62,7 @@ def parse_args():
     )
     parser.add_argument('--cfg-options', nargs='+', action='extend', default=[], metavar='K=V')
     parser.set_defaults(launcher='none', work_dir=None, local_rank=0, resume=None)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for name, least in (('seeds', 2), ('first_seed', 0), ('jobs', 1)):
         if getattr(args, name) < least:
             option = name.replace('_', '-')
@@ -71,10 +70,10 @@ def parse_args():
     return args
 
 
-def report_args():
-    parser = argparse.ArgumentParser(prog=f'{Path(sys.argv[0]).name} report', allow_abbrev=False)
+def report_args(argv):
+    parser = argparse.ArgumentParser(prog='mmema ablate report', allow_abbrev=False)
     parser.add_argument('folder', type=Path, help='folder with runs.csv')
-    return parser.parse_args(sys.argv[2:])
+    return parser.parse_args(argv)
 
 
 def make_report(folder, said):
@@ -85,7 +84,7 @@ def make_report(folder, said):
 
 def check_config(config):
     """Refuse a config that has nothing to compare, or one split for two purposes."""
-    import _ablation_run as runs
+    from . import ablation_run as runs
 
     splits = [
         f'{split}_{part}' for split in reporting.SPLITS for part in ('dataloader', 'evaluator')
@@ -122,7 +121,7 @@ class Ablation:
     """Folders of the runs of one config."""
 
     def __init__(self, config, out):
-        import _ablation_run as runs
+        from . import ablation_run as runs
 
         self.result = runs.RESULT
         self.steps = runs.steps_of(config)
@@ -202,7 +201,7 @@ class Running:
         folder.mkdir(exist_ok=True)
         with open(folder / 'log.txt', 'a') as log:
             process = subprocess.Popen(
-                [sys.executable, CHILD, ablation.config, folder, str(seed)],
+                [sys.executable, '-m', CHILD, ablation.config, folder, str(seed)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -249,7 +248,3 @@ def collect(out):
     partial = out / 'runs.csv.partial'
     reporting.write_rows(partial, rows)
     os.replace(partial, path)
-
-
-if __name__ == '__main__':
-    cli.run(main)

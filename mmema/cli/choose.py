@@ -1,13 +1,18 @@
 """The best of many averages of a run, by evaluation on the validation set."""
 
+from __future__ import annotations
+
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import _cli as cli
-from _best import is_less_better, is_score, watched_by
-from _weights import Evaluator, last_stage, training_batches
+from ..run.metrics import is_score, prefixes_in
+from ..run.switches import use_last_pipeline
+from . import common as cli
+from .best import metric_to_compare
+from .weights import Evaluator, training_batches
 
 
 class Row(NamedTuple):
@@ -20,8 +25,8 @@ class Row(NamedTuple):
 
 def choose(args, files):
     """Evaluate all candidates of a run, print a table, and write the best one."""
-    from mmema.posthoc.candidates import candidates
-    from mmema.posthoc.profiles import stored_profiles
+    from ..posthoc.candidates import candidates
+    from ..posthoc.profiles import stored_profiles
 
     cli.import_stack()
     config = read(args.config, args.cfg_options)
@@ -68,7 +73,7 @@ def annotations(config, split):
 
 def could_be_made(all_of_them, notes):
     """Yield the candidates that the checkpoints can make; add a note about the others."""
-    from mmema.checkpoints.formats import CheckpointError
+    from ..checkpoints.formats import CheckpointError
 
     left = []
     for candidate in all_of_them:
@@ -83,43 +88,34 @@ def could_be_made(all_of_them, notes):
 def evaluate_all(args, config, makeable, folder):
     """Return the metric, the best (candidate, what was made, score), and the rows of the table."""
     if args.batches:
-        cli.need(config, 'train_dataloader')
-        last_stage(config)
+        cli.need(config, 'train_dataloader', 'train_cfg')
+        use_last_pipeline(config)
     evaluator = Evaluator(config, 'val', folder, 'validation')
     evaluator.expect(len(makeable))
     batches = []
     if args.batches:
         batches = [*training_batches(config, evaluator.runner.seed, args.batches)]
-    named, rule = watched(config)
-    metric, best, rows = args.metric or named, None, []
-    rule = args.rule or (rule if metric == named else None)
-    for candidate in makeable:
-        made = candidate.made(args.trust)
-        metrics, state = evaluator.metrics(made.state, candidate.label, batches)
-        metric = metric or next(iter(metrics), None)
-        if metrics and metric not in metrics:
-            evaluator.close()
-            cli.die(f'no metric {metric} was measured; there are {", ".join(metrics)}')
-        score = metrics[metric] if metric and is_score(metrics, metric) else None
-        off = '' if candidate.off is None else f'{candidate.off:.1%}'
-        rows.append(Row(candidate.label, off, '-' if score is None else f'{score:.4f}'))
-        if score is None:
-            continue
-        better = best is None or (
-            score < best[2] if is_less_better(metric, rule) else score > best[2]
-        )
-        if better:
-            best = candidate, made._replace(state=state), float(score)
-    evaluator.close()
+    watched, best, rows = None, None, []
+    with closing(evaluator):
+        for candidate in makeable:
+            made = candidate.made(args.trust)
+            metrics, state = evaluator.metrics(made.state, candidate.label, batches)
+            if metrics and watched is None:
+                prefixes = prefixes_in(config).values()
+                names = list(metrics)
+                watched = metric_to_compare(config, names, prefixes, args.metric, args.rule)
+            score = (
+                metrics[watched.metric] if watched and is_score(metrics, watched.metric) else None
+            )
+            off = '' if candidate.off is None else f'{candidate.off:.1%}'
+            rows.append(Row(candidate.label, off, '-' if score is None else f'{score:.4f}'))
+            if score is None:
+                continue
+            if best is None or (score < best[2] if watched.less else score > best[2]):
+                best = candidate, made._replace(state=state), float(score)
     if best is None:
         cli.die('no candidate got a metric: nothing was detected by any of them')
-    return metric, best, rows
-
-
-def watched(config):
-    """Return metric and rule by which the config's best checkpoint is chosen; None if by none."""
-    watched = watched_by(config.get('default_hooks', {}).get('checkpoint'))
-    return next((pair for pair in watched.items() if pair[0] != 'auto'), (None, None))
+    return watched.metric, best, rows
 
 
 def as_stored(makeable, trust):

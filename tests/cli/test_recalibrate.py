@@ -97,26 +97,3 @@ def test_any_set_of_weights_of_a_run(tmp_path):
     raw = runner.model.state_dict()
     assert torch.equal(content['state_dict']['layers.0.weight'], raw['layers.0.weight'])
     assert content['meta']['mmema']['weights'] == 'raw'
-
-
-def test_the_last_stage_is_that_of_the_last_switch():
-    from _weights import last_stage
-    from mmengine.config import Config
-
-    def switch(epoch, *names):
-        pipeline = [dict(type=name) for name in names]
-        return dict(type='PipelineSwitchHook', switch_epoch=epoch, switch_pipeline=pipeline)
-
-    yolox = dict(type='YOLOXModeSwitchHook', num_last_epochs=5)
-    recipe = [dict(action_epoch=at, train_pipeline=[dict(type=f'At{at}')]) for at in (30, 10)]
-    recipe += [dict(action_epoch=40, batch_augments=None)]
-    recipe = dict(type='SwitchRecipeHook', schedule=recipe)
-    for hooks, left in (
-        ([switch(20, 'Mosaic', 'Flip'), switch(10, 'Crop')], ['Mosaic', 'Flip']),
-        ([yolox, switch(20, 'Mosaic', 'Flip'), switch(10, 'Crop')], ['Flip']),
-        ([recipe], ['At30']),
-    ):
-        dataset = dict(pipeline=[dict(type='MixUp')])
-        config = Config(dict(custom_hooks=hooks, train_dataloader=dict(dataset=dataset)))
-        last_stage(config)
-        assert [step.type for step in config.train_dataloader.dataset.pipeline] == left

@@ -1,6 +1,5 @@
 """The plan that tools/plot_ema.py draws is what a real run then does."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -18,8 +17,10 @@ from reference import exp_momentum  # noqa: E402
 from runs import ema, plain_runner  # noqa: E402
 
 from mmema.restarts.profile import shares  # noqa: E402
+from mmema.run.scalars import Scalars, Validation  # noqa: E402
 
 EMA = ema(gamma=3)
+MAP = 'coco/bbox_mAP'
 MONITOR = dict(type='mmema.EMAMonitorHook')
 WARM_UP = dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=5)
 COSINE = dict(type='CosineAnnealingLR', T_max=4, by_epoch=True, begin=2, convert_to_iter_based=True)
@@ -56,7 +57,7 @@ def make_config(tmp_path, hooks, **kwargs):
 def test_a_run_does_what_was_planned(tmp_path, hooks, settings):
     hooks = [EMA, *hooks, MONITOR]
     config = make_config(tmp_path, hooks, **settings)
-    run = plot_ema.Run(config, iters_per_epoch=2)
+    run = plot_ema.run_in(config, 2)
     plan = plot_ema.of_config(run)
     settings = dict(settings)
     settings['default_hooks'] = dict(
@@ -80,7 +81,7 @@ def test_updates_with_accumulation_are_those_of_the_run(tmp_path):
     wrapper = dict(accumulative_counts=4, optimizer=dict(type='SGD', lr=0.05))
     hooks = [dict(EMA, type='mmema.EMAHook'), restart(milestones=[4]), MONITOR]
     settings = dict(optim_wrapper=wrapper, train_cfg=dict(by_epoch=True, max_epochs=7))
-    run = plot_ema.Run(make_config(tmp_path, hooks, **settings), 2)
+    run = plot_ema.run_in(make_config(tmp_path, hooks, **settings), 2)
     plan = plot_ema.of_config(run)
     assert list(plan.momenta['ema'][0]) == [3, 7, 11, 13] and plan.restarts == [8]
     by_hand = [1, exp_momentum(1, 0.1, 3), 1, exp_momentum(1, 0.1, 3)]  # a copy after the restart
@@ -94,7 +95,7 @@ def test_updates_with_accumulation_are_those_of_the_run(tmp_path):
 
 def test_the_axis_of_the_horizon_counts_the_interval(monkeypatch, tmp_path):
     config = make_config(tmp_path, [ema(gamma=3, momentum=0.001, interval=20)])
-    run = plot_ema.Run(config, 100)
+    run = plot_ema.run_in(config, 100)
     drawn = []
     monkeypatch.setattr(Figure, 'savefig', lambda self, *args, **kwargs: drawn.append(self))
     plot_ema.draw(plot_ema.of_config(run), run, 'nowhere.png')
@@ -116,7 +117,7 @@ def test_the_copy_of_a_hard_restart_is_found_between_two_points():
 
 def test_begin_of_the_average(tmp_path):
     config = make_config(tmp_path, [ema(gamma=3, begin_epoch=3)])
-    plan = plot_ema.of_config(plot_ema.Run(config, 2))
+    plan = plot_ema.of_config(plot_ema.run_in(config, 2))
     assert (plan.all_momenta[:5] == 1).all() and plan.all_momenta[5] < 1
 
 
@@ -134,7 +135,7 @@ SEVERAL = ema(type='mmema.EMAHook', gamma=3, also=ALSO)
 def test_the_plan_of_each_average_is_what_its_run_does(monkeypatch, tmp_path, capsys):
     hooks = [SEVERAL, restart(milestones=[5]), MONITOR]
     val_cfg = dict(type='mmema.EMAValLoop')
-    run = plot_ema.Run(make_config(tmp_path, hooks, val_cfg=val_cfg), iters_per_epoch=2)
+    run = plot_ema.run_in(make_config(tmp_path, hooks, val_cfg=val_cfg), 2)
     plan = plot_ema.of_config(run)
     assert list(plan.momenta) == ['ema', *ALSO]
     plain_runner(tmp_path, hooks, epochs=6, val_cfg=val_cfg).train()
@@ -176,56 +177,49 @@ def test_the_batch_size_counts(tmp_path, capsys):
         base_batch_size=3,
     )
     config = make_config(tmp_path, [hook], train_dataloader=dict(batch_size=6))
-    plan = plot_ema.of_config(plot_ema.Run(config, 2, processes=2))
+    plan = plot_ema.of_config(plot_ema.run_in(config, 2, processes=2))
     assert plan.all_momenta[1:].tolist() == pytest.approx(11 * [0.3439])  # 1 - 0.9 ** 4
     assert 'note: ema: a batch of 12 with base_batch_size=3' in capsys.readouterr().err
 
 
-def write(folder, name, points):
-    path = folder / name / 'vis_data' / 'scalars.json'
-    path.parent.mkdir(parents=True)
-    path.write_text('\n'.join(json.dumps(point) for point in points))
-    return path
-
-
-def test_parts_of_a_resumed_run(tmp_path, capsys):
-    def point(step, value):
-        return dict(loss=0.0, step=step, ema_momentum=value)
-
-    write(tmp_path, '20260101_000000', [point(1, 1), {'coco/mAP': 0.1, 'step': 1}, point(3, 2)])
-    second = write(tmp_path, '20260102_000000', [point(2, 5), point(3, 6)])
-    second.write_text(second.read_text() + '\n{"loss": 1.0, "st')
-    train, validations = plot_ema.read_points(tmp_path)
-    assert [(p['step'], p['ema_momentum']) for p in train] == [(1, 1), (2, 5), (3, 6)]
-    assert validations == [('20260101_000000', 1, {'coco/mAP': 0.1, 'step': 1})]
-    assert 'line 3 of' in capsys.readouterr().err
-
-
-def test_a_run_that_was_begun_anew_in_the_same_folder(tmp_path):
-    def part(epochs, score):
-        for epoch in range(1, epochs + 1):
-            yield dict(loss=0.0, step=4 * epoch)
-            yield {'coco/mAP': score, 'step': epoch}
-
-    write(tmp_path, '20260101_000000', part(5, 0.1))
-    write(tmp_path, '20260102_000000', part(2, 0.9))
-    train, validations = plot_ema.read_points(tmp_path)
-    assert [p['step'] for p in train] == [4, 8]
-    assert [(v.point['step'], v.point['coco/mAP']) for v in validations] == [(1, 0.9), (2, 0.9)]
-    assert [v.after for v in validations] == [4, 8]
+def scalars_of(*points):
+    return Scalars([], [Validation('', 0, point) for point in points], [])
 
 
 @pytest.mark.parametrize('prefix', ['raw', 'src'])
 def test_metric_curves(prefix):
-    points = [{'step': s, 'coco/mAP': s / 10, f'{prefix}/coco/mAP': s / 20} for s in (2, 1)]
-    points[0]['short/coco/mAP'] = 0.3
-    metric, curves = plot_ema.metric_curves(points, dict(prefix=prefix), ['ema', 'short', 'long'])
-    assert metric == 'coco/mAP'
+    points = [{'step': s, MAP: s / 10, f'{prefix}/{MAP}': s / 20} for s in (2, 1)]
+    points[0][f'short/{MAP}'] = 0.3
+    config = dict(
+        custom_hooks=[ema(type='mmema.EMAHook', also=dict(short={}, long={}))],
+        val_cfg=dict(type='mmema.EMAValLoop', prefix=prefix),
+    )
+    metric, curves = plot_ema.metric_curves(config, scalars_of(*points))
+    assert metric == MAP
     assert curves == {
         'ema': [(1, 0.1), (2, 0.2)],
         'raw': [(1, 0.05), (2, 0.1)],
         'short': [(2, 0.3)],
     }
+
+
+def test_the_metric_is_that_of_save_best():
+    point = {'step': 1, MAP: 0.1, 'acc': 0.5, 'raw/acc': 0.4, f'raw/{MAP}': 0.2}
+    config = dict(val_cfg=dict(type='mmema.EMAValLoop'))
+    for save_best in ('acc', 'raw/acc'):
+        config['default_hooks'] = dict(checkpoint=dict(type='CheckpointHook', save_best=save_best))
+        metric, curves = plot_ema.metric_curves(config, scalars_of(point))
+        assert (metric, curves) == ('acc', dict(ema=[(1, 0.5)], raw=[(1, 0.4)]))
+
+
+def test_an_average_may_have_the_name_of_a_metrics_prefix():
+    point = {'step': 1, MAP: 0.1, f'raw/{MAP}': 0.2, f'coco/{MAP}': 0.3}
+    config = dict(
+        custom_hooks=[ema(type='mmema.EMAHook', also=dict(coco={}))],
+        val_cfg=dict(type='mmema.EMAValLoop'),
+    )
+    metric, curves = plot_ema.metric_curves(config, scalars_of(point))
+    assert (metric, curves) == (MAP, dict(ema=[(1, 0.1)], raw=[(1, 0.2)], coco=[(1, 0.3)]))
 
 
 CONST = """

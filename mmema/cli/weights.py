@@ -1,11 +1,13 @@
 """One set of weights after another in the model of a config: evaluation, and data to measure on."""
 
+from __future__ import annotations
+
 import contextlib
 import io
 from itertools import islice
-from math import inf
 
-import _cli as cli
+from ..run.config import kind_of
+from . import common as cli
 
 # They average weights or need an average; here a model has one set of weights.
 EMA_HOOKS = ('EMAHook', 'EMARestartHook', 'EMAMonitorHook', 'EMARecalibrateHook')
@@ -14,11 +16,7 @@ EMA_HOOKS = ('EMAHook', 'EMARestartHook', 'EMAMonitorHook', 'EMARecalibrateHook'
 def without_averages(config):
     """Take the hooks of averages out of a config, in place."""
     hooks = config.get('custom_hooks') or []
-    config.custom_hooks = [hook for hook in hooks if not kind(hook).endswith(EMA_HOOKS)]
-
-
-def kind(settings):
-    return str(settings.get('type', '')).rsplit('.', 1)[-1]
+    config.custom_hooks = [hook for hook in hooks if not kind_of(hook).endswith(EMA_HOOKS)]
 
 
 def load_into(model, state, name):
@@ -36,38 +34,6 @@ def load_into(model, state, name):
 
 
 # --- training data -----------------------------------------------------------------------------
-
-
-def last_stage(config):
-    """Let the training data go through the pipeline of the last stage, in place; say which."""
-    stage = 'the training pipeline'
-    for _, hook, new in sorted(switches_in(config), key=lambda switch: switch[0]):
-        dataset = config.train_dataloader.dataset
-        if new is not None:
-            while 'pipeline' not in dataset and 'dataset' in dataset:  # a wrapper of another kind
-                dataset = dataset.dataset
-            dataset.pipeline = new
-        elif 'pipeline' in dataset:
-            skipped = hook.get('skip_type_keys', ('Mosaic', 'RandomAffine', 'MixUp'))
-            dataset.pipeline = [step for step in dataset.pipeline if kind(step) not in skipped]
-        else:
-            continue
-        stage = f'the pipeline after {kind(hook)} has switched'
-    return stage
-
-
-def switches_in(config):
-    """Yield time, hook and new pipeline of each switch; None for one that leaves out transforms."""
-    for hook in config.get('custom_hooks') or []:
-        new = hook.get('switch_pipeline', hook.get('new_train_pipeline'))
-        if new is not None:
-            yield hook.get('switch_epoch', 0), hook, new
-        elif kind(hook) == 'YOLOXModeSwitchHook':
-            yield inf, hook, None  # it counts from the end, so it comes last
-        elif kind(hook) == 'SwitchRecipeHook':
-            for action in hook.get('schedule') or []:
-                if action.get('train_pipeline') is not None:
-                    yield action['action_epoch'], hook, action['train_pipeline']
 
 
 def training_batches(config, seed, number):
@@ -117,7 +83,7 @@ class Evaluator:
 
     def metrics(self, state, name, batches=()):
         """Return the metrics of weights, and their state; measured anew on batches, if given."""
-        from mmema.hooks.recalibrate import measure_statistics
+        from ..hooks.recalibrate import measure_statistics
 
         model = getattr(self.runner.model, 'module', self.runner.model)
         load_into(model, state, name)

@@ -1,5 +1,7 @@
 """What the command-line tools share: one clear line for what the user can mend, and the config."""
 
+from __future__ import annotations
+
 import argparse
 import difflib
 import gc
@@ -52,7 +54,7 @@ def run(main):
 def run_on_checkpoints(command, args, as_options):
     """Run a command on checkpoints; an error of the library is one line, in the tool's options."""
     try:
-        from mmema.checkpoints.formats import CheckpointError
+        from ..checkpoints.formats import CheckpointError
     except ImportError as error:
         die(f'{error}: install mmema (pip install -e . in its checkout)')
     try:
@@ -73,12 +75,30 @@ def die(message):
 
 
 def note(message):
-    print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr, flush=True)
+    print(f'{_called}: {message}', file=sys.stderr, flush=True)
+
+
+_called = 'mmema'  # the name of the program, with which its messages begin
+
+
+def called_as(name):
+    """Let messages and helps begin with this name of the program."""
+    global _called
+    _called = name
+
+
+def parser(description):
+    """Return a parser of arguments whose help keeps the lines of the description."""
+    return argparse.ArgumentParser(
+        prog=_called,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def run_errors(config=None):
     """Turn the refusal of a run that cannot work as configured into one line."""
-    from mmema.messages import RunError
+    from ..messages import RunError
 
     return one_line('the run cannot work as configured', RunError, config=config)
 
@@ -406,6 +426,11 @@ def build_loop(runner, kind):
                 raise FileNotFoundError(f'no picture {path}')
 
 
+def check_folder(path):
+    if not os.path.isdir(path):
+        die(f'no folder {path}')
+
+
 def check_file(path):
     if os.path.isfile(path) or os.path.isdir(path):
         return
@@ -418,7 +443,7 @@ def read_checkpoint(path):
     """Load a checkpoint on the CPU, or say in one line what is wrong with the file."""
     import torch
 
-    from mmema.checkpoints import folders
+    from ..checkpoints import folders
 
     check_file(path)
     try:

@@ -1,28 +1,26 @@
-#!/usr/bin/env python3
 """Look into a checkpoint, export an average or the raw weights, take over averages of other codes.
 
-tools/ema_checkpoint.py inspect work_dirs/digits/epoch_50.pth
-tools/ema_checkpoint.py export work_dirs/digits/epoch_50.pth --weights ema -o yolov5_n_digits.pth
-tools/ema_checkpoint.py best work_dirs/digits -o digits_best.pth
-tools/ema_checkpoint.py convert dfine/last.pth -o dfine_mmema.pth
+mmema inspect work_dirs/digits/epoch_50.pth
+mmema export work_dirs/digits/epoch_50.pth --weights ema -o yolov5_n_digits.pth
+mmema best work_dirs/digits -o digits_best.pth
+mmema convert dfine/last.pth -o dfine_mmema.pth
 """
 
-import argparse
+from __future__ import annotations
+
 import re
 
-import _cli as cli
+from . import common as cli
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     commands = {'inspect': inspect, 'export': export, 'best': best, 'convert': convert}
     cli.run_on_checkpoints(commands[args.command], args, as_options)
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
 
     one = commands.add_parser('inspect', help='who made it, and what is where in it')
@@ -53,7 +51,7 @@ def parse_args():
     add_file(three)
     add_output(three, '.pth or .pt')
     three.add_argument('--steps', type=int, metavar='N', help='updates, if the file does not say')
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def add_file(parser):
@@ -86,7 +84,7 @@ def as_options(text):
 
 
 def inspect(args):
-    from mmema.checkpoints.report import inspect
+    from ..checkpoints.report import inspect
 
     lines = inspect(args.file, args.trust).lines()
     width = max(len(label) for label, _ in lines)
@@ -96,7 +94,7 @@ def inspect(args):
 
 
 def export(args):
-    from mmema.checkpoints.export import export
+    from ..checkpoints.export import export
 
     exact = args.exact_name
     out = export(args.file, args.output, args.weights, args.force, args.trust, not exact)
@@ -104,9 +102,8 @@ def export(args):
 
 
 def best(args):
-    from _best import find_best
-
-    from mmema.checkpoints.export import export
+    from ..checkpoints.export import export
+    from .best import find_best
 
     metric, best, compared = find_best(args.folder, args.metric, args.rule)
     (unit, number), file = best.saved.time, best.saved.file
@@ -118,13 +115,9 @@ def best(args):
 
 
 def convert(args):
-    from mmema.checkpoints.convert import convert
+    from ..checkpoints.convert import convert
 
     notes = convert(args.file, args.output, args.steps, args.force, args.trust)
     print(f'{args.file} converted: {args.output}')
     for note in notes:
         print(f'  note: {note}')
-
-
-if __name__ == '__main__':
-    main()

@@ -1,5 +1,7 @@
 """Statistics of paired differences, one value for each seed; all of them are SciPy's but Holm's."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import numpy as np

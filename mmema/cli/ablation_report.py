@@ -1,13 +1,16 @@
 """Table and picture of an ablation, from runs.csv: one row for each average, split and epoch."""
 
+from __future__ import annotations
+
 import csv
 import math
 import os
-from _statistics import LEVEL, MARGIN, bootstrap_interval, holm, summary, t_interval
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from .paired import LEVEL, MARGIN, bootstrap_interval, holm, summary, t_interval
 
 COLUMNS = ('family', 'schedule', 'seed', 'average', 'split', 'epoch', 'metric', 'value')
 METRIC = 'coco/bbox_mAP'
@@ -244,7 +247,7 @@ def report(folder, failed=()):
     text = [
         '# Averages of one run beside each other',
         '',
-        'Made from `runs.csv` by `tools/ablate.py report`. COCO mAP in points (0 to 100) on the '
+        'Made from `runs.csv` by `mmema ablate report`. COCO mAP in points (0 to 100) on the '
         f'report split `{REPORT}`, at the last epoch; in columns *chosen* at the epoch that is '
         f'best on the selection split `{SELECTION}`, for each seed and average.',
         '',

@@ -12,7 +12,7 @@ import torch
 from marks import SINCE_TORCH_2_6
 from mmengine.config import Config
 from runs import EMA, LineModel, ema_of, make_runner
-from tool_runs import CONFIG, ROOT, call_here, call_tool
+from tool_runs import ROOT, call_here, call_tool
 from toys import Toy
 
 pytestmark = SINCE_TORCH_2_6
@@ -313,8 +313,8 @@ def test_best_of_a_run_by_iterations(tool, tmp_path):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ('--metric bbox_mAP', f'no metric bbox_mAP was logged; there are {MAP}'),
-        (f'--metric raw/{MAP}', f'no metric raw/{MAP} was logged; there are {MAP}'),
+        ('--metric bbox_mAP', f'no metric bbox_mAP was measured; there are {MAP}'),
+        (f'--metric raw/{MAP}', f'no metric raw/{MAP} was measured; there are {MAP}'),
         ('', f'no checkpoint in RUN is of a validation with {MAP}; validations were logged at'),
     ],
 )
@@ -345,17 +345,6 @@ def test_the_metric_is_that_of_save_best(tool, folder, tmp_path):
     change(folder, 'epoch_3.pth', cfg=config.pretty_text)
     status, text = tool('best', folder, '-o', 'out.pth')
     assert (status, text.split(';')[0]) == (0, f'{MAP} 0.1: short weights, epoch 1')
-
-
-def test_settings_are_read_from_the_text_of_a_config():
-    pytest.importorskip('mmyolo')
-    import _best
-
-    text = Config.fromfile(CONFIG).pretty_text
-    assert _best.settings_of(text) == ('raw', {MAP: None})
-    val_cfg = dict(type='mmema.EMAValLoop', prefix='src')
-    assert _best.settings_of(Config(dict(val_cfg=val_cfg)).pretty_text) == ('src', {})
-    assert _best.settings_of("import os\nos.mkdir('/x')\nx = (") == ('raw', {})
 
 
 # --- docs/checkpoints.md -----------------------------------------------------------------------

@@ -1,31 +1,31 @@
-#!/usr/bin/env python3
 """Measure the BatchNorm statistics of the weights in a checkpoint on training data.
 
-tools/recalibrate_bn.py configs/digits/yolov5_n_digits.py mean.pth -o measured.pth --batches 100
+mmema recalibrate configs/digits/yolov5_n_digits.py mean.pth -o measured.pth --batches 100
 
 Every running mean and variance becomes the plain mean of its values over the batches, and over the
 ranks under torchrun (--launcher pytorch), as EMARecalibrateHook has it. Where the config switches
 the pipeline, the data go through that of the last stage.
 """
 
-import argparse
+from __future__ import annotations
+
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-import _cli as cli
+from . import common as cli
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     cli.check_arguments(args)
     out = Path(args.output)
     if out.exists() and not args.force:
         cli.die(f'{out} exists; --force replaces it')
     cli.import_stack()
     config = cli.load_config(args)
-    cli.need(config, 'train_dataloader')
-    from mmema.checkpoints.formats import CheckpointError
+    cli.need(config, 'train_dataloader', 'train_cfg')
+    from ..checkpoints.formats import CheckpointError
 
     try:
         measure(args, config, out)
@@ -33,10 +33,8 @@ def main():
         cli.die(str(error).replace('trust=True', '--trust').replace('force=True', '--force'))
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
     parser.add_argument('config', help='file of the config')
     parser.add_argument('checkpoint', help='file of the checkpoint')
     parser.add_argument('-o', '--output', required=True, metavar='OUT', help='.pth or .safetensors')
@@ -60,7 +58,7 @@ def parse_args():
         '--trust', action='store_true', help='read a file with any object in it; can run its code'
     )
     cli.add_common_arguments(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.batches < 1:
         parser.error(f'--batches must be at least 1, got {args.batches}')
     if '://' in args.checkpoint:
@@ -70,26 +68,26 @@ def parse_args():
 
 def measure(args, config, out):
     import torch
-    from _weights import (
-        last_stage,
+    from mmengine.dist import get_world_size, is_main_process
+
+    from ..checkpoints.export import compact, write_weights
+    from ..checkpoints.files import load
+    from ..checkpoints.formats import CheckpointError
+    from ..hooks.recalibrate import measure_statistics
+    from ..run.switches import use_last_pipeline
+    from .weights import (
         load_into,
         training_batches,
         with_statistics_of,
         without_averages,
     )
-    from mmengine.dist import get_world_size, is_main_process
-
-    from mmema.checkpoints.export import compact, write_weights
-    from mmema.checkpoints.files import load
-    from mmema.checkpoints.formats import CheckpointError
-    from mmema.hooks.recalibrate import measure_statistics
 
     found = load(args.checkpoint, args.trust)
     sets = found.sets()
     name = args.weights or next(iter(sets))
     if name not in sets:
         raise CheckpointError(f'{args.checkpoint} has no {name} weights; it has {", ".join(sets)}')
-    stage = last_stage(config)
+    stage = use_last_pipeline(config)
     without_averages(config)
     for split in ('val', 'test'):
         for part in ('dataloader', 'cfg', 'evaluator'):
@@ -124,7 +122,3 @@ def measure(args, config, out):
             f'note: {others} more keep theirs: no data reached them in forward(mode={args.mode!r}),'
             ' or what came was not finite'
         )
-
-
-if __name__ == '__main__':
-    cli.run(main)

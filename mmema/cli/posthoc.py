@@ -1,28 +1,26 @@
-#!/usr/bin/env python3
 """Make averages from the checkpoints of a training: restarted, of another horizon, plain means.
 
-tools/ema_posthoc.py restart run/epoch_280.pth run/epoch_300.pth -o restarted.pth
-tools/ema_posthoc.py fit run --momentum 0.001 --restart-at 280 -o short.pth --plot fit.png
-tools/ema_posthoc.py mean run/epoch_29?.pth --weights raw -o mean.pth
-tools/ema_posthoc.py choose run --config CONFIG -o best.pth
+mmema posthoc restart run/epoch_280.pth run/epoch_300.pth -o restarted.pth
+mmema posthoc fit run --momentum 0.001 --restart-at 280 -o short.pth --plot fit.png
+mmema posthoc mean run/epoch_29?.pth --weights raw -o mean.pth
+mmema posthoc choose run --config CONFIG -o best.pth
 """
 
-import argparse
+from __future__ import annotations
+
 import re
 from pathlib import Path
 
-import _cli as cli
+from . import common as cli
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     cli.run_on_checkpoints(args.run, args, as_options)
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
 
     one = commands.add_parser('restart', help='as if restarted at an earlier checkpoint')
@@ -90,7 +88,7 @@ def parse_args():
     four.add_argument('--trust', action='store_true', help=TRUST)
     add_output(four)
     four.set_defaults(run=choose)
-    return check(parser, parser.parse_args())
+    return check(parser, parser.parse_args(argv))
 
 
 TRUST = 'read files with any object in them; can run code in the file'
@@ -137,8 +135,8 @@ def show(made, output, force):
 
 
 def restart(args):
-    from mmema.posthoc.averages import restart
-    from mmema.posthoc.history import Given
+    from ..posthoc.averages import restart
+    from ..posthoc.history import Given
 
     given = Given(args.ema_type, args.momentum, args.gamma, args.interval)
     made = restart(args.before, args.after, args.weights, given, args.trust)
@@ -146,8 +144,8 @@ def restart(args):
 
 
 def fit(args):
-    from mmema.posthoc.averages import fit
-    from mmema.posthoc.profiles import exponential, stored_profiles, uniform
+    from ..posthoc.averages import fit
+    from ..posthoc.profiles import exponential, stored_profiles, uniform
 
     files = facts_of_run(args.folder, args.trust)
     stored, notes = stored_profiles(files)
@@ -173,18 +171,18 @@ def fit(args):
 
 
 def mean(args):
-    from mmema.posthoc.averages import mean
+    from ..posthoc.averages import mean
 
     show(mean(args.files, args.weights, args.trust), args.output, args.force)
 
 
 def choose(args):
-    import _choose
+    from . import choose as choosing
 
     out = Path(args.output)
     if out.exists() and not args.force:
         cli.die(f'{out} exists; --force replaces it')
-    _choose.choose(args, facts_of_run(args.folder, args.trust))
+    choosing.choose(args, facts_of_run(args.folder, args.trust))
 
 
 def facts_of_run(folder, trust=False):
@@ -192,14 +190,15 @@ def facts_of_run(folder, trust=False):
 
     It is the run of the last checkpoint; files of others in its folder are left out.
     """
-    from _best import saved_in
+    from ..checkpoints.formats import CheckpointError
+    from ..posthoc.facts import check_same_run, facts_in
+    from ..run.checkpoints import checkpoints_in
 
-    from mmema.checkpoints.formats import CheckpointError
-    from mmema.posthoc.facts import check_same_run, facts_in
-
-    if not Path(folder).is_dir():
-        cli.die(f'no folder {folder}')
-    *others, last = [saved.file for saved in saved_in(Path(folder))] or [None]
+    cli.check_folder(folder)
+    checkpoints, notes = checkpoints_in(folder)
+    for note in notes:
+        cli.note(f'note: {note}')
+    *others, last = [saved.file for saved in checkpoints] or [None]
     if last is None:
         cli.die(f'no checkpoint of a run in {folder}')
     last, files = facts_in(last, trust), {}
@@ -250,7 +249,3 @@ def plot(path, wanted, found, files):
     except (OSError, ValueError) as error:
         cli.die(f'cannot write {path}: {error}')
     print(f'picture: {path}')
-
-
-if __name__ == '__main__':
-    main()
