@@ -12,13 +12,21 @@ from torch import nn
 
 from ..arguments import check_bool, check_integer
 from ..averages.config import AverageConfig, also_configs
-from ..averages.run_average import RunAverage
+from ..averages.tracked import TrackedAverage
 from ..averages.units import auto_scale_base, effective_batch, settle
 from ..checkpoints.resume import check_ema_state, exchange_weights
 from ..messages import RunError, listed, warn
 from ..registry import HOOKS
 from ..restarts.live import catch_up
-from ..run import choose_checkpoint, ema_hook_of, facts_of, refuse_unsaved, traits_of, what_loads
+from ..run import (
+    MAIN,
+    choose_checkpoint,
+    ema_hook_of,
+    facts_of,
+    refuse_unsaved,
+    traits_of,
+    what_loads,
+)
 from ..swap import ShardedSwap, Swap, swap_in
 from ..update.pairs import unwrapped
 from ..update.refusals import refuse_pieces
@@ -103,9 +111,9 @@ class EMAHook(StockEMAHook):
         self.per_optimizer_step = per_optimizer_step
         self.base_batch_size = base_batch_size
         main = AverageConfig(ema_type, averaged_model, horizon)
-        self._configs = {'': main, **also_configs(also, main)}  # by name; the main one has none
+        self.configs = {MAIN: main, **also_configs(also, main)}
         self.src_model: nn.Module | None = None
-        self._averages: dict[str, RunAverage] = {}
+        self._averages: dict[str, TrackedAverage] = {}
         self._settled = False
         self._made_for: tuple = ()  # the run and the model
         self._optimizer_steps = OptimizerSteps()
@@ -116,13 +124,13 @@ class EMAHook(StockEMAHook):
     @property
     def ema_model(self) -> BaseAveragedModel | None:
         """The main averaged model; None before the run."""
-        return self._averages[''].ema_model if self._averages else None
+        return self._averages[MAIN].ema_model if self._averages else None
 
     @property
     def also(self) -> dict[str, BaseAveragedModel | None]:
         """The other averaged models by name; None before the run."""
-        averages = self._averages or dict.fromkeys(self._configs)
-        return {name: one and one.ema_model for name, one in averages.items() if name}
+        averages = self._averages or dict.fromkeys(self.configs)
+        return {name: one and one.ema_model for name, one in averages.items() if name != MAIN}
 
     def before_run(self, runner: Runner) -> None:
         """Make the averages, unless this run has those of this model already."""
@@ -133,7 +141,7 @@ class EMAHook(StockEMAHook):
         if self._made_for != (runner, source):
             refuse_pieces(runner.model)
             refuse_unsharded_runner(runner)
-            self._averages = {n: RunAverage(c, source, n) for n, c in self._configs.items()}
+            self._averages = {n: TrackedAverage(c, source, n) for n, c in self.configs.items()}
             self._made_for = (runner, source)
             self._settled = False
         if not self._settled and isinstance(runner._train_loop, BaseLoop):
@@ -156,7 +164,7 @@ class EMAHook(StockEMAHook):
         """Wait for the last checkpoint: the process may end now."""
         traits_of(runner).finish_saving()
 
-    def _averages_of(self, runner: Runner) -> list[RunAverage]:
+    def _averages_of(self, runner: Runner) -> list[TrackedAverage]:
         """Return the averages; make them if a loop, a load or a save came before the run."""
         if not self._averages:
             self.before_run(runner)
@@ -295,14 +303,14 @@ class EMAHook(StockEMAHook):
         check_ema_state(checkpoint, self.ema_model, file)
         exchange_weights(checkpoint)
         main = {'state_dict': checkpoint['ema_state_dict']}
-        saved = {'': main, **checkpoint.get('ema_also', {})}
+        saved = {MAIN: main, **checkpoint.get('ema_also', {})}
         for average in averages:
             if average.name in saved:
                 average.resume(saved[average.name], source, strict, file)
             else:
                 warn(f'{file} has no average {average.name!r}: it begins as a copy of the weights')
                 average.load(checkpoint, strict)
-        dropped = [name for name in saved if name not in self._configs]
+        dropped = [name for name in saved if name not in self.configs]
         if dropped:
             warn(f'{file} has averages that the config lacks; they are dropped: {listed(dropped)}')
 

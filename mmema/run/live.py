@@ -18,6 +18,7 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from ..checkpoints.probe import is_whole
 from ..checkpoints.resume import checkpoint_to_resume
 from ..messages import RunError
+from .names import MAIN
 
 
 def ema_hook_of(runner: Runner) -> StockEMAHook:
@@ -44,8 +45,8 @@ def checkpoint_hooks(runner: Runner) -> list[CheckpointHook]:
 
 
 def averages_of(ema_hook: StockEMAHook) -> dict:
-    """Return the averages of an EMAHook by name: the main one, without a name, and the others."""
-    return {'': getattr(ema_hook, 'ema_model', None), **getattr(ema_hook, 'also', {})}
+    """Return the averages of an EMAHook by name, the main one first."""
+    return {MAIN: getattr(ema_hook, 'ema_model', None), **getattr(ema_hook, 'also', {})}
 
 
 def choose_checkpoint(runner: Runner) -> None:
