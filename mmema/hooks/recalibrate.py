@@ -177,8 +177,8 @@ class EMARecalibrateHook(Hook):
             context = partial(runner.optim_wrapper.optim_context, average)
             number, measured, others = measure_statistics(average, batches, self.mode, context)
         runner.logger.info(
-            f'Measured the statistics of {measured} BatchNorm layers of {label_of(name)} on {number} '
-            'training batches.'
+            f'Measured the statistics of {measured} BatchNorm layers of {label_of(name)} on '
+            f'{number} training batches.'
         )
         if others:
             runner.logger.warning(
