@@ -15,10 +15,10 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
-from benchmark import MOMENTUM, YOLO, build
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from update_cost import MOMENTUM, YOLO, build
 
 import mmema
 from mmema.update.sharded import followed

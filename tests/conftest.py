@@ -2,7 +2,6 @@
 
 import gc
 import os
-import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,8 +16,6 @@ from marks import SEED
 from mmengine.logging import MMLogger
 
 from mmema.update import native
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 try:
     from hypothesis import settings

@@ -159,7 +159,7 @@ def bash_block(page, content, folder, request):
         elif [program, *arguments[:1]] == ['python', 'tools/plot_ema.py']:
             assert page == 'docs/monitoring.md' or (ROOT / arguments[1]).is_file(), arguments
             done = request.getfixturevalue('shown_run')
-            plotted = call_tool('plot_ema.py', *arguments[1:], folder=done.folder)
+            plotted = call_tool('plot', *arguments[1:], folder=done.folder)
             assert plotted.returncode == 0, plotted.stderr
             drawn = done.folder / arguments[arguments.index('-o') + 1]
             assert drawn.read_bytes().startswith(b'\x89PNG')
@@ -274,7 +274,7 @@ def shown_run(tmp_path_factory):
         'train_dataloader.num_workers=0 train_dataloader.persistent_workers=False'
     )
     command = 'docs/monitoring.py --work-dir work_dirs/digits --cfg-options'
-    done = call_tool('train.py', *command.split(), *options.split(), folder=folder)
+    done = call_tool('train', *command.split(), *options.split(), folder=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     text = re.sub(r'memory: \d+ +', '', done.stdout + done.stderr)  # a column of GPUs
     return Shown(folder, text)

@@ -1,4 +1,4 @@
-"""tools/gpu_report.py: without a GPU it goes the same way, and calls nothing measured."""
+"""benchmarks/gpu_report.py: without a GPU it goes the same way, and calls nothing measured."""
 
 import json
 import os
@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-TOOLS = Path(__file__).resolve().parent.parent / 'tools'
-sys.path.insert(0, str(TOOLS))
+FOLDER = Path(__file__).resolve().parent.parent / 'benchmarks'
 
 import gpu_report  # noqa: E402
 
 
 def run(*arguments, **environment):
-    command = [sys.executable, TOOLS / 'gpu_report.py', *arguments]
+    command = [sys.executable, FOLDER / 'gpu_report.py', *arguments]
     environment = {**os.environ, **environment}
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
 

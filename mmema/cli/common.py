@@ -440,28 +440,17 @@ def check_file(path):
 
 
 def read_checkpoint(path):
-    """Load a checkpoint on the CPU, or say in one line what is wrong with the file."""
-    import torch
-
-    from ..checkpoints import folders
+    """Return the content of a checkpoint that MMEngine will load, or say what is wrong with it."""
+    from ..checkpoints.files import content_of
+    from ..checkpoints.formats import CheckpointError
+    from ..checkpoints.torch_load import HAS_ALLOW_LIST
 
     check_file(path)
     try:
-        if folders.is_folder(path):
-            return folders.read(path)
-        checkpoint = torch.load(folders.zero_file(path) or path, map_location='cpu')
-    except Exception as error:
-        if 'GLOBAL ' in str(error):
-            unknown = str(error).split('GLOBAL ')[-1].split(' ')[0]
-            die(
-                f'{path} holds objects of {unknown}, which torch does not load from a file that it '
-                'does not trust; if you do: TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment'
-            )
-        reason = str(error).split('\n')[0].split('. ')[0]
-        die(
-            f'{path} cannot be loaded, it may be cut short or no checkpoint at all '
-            f'({os.path.getsize(path)} bytes; {type(error).__name__}: {reason})'
-        )
+        # Before torch 2.6 MMEngine loads any object, and torch has no list of allowed classes.
+        checkpoint = content_of(path, trust=not HAS_ALLOW_LIST)
+    except CheckpointError as error:
+        die(error)
     if not isinstance(checkpoint, dict):
         die(f'{path} is no checkpoint: it holds a {type(checkpoint).__name__}, not a dict')
     return checkpoint

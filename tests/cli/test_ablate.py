@@ -1,30 +1,29 @@
-"""tools/ablate.py: statistics by hand, the report from a small CSV, refusals, and real runs."""
+"""mmema ablate: statistics by hand, the report from a small CSV, refusals, and real runs."""
 
 import math
 import os
 import re
 import shutil
 import signal
-import sys
 import time
 from copy import deepcopy
 from types import SimpleNamespace
 
 import forks
+import make_digits
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from tool_runs import ROOT, call_here, call_tool, refusal, tool
+from tool_runs import ROOT, call_here, call_tool, refusal
+
+from mmema.cli import ablate, ablation_run
+from mmema.cli import ablation_report as reporting
+from mmema.cli import paired as statistics
 
 pytest.importorskip('mmyolo')
-sys.path.insert(0, str(ROOT / 'tools'))
-
-import _statistics as statistics
-
-import _ablation_report as reporting
 
 CONFIG = ROOT / 'configs' / 'digits' / 'yolov5_n_ablation.py'
 CONFIGS = sorted(path.stem for path in CONFIG.parent.glob('*_ablation*.py'))
@@ -143,7 +142,7 @@ def small(tmp_path):
 
 
 def test_report_from_a_small_csv(small, capsys):
-    call_here('ablate.py', 'report', small, folder=small)
+    call_here('ablate', 'report', small, folder=small)
     assert capsys.readouterr().out.split() == [
         str(small / name) for name in ('report.md', 'differences.png')
     ]
@@ -307,18 +306,18 @@ def replace(number, old, new):
 )
 def test_refuses_a_csv(tmp_path, change, reason):
     (tmp_path / 'runs.csv').write_text(changed(change))
-    assert reason in refusal('ablate.py', 'report', '.', folder=tmp_path)
+    assert reason in refusal('ablate', 'report', '.', folder=tmp_path)
     assert not (tmp_path / 'report.md').exists()
 
 
 def test_refuses_a_folder_without_a_csv(tmp_path):
-    assert 'runs.csv cannot be read' in refusal('ablate.py', 'report', 'none', folder=tmp_path)
+    assert 'runs.csv cannot be read' in refusal('ablate', 'report', 'none', folder=tmp_path)
 
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp('digits') / 'set'
-    tool('make_digits.py').make_digits(folder, train=8, val=4, test=6)
+    make_digits.make_digits(folder, train=8, val=4, test=6)
     return folder
 
 
@@ -354,7 +353,7 @@ def test_refuses_before_it_imports(tmp_path, monkeypatch, arguments, reason):
     import _cli
 
     monkeypatch.setattr(_cli, 'import_stack', pytest.fail)
-    assert reason in refusal('ablate.py', *arguments, '--out', 'out', folder=tmp_path)
+    assert reason in refusal('ablate', *arguments, '--out', 'out', folder=tmp_path)
     assert not (tmp_path / 'out').exists()
 
 
@@ -372,13 +371,13 @@ def test_refuses_before_it_imports(tmp_path, monkeypatch, arguments, reason):
 def test_refuses_a_config(tmp_path, data, config, options, reason):
     call = [ROOT / 'configs' / 'digits' / f'{config}.py', '--out', 'out', *small_run(data)]
     call += [option.format(data=data) for option in options]
-    assert reason in refusal('ablate.py', *call, folder=tmp_path)
+    assert reason in refusal('ablate', *call, folder=tmp_path)
     assert not (tmp_path / 'out').exists()
 
 
 def test_refuses_other_settings_in_one_folder(tmp_path, data):
     config = Config.fromfile(CONFIG)
-    ablate = tool('ablate.py')
+    ablate = ablate
     first = ablate.Ablation(deepcopy(config), tmp_path)
     assert first.run_folder(7) == tmp_path / 'runs' / 'YOLOv5_n_to_1__' / 'seed_7'
     ablate.Ablation(deepcopy(config), tmp_path)  # the same once more
@@ -478,7 +477,7 @@ class Oracle(torch.nn.Module):
 def test_the_map_is_that_of_coco_metric(data):
     from mmdet.evaluation import CocoMetric
 
-    runs = tool('_ablation_run.py')
+    runs = ablation_run
     config = Config.fromfile(CONFIG)
     config.test_dataloader.dataset.data_root = f'{data}/'
     annotations = str(data / 'annotations' / 'test.json')
@@ -507,7 +506,7 @@ class StopAblation(Hook):
 
 @pytest.mark.extensive
 def test_a_stopped_training_goes_on_with_the_same_random_numbers(data, tmp_path):
-    runs = tool('_ablation_run.py')
+    runs = ablation_run
     config = Config.fromfile(CONFIG)
     config.merge_from_dict(
         {
@@ -562,7 +561,7 @@ def test_an_interrupted_ablation_goes_on_and_leaves_out_what_fails(data, tmp_pat
     (broken / 'work').write_text('no folder')
     call = [CONFIG, '--out', 'out', '--seeds', '3', '--first-seed', '7', *small_run(data)]
     process = forks.start(
-        *(ROOT / 'tools' / 'ablate.py', *call, '--jobs', '1'),
+        *(ROOT / 'tests' / 'command.py', 'ablate', *call, '--jobs', '1'),
         folder=tmp_path,
         out=tmp_path / 'printed',
         err=errors,
@@ -575,7 +574,7 @@ def test_an_interrupted_ablation_goes_on_and_leaves_out_what_fails(data, tmp_pat
     assert 'interrupted; the same call goes on where it was' in errors.read_text()
     assert not (first / 'result.csv').exists() and not second.exists()
 
-    done = call_tool('ablate.py', *call, '--jobs', '2', folder=tmp_path)
+    done = call_tool('ablate', *call, '--jobs', '2', folder=tmp_path)
     assert done.returncode == 1, done.stderr[-2000:]
     assert 'resumed epoch: ' in (first / 'log.txt').read_text()
     assert 'failed, left out: YOLOv5_n_to_1__, seed 9: ' in done.stderr
@@ -585,5 +584,5 @@ def test_an_interrupted_ablation_goes_on_and_leaves_out_what_fails(data, tmp_pat
     assert len(rows) == (2 + 15 + 2) * 2 * 2 * 2
     assert {row[:3] for row in rows} == {('YOLOv5-n', 'to 1 %', seed) for seed in (7, 8)}
     assert not (first / 'work').exists()
-    ablation = tool('ablate.py').Ablation(Config.fromfile(first.parent / 'config.py'), out)
+    ablation = ablate.Ablation(Config.fromfile(first.parent / 'config.py'), out)
     assert [ablation.is_done(seed) for seed in (7, 8, 9)] == [True, True, False]

@@ -1,4 +1,4 @@
-"""tools/ema_checkpoint.py as people call it, and every command of docs/checkpoints.md."""
+"""mmema inspect, export, best and convert as people call them, and every command of docs/checkpoints.md."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from toys import Toy
 pytestmark = SINCE_TORCH_2_6
 
 DOCS = ROOT / 'docs' / 'checkpoints.md'
-TOOL = 'ema_checkpoint.py'
+TOOL = 'mmema'
 
 
 @pytest.fixture(scope='module')
@@ -38,7 +38,7 @@ def tool(tmp_path, monkeypatch, capsys):
     def call(*arguments):
         status = 0
         try:
-            call_here(TOOL, *arguments, folder=tmp_path)
+            call_here(*arguments, folder=tmp_path)
         except SystemExit as error:
             status = error.code
         return status, ''.join(capsys.readouterr())
@@ -51,23 +51,23 @@ def tool(tmp_path, monkeypatch, capsys):
 
 def test_each_command_from_any_folder(run, tmp_path):
     runner, file = run
-    done = call_tool(TOOL, 'inspect', file, folder=tmp_path)
+    done = call_tool('inspect', file, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r'made by +MMEngine 0\.10', done.stdout)
     assert re.search(r"raw weights +ema_state_dict\['module\.\*'\]: ", done.stdout)
     assert re.search(r'updates +8\n +schedule +exp\n', done.stdout)
     assert re.search(r'trained +epoch 2, iteration 8\n', done.stdout)
-    done = call_tool(TOOL, 'export', file, '--weights', 'raw', '-o', 'x.pth', folder=tmp_path)
+    done = call_tool('export', file, '--weights', 'raw', '-o', 'x.pth', folder=tmp_path)
     assert done.returncode == 0, done.stderr
     (out,) = tmp_path.glob('x-????????.pth')
     assert f'raw weights of {file}: {out.name}' in done.stdout
     state = torch.load(out, weights_only=True)['state_dict']
     for name, tensor in runner.model.state_dict().items():
         assert torch.equal(state[name], tensor), name
-    done = call_tool(TOOL, 'convert', out.name, '--steps', 8, '-o', 'y.pth', folder=tmp_path)
+    done = call_tool('convert', out.name, '--steps', 8, '-o', 'y.pth', folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f'{out.name} converted: y.pth\n' in done.stdout
-    again = call_tool(TOOL, 'convert', out.name, '--steps', 8, '-o', 'y.pth', folder=tmp_path)
+    again = call_tool('convert', out.name, '--steps', 8, '-o', 'y.pth', folder=tmp_path)
     assert (again.returncode, again.stdout) == (2, '')
     assert again.stderr == f'{TOOL}: y.pth exists; --force replaces it\n'
 
@@ -371,7 +371,7 @@ def test_every_command_of_the_page_does_what_it_says(run, tool, tmp_path):
     assert len(commands) >= 7
     for command in commands:
         program, *arguments = shlex.split(command)
-        assert program == 'tools/ema_checkpoint.py', command
+        assert program == 'mmema', command
         status, text = tool(*arguments)
         refused = 'yolov5.pt' in command and '--trust' not in command
         assert status == (2 if refused else 0), f'{command}\n{text}'

@@ -1,4 +1,4 @@
-"""What the tools share, called in this process; test_train_tool.py calls the tools themselves."""
+"""What the commands share, called in this process; the other files call the commands."""
 
 import argparse
 import decimal
@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
-from tool_runs import CONFIG, ROOT, tool
+from tool_runs import CONFIG
 from tool_runs import refusal as refusal_of
 
+from mmema.cli import common as cli
+from mmema.cli import train
 from mmema.messages import RunError
 
 pytest.importorskip('mmyolo')
-sys.path.insert(0, str(ROOT / 'tools'))
-import _cli as cli
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_remarks_on_options_that_may_be_misspelt(capsys, option, remark):
     ('content', 'reason'),
     [
         ([1], 'it holds a list, not a dict'),
-        ({'x': decimal.Decimal(1)}, 'holds objects of decimal.Decimal'),
+        ({'x': decimal.Decimal(1)}, 'it holds decimal.Decimal'),
     ],
 )
 def test_refuses_what_is_no_checkpoint(tmp_path, refusal, content, reason):
@@ -138,7 +138,7 @@ def test_a_hostile_file_is_called_what_it_is(tmp_path, refusal):
     path = str(tmp_path / 'hostile.pth')
     torch.save({'state_dict': Hostile()}, path)
     line = refusal(cli.read_checkpoint, path)
-    assert f'{path} holds objects of {os.mkdir.__module__}.mkdir' in line
+    assert f'{path}: it holds {os.mkdir.__module__}.mkdir, and reading more than' in line
     assert 'cut short' not in line
     assert not (tmp_path / 'owned').exists()
 
@@ -149,7 +149,7 @@ def test_refuses_to_resume_from_odd_contents(tmp_path, refusal, key):
     content = {'state_dict': {}, 'meta': {'epoch': 1}, 'optimizer': {}}
     config = Config(dict(train_cfg=dict(max_epochs=2)))
     torch.save(content, path)
-    check = tool('train.py').check_resumable
+    check = train.check_resumable
     check(config, path)
     torch.save({**content, key: 'x'}, path)
     line = refusal(check, config, path)
@@ -162,7 +162,7 @@ def test_refuses_a_checkpoint_cut_short(tmp_path, refusal, size):
     torch.save({'state_dict': {'x': torch.zeros(1000)}}, path)
     assert cli.read_checkpoint(str(path))['state_dict']['x'].shape == (1000,)
     path.write_bytes(path.read_bytes()[:size])
-    assert f'{path} cannot be loaded, it may be cut short' in refusal(
+    assert f'{path}: it is damaged, cut short or no checkpoint at all' in refusal(
         cli.read_checkpoint, str(path)
     )
 

@@ -1,4 +1,4 @@
-"""tools/ema_posthoc.py as people call it: what it prints, writes and refuses."""
+"""mmema posthoc as people call it: what it prints, writes and refuses."""
 
 import re
 import shutil
@@ -8,7 +8,7 @@ import torch
 import toy_config
 from tool_runs import call_here, call_tool, refusal
 
-TOOL = 'ema_posthoc.py'
+TOOL = 'posthoc'
 
 
 @pytest.fixture(scope='module')
@@ -46,7 +46,7 @@ def test_each_command_from_any_folder(run, tmp_path):
     done = call_tool(TOOL, 'mean', *epochs[3:], '-o', 'c.safetensors', folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert 'mean     of the raw weights in 3 files' in done.stdout
-    assert 'tools/recalibrate_bn.py CONFIG FILE -o OUT' in done.stdout
+    assert 'mmema recalibrate CONFIG FILE -o OUT' in done.stdout
 
 
 def test_a_bad_fit_is_taken_by_force_alone(run, tmp_path, capsys):

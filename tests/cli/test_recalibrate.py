@@ -1,4 +1,4 @@
-"""tools/recalibrate_bn.py: statistics by hand, on one rank and on two, and what it refuses."""
+"""mmema recalibrate: statistics by hand, on one rank and on two, and what it refuses."""
 
 import forks
 import pytest
@@ -7,7 +7,7 @@ import toy_config
 from runs import Line, LineModel
 from tool_runs import ROOT, call_here, refusal
 
-TOOL = 'recalibrate_bn.py'
+TOOL = 'recalibrate'
 
 
 @pytest.fixture
@@ -49,9 +49,9 @@ def test_statistics_by_hand(toy, number, capsys):
 @pytest.mark.slow
 def test_both_ranks_are_counted(toy):
     config, folder = toy
-    call = [ROOT / 'tools' / TOOL, config, 'toy.pth', '-o', 'out.pth', '--launcher', 'pytorch']
+    call = [TOOL, config, 'toy.pth', '-o', 'out.pth', '--launcher', 'pytorch']
     ranks = forks.start_ranks(
-        2, ROOT / 'tests' / 'tool_rank.py', *call, folder=folder, PYTHONPATH=forks.TESTS
+        2, ROOT / 'tests' / 'command_rank.py', *call, folder=folder, PYTHONPATH=forks.TESTS
     )
     assert [rank.wait() for rank in ranks] == [0, 0], (folder / 'rank_0.txt').read_text()[-3000:]
     # Rank 0 has samples 0, 2, 4 ... and rank 1 the others, in batches of four.

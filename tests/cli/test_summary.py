@@ -2,16 +2,12 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 from runs import make_runner
-from tool_runs import ROOT
 
-sys.path.insert(0, str(ROOT / 'tools'))
-
-import _summary
+from mmema.cli import summary
 
 
 @pytest.mark.parametrize('watched', ['score', 'raw/score'])
@@ -21,7 +17,7 @@ def test_both_weights_under_their_own_names(tmp_path, capsys, watched):
     )
     runner.train()
     capsys.readouterr()
-    _summary.report(runner, 61)
+    summary.report(runner, 61)
     lines = capsys.readouterr().out.strip().splitlines()
     table = dict(re.split(' {2,}', line, maxsplit=1) for line in lines)
     scalars = Path(runner.log_dir) / 'vis_data' / 'scalars.json'

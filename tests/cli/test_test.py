@@ -21,19 +21,19 @@ def test_refuses_before_it_imports(tmp_path, monkeypatch, arguments, reason):
 
     monkeypatch.setattr(_cli, 'import_stack', pytest.fail)
     (tmp_path / 'some.pth').touch()
-    assert reason in refusal('test.py', *arguments, folder=tmp_path)
+    assert reason in refusal('test', *arguments, folder=tmp_path)
 
 
 @pytest.mark.slow
 def test_refuses_the_weights_of_another_model(tmp_path):
     torch.save({'state_dict': {}}, tmp_path / 'odd.pth')
-    reason = refusal('test.py', CONFIG, 'odd.pth', folder=tmp_path)
+    reason = refusal('test', CONFIG, 'odd.pth', folder=tmp_path)
     assert 'does not fit the model of the config: 177 of 177 parameters' in reason
 
 
 def test_refuses_a_state_dict_that_is_none(tmp_path):
     torch.save({'state_dict': [1]}, tmp_path / 'odd.pth')
-    reason = refusal('test.py', CONFIG, 'odd.pth', folder=tmp_path)
+    reason = refusal('test', CONFIG, 'odd.pth', folder=tmp_path)
     assert reason.endswith(
         'odd.pth is no checkpoint: its state_dict is a list, not tensors by name'
     )

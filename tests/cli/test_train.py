@@ -3,9 +3,12 @@
 import json
 import re
 
+import make_digits
 import pytest
 import torch
-from tool_runs import CONFIG, call_here, call_tool, real_call, refusal, tool
+from tool_runs import CONFIG, ROOT, call_here, call_tool, real_call, refusal
+
+from mmema.cli import common
 
 pytest.importorskip('mmyolo')
 
@@ -40,7 +43,7 @@ def small_run(data, epochs):
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp('digits') / 'set'
-    tool('make_digits.py').make_digits(folder, train=16, val=8, test=1)
+    make_digits.make_digits(folder, train=16, val=8, test=1)
     return folder
 
 
@@ -48,10 +51,11 @@ def data(tmp_path_factory):
 def run(data, tmp_path_factory):
     """One epoch of 4 iterations, stopped there, and a second one by --resume."""
     folder = tmp_path_factory.mktemp('run')
-    first = real_call('train.py', CONFIG, '--work-dir', 'w', *small_run(data, 1), folder=folder)
+    script = ROOT / 'tools' / 'train.py'
+    first = real_call(script, CONFIG, '--work-dir', 'w', *small_run(data, 1), folder=folder)
     assert first.returncode == 0, first.stderr[-3000:]
     second = call_tool(
-        'train.py', CONFIG, '--work-dir', 'w', '--resume', *small_run(data, 2), folder=folder
+        'train', CONFIG, '--work-dir', 'w', '--resume', *small_run(data, 2), folder=folder
     )
     assert second.returncode == 0, second.stderr[-3000:]
     return folder, first.stdout, second.stdout
@@ -69,7 +73,7 @@ def end_table(printed):
 
 
 def test_help_tells_the_options(tmp_path):
-    done = real_call('train.py', '--help', folder=tmp_path)
+    done = real_call(ROOT / 'tools/train.py', '--help', folder=tmp_path)
     assert done.returncode == 0
     for option in ('--work-dir', '--amp', '--resume', '--cfg-options', '--launcher'):
         assert option in done.stdout
@@ -84,12 +88,10 @@ def test_help_tells_the_options(tmp_path):
         ([CONFIG, '--resume', 'none.pth'], 'no checkpoint file none.pth; . holds some.pth'),
     ],
 )
-def test_refuses_before_it_imports(tmp_path, monkeypatch, arguments, reason):
-    import _cli
-
-    monkeypatch.setattr(_cli, 'import_stack', pytest.fail)
+def test_refuses_before_it_imports_the_libraries(tmp_path, monkeypatch, arguments, reason):
+    monkeypatch.setattr(common, 'import_libraries', pytest.fail)
     (tmp_path / 'some.pth').touch()
-    assert reason in refusal('train.py', *arguments, folder=tmp_path)
+    assert reason in refusal('train', *arguments, folder=tmp_path)
 
 
 @pytest.mark.slow
@@ -106,42 +108,42 @@ def test_refuses_before_it_imports(tmp_path, monkeypatch, arguments, reason):
 )
 def test_refuses_a_bad_option(data, tmp_path, option, reason):
     options = [*small_run(data, 1), option]
-    assert reason in refusal('train.py', CONFIG, *options, folder=tmp_path)
+    assert reason in refusal('train', CONFIG, *options, folder=tmp_path)
 
 
 @pytest.mark.slow
 def test_an_error_while_training_keeps_its_traceback(data, tmp_path):
     options = [*small_run(data, 1), 'custom_hooks.0.momentun=0.1']
     with pytest.raises(TypeError, match="unexpected keyword argument 'momentun'"):
-        call_here('train.py', CONFIG, *options, folder=tmp_path)
+        call_here('train', CONFIG, *options, folder=tmp_path)
 
 
 @pytest.mark.slow
 def test_refuses_annotations_cut_short(data, tmp_path):
     (tmp_path / 'cut.json').write_text('{"images": [')
     options = [*small_run(data, 1), f'train_dataloader.dataset.ann_file={tmp_path}/cut.json']
-    reason = refusal('train.py', CONFIG, *options, folder=tmp_path)
+    reason = refusal('train', CONFIG, *options, folder=tmp_path)
     assert f'({tmp_path}/cut.json, seen from {tmp_path}) cannot be used: ' in reason
 
 
 def test_amp_wants_the_plain_wrapper(tmp_path):
     other = ['--cfg-options', 'optim_wrapper.type=ApexOptimWrapper']
-    reason = refusal('train.py', CONFIG, '--amp', *other, folder=tmp_path)
+    reason = refusal('train', CONFIG, '--amp', *other, folder=tmp_path)
     assert 'the config has ApexOptimWrapper' in reason
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without a GPU')
 def test_amp_wants_a_gpu(tmp_path):
-    assert '--amp needs a GPU' in refusal('train.py', CONFIG, '--amp', folder=tmp_path)
+    assert '--amp needs a GPU' in refusal('train', CONFIG, '--amp', folder=tmp_path)
 
 
 def test_resume_refuses_what_it_cannot_go_on_from(tmp_path):
-    reason = refusal('train.py', CONFIG, '--resume', folder=tmp_path)
+    reason = refusal('train', CONFIG, '--resume', folder=tmp_path)
     assert 'finds no checkpoint in ./work_dirs/yolov5_n_digits' in reason
     assert not (tmp_path / 'work_dirs').exists()
 
     torch.save({'state_dict': {}}, tmp_path / 'bare.pth')
-    reason = refusal('train.py', CONFIG, '--resume', 'bare.pth', folder=tmp_path)
+    reason = refusal('train', CONFIG, '--resume', 'bare.pth', folder=tmp_path)
     assert 'has no meta, optimizer' in reason
 
 

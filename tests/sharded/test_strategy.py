@@ -7,7 +7,6 @@ from pathlib import Path
 
 import forks
 import pytest
-import tool_runs  # noqa: F401  # puts the tools on the path
 import torch
 from marks import extensive
 from runs import assert_same

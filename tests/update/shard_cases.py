@@ -6,16 +6,12 @@ Each case is a function with assertions; the last line that rank 0 prints names 
 import copy
 import sys
 import traceback
-from pathlib import Path
-
-import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import forks
 import pytest
+import torch
 from reference import ReferenceEMA, blended_names, tensors_of
+from torch import nn
 
 from mmema import (
     ExpMomentumEMA,

@@ -1,9 +1,8 @@
 """The cost of an update, counted: operators, kernel calls and bytes, never time."""
 
-import sys
 from copy import deepcopy
-from pathlib import Path
 
+import model_shapes
 import pytest
 import torch
 from marks import BUFFERS, since_torch_2_1
@@ -16,10 +15,6 @@ from toys import Toy, seeded, shake
 from mmema import ExpMomentumEMA, RestartableExpMomentumEMA
 from mmema.update import native
 from mmema.update.pairs import copy_all
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'tools'))
-
-import model_shapes
 
 both_ways = pytest.mark.usefixtures('both_ways')
 
