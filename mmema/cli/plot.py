@@ -34,7 +34,7 @@ from ..restarts import profile
 from ..restarts.live import check_rule
 from ..restarts.planner import plan
 from ..restarts.rule import RestartRule
-from ..run import RunFacts, facts_in_config, the_ema_hook, watched_metric
+from ..run import MAIN, RunFacts, facts_in_config, the_ema_hook, watched_metric
 from ..run.config import hooks_in, is_by_epoch, kind_of
 from ..run.metrics import main_names, prefixes_in
 from ..run.scalars import read_scalars
@@ -138,10 +138,10 @@ def run_in(config, iters_per_epoch, processes=1):
         ema_hook = the_ema_hook(hooks)
         facts = facts_in_config(config, epoch_length)
     stock = dict(ema_hook.ema_cfg)
-    stock = {'': AverageConfig(stock.pop('type'), stock)}
-    averages = {n or 'ema': one for n, one in getattr(ema_hook, '_configs', stock).items()}
+    stock = {MAIN: AverageConfig(stock.pop('type'), stock)}
+    averages = getattr(ema_hook, 'configs', stock)
     rules = {name: [one.rule] if one.rule else [] for name, one in averages.items()}
-    rules['ema'] = [hook.rule for hook in hooks if isinstance(hook, EMARestartHook)]
+    rules[MAIN] = [hook.rule for hook in hooks if isinstance(hook, EMARestartHook)]
     base = None
     if hasattr(ema_hook, 'base_batch_size'):  # not MMEngine's hook
         strategy = config.get('strategy') or {}

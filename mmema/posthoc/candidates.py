@@ -6,8 +6,8 @@ from typing import NamedTuple, Sequence
 
 import numpy as np
 
+from ..run import MAIN
 from . import averages
-from .facts import MAIN
 from .history import settings_of
 from .profiles import Stored, exponential, uniform
 
