@@ -161,13 +161,13 @@ def nearest(
         raise CheckpointError(
             f'the nearest mixture is {found.error:.1%} off the wanted profile, more than '
             f'{MOST_ERROR:.0%}: it needs more checkpoints, or averages of other horizons in also. '
-            'force=True takes it all the same'
+            '--force (force=True) takes it all the same'
         )
     if found.size > MOST_SIZE and not force:
         raise CheckpointError(
             f'the coefficients sum to {found.size:,.0f} without their signs, more than '
-            f'{MOST_SIZE:,}: the roundings of the files would be enlarged as much. force=True '
-            'takes them all the same'
+            f'{MOST_SIZE:,}: the roundings of the files would be enlarged as much. '
+            '--force (force=True) takes them all the same'
         )
     return found
 
