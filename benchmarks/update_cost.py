@@ -1,8 +1,8 @@
 """Measure what one update of an averaged model costs, beside its limit and other libraries.
 
-    python benchmarks/update_cost.py                  # the table of docs/performance.md, about 4 minutes
-    python benchmarks/update_cost.py --quick          # the smallest model, some seconds
-    python benchmarks/update_cost.py --device cuda    # on a GPU; `make gpu` runs the tests, too
+    python benchmarks/update_cost.py                # docs/performance.md, about 4 minutes
+    python benchmarks/update_cost.py --quick        # the smallest model, some seconds
+    python benchmarks/update_cost.py --device cuda  # on a GPU; `make gpu` runs the tests, too
 
 The limit is one flat ``lerp_`` over all weights: two are read, one is written. Every round runs
 all contenders in a new order, so that whatever else the machine does hits all alike; a figure is

@@ -8,7 +8,6 @@ mmema posthoc choose run --config CONFIG -o best.pth
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from . import common as cli
@@ -16,7 +15,8 @@ from . import common as cli
 
 def main(argv=None):
     args = parse_args(argv)
-    cli.run_on_checkpoints(args.run, args, as_options)
+    with cli.checkpoint_errors():
+        args.run(args)
 
 
 def parse_args(argv=None):
@@ -115,16 +115,6 @@ def check(parser, args):
         if args.uniform is not None and not args.gamma is args.restart_at is None:
             parser.error('--uniform FROM is a mean: it takes neither --gamma nor --restart-at')
     return args
-
-
-def as_options(text):
-    """Return an error of the library with options of this tool in the place of arguments."""
-    text = re.sub(r'\b(trust|force)=True\b', r'--\1', text)
-    return re.sub(r'\b(ema_type|momentum|gamma|interval)=', _as_option, text)
-
-
-def _as_option(match):
-    return f'--{match[1].replace("_", "-")} '
 
 
 def show(made, output, force):

@@ -21,6 +21,7 @@ from tool_runs import ROOT, call_here, call_tool, refusal
 
 from mmema.cli import ablate, ablation_run
 from mmema.cli import ablation_report as reporting
+from mmema.cli import common as cli
 from mmema.cli import paired as statistics
 
 pytest.importorskip('mmyolo')
@@ -349,10 +350,8 @@ def small_run(data):
         ([CONFIG, '--cfg-options', 'x'], 'takes key=value'),
     ],
 )
-def test_refuses_before_it_imports(tmp_path, monkeypatch, arguments, reason):
-    import _cli
-
-    monkeypatch.setattr(_cli, 'import_stack', pytest.fail)
+def test_refuses_before_it_imports_the_libraries(tmp_path, monkeypatch, arguments, reason):
+    monkeypatch.setattr(cli, 'import_libraries', pytest.fail)
     assert reason in refusal('ablate', *arguments, '--out', 'out', folder=tmp_path)
     assert not (tmp_path / 'out').exists()
 
@@ -377,7 +376,6 @@ def test_refuses_a_config(tmp_path, data, config, options, reason):
 
 def test_refuses_other_settings_in_one_folder(tmp_path, data):
     config = Config.fromfile(CONFIG)
-    ablate = ablate
     first = ablate.Ablation(deepcopy(config), tmp_path)
     assert first.run_folder(7) == tmp_path / 'runs' / 'YOLOv5_n_to_1__' / 'seed_7'
     ablate.Ablation(deepcopy(config), tmp_path)  # the same once more
