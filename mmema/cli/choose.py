@@ -30,7 +30,7 @@ def choose(args, files):
     cli.import_stack()
     config = read(args.config, args.cfg_options)
     report_on = args.report_config and read(args.report_config, [])
-    test_set = annotations(config, 'test')
+    test_set = annotation_file(config, 'test')
     stored, notes = stored_profiles(files)
     restarts = args.restart_at
     if restarts is None:
@@ -50,7 +50,7 @@ def choose(args, files):
     if report_on:
         report(report_on, [(candidate.label, made.state), *as_stored(makeable, args.trust)], metric)
     else:
-        own = test_set and test_set != annotations(config, 'val')
+        own = test_set and test_set != annotation_file(config, 'val')
         how = f'mmema test {args.config} {out}' if own else '--report-config CONFIG'
         print(f'Chosen on the validation set, so report it on another one: {how}')
 
@@ -64,7 +64,7 @@ def read(file, options):
     return cli.load_config(given)
 
 
-def annotations(config, split):
+def annotation_file(config, split):
     """Return the file of boxes of a split, as far as the config tells it."""
     dataset = (config.get(f'{split}_dataloader') or {}).get('dataset') or {}
     return dataset.get('ann_file')

@@ -8,7 +8,6 @@ mmema posthoc choose run --config CONFIG -o best.pth
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from . import common as cli
@@ -16,7 +15,8 @@ from . import common as cli
 
 def main(argv=None):
     args = parse_args(argv)
-    cli.run_on_checkpoints(args.run, args, as_options)
+    with cli.checkpoint_errors():
+        args.run(args)
 
 
 def parse_args(argv=None):
@@ -117,16 +117,6 @@ def check(parser, args):
     return args
 
 
-def as_options(text):
-    """Return an error of the library with options of this tool in the place of arguments."""
-    text = re.sub(r'\b(trust|force)=True\b', r'--\1', text)
-    return re.sub(r'\b(ema_type|momentum|gamma|interval)=', _as_option, text)
-
-
-def _as_option(match):
-    return f'--{match[1].replace("_", "-")} '
-
-
 def show(made, output, force):
     lines = [*made.lines, ('written', made.write(output, force))]
     width = max(len(label) for label, _ in lines)
@@ -135,7 +125,7 @@ def show(made, output, force):
 
 
 def restart(args):
-    from ..posthoc.averages import restart
+    from ..posthoc.derive import restart
     from ..posthoc.history import Given
 
     given = Given(args.ema_type, args.momentum, args.gamma, args.interval)
@@ -144,7 +134,7 @@ def restart(args):
 
 
 def fit(args):
-    from ..posthoc.averages import fit
+    from ..posthoc.derive import fit
     from ..posthoc.profiles import exponential, stored_profiles, uniform
 
     files = facts_of_run(args.folder, args.trust)
@@ -171,7 +161,7 @@ def fit(args):
 
 
 def mean(args):
-    from ..posthoc.averages import mean
+    from ..posthoc.derive import mean
 
     show(mean(args.files, args.weights, args.trust), args.output, args.force)
 

@@ -17,9 +17,9 @@ from ..restartable import Restartable
 from ..restarts.planner import Restart, merged, restart_at
 from ..restarts.profile import momenta
 from ..restarts.rule import RestartRule
-from ..run import Moment
+from ..run import MAIN, Moment
 from ..run.config import is_ours
-from .facts import MAIN, AverageFacts, FileFacts
+from .facts import AverageFacts, FileFacts
 
 CLASSES = [cls for cls in vars(restartable).values() if isinstance(cls, type)]
 CLASSES = [cls for cls in CLASSES if issubclass(cls, Restartable) and cls is not Restartable]
@@ -165,7 +165,7 @@ def _build_average(file: FileFacts, name: str, begin: AverageFacts, given: Given
     if missing:
         raise CheckpointError(
             f'{file} does not say how its average {name} was updated; `restart` takes '
-            f'{" and ".join(f"{key}=" for key in missing)}'
+            f'{" and ".join(f"--{key}" for key in missing)} (in Python as fields of Given)'
         )
     interval = found.pop('interval')
     arguments.update({key: value for key, value in found.items() if value is not None})
@@ -184,14 +184,16 @@ def _class_of(file, name, settings, schedule, given: Given) -> type:
     kind = BY_SCHEDULE.get(schedule) or BY_NAME.get(told)
     wanted = BY_NAME.get(asked)
     if asked and wanted is None:
-        raise CheckpointError(f'ema_type must be one of {", ".join(BY_NAME)}, got {asked!r}')
+        raise CheckpointError(
+            f'--ema-type (ema_type) must be one of {", ".join(BY_NAME)}, got {asked!r}'
+        )
     if kind and wanted not in (None, kind):
-        raise CheckpointError(f'{file} says that {name} is a {kind.__name__}, got ema_type={asked}')
+        raise CheckpointError(f'{file} says that {name} is a {kind.__name__}, got {asked}')
     if not (kind or wanted):
         what = f'its ema_type {told!r} is unknown' if told else 'its config has no EMAHook'
         raise CheckpointError(
             f'{file} does not say how its average {name} was updated ({what}); '
-            f'`restart` takes ema_type=, one of {", ".join(BY_NAME)}'
+            f'`restart` takes --ema-type (ema_type of Given), one of {", ".join(BY_NAME)}'
         )
     return kind or wanted
 

@@ -432,8 +432,8 @@ def small_run(data):
         ([CONFIG, '--cfg-options', 'x'], 'takes key=value'),
     ],
 )
-def test_refuses_before_it_imports(tmp_path, monkeypatch, arguments, reason):
-    monkeypatch.setattr(ablate.cli, 'import_stack', pytest.fail)
+def test_refuses_before_it_imports_the_libraries(tmp_path, monkeypatch, arguments, reason):
+    monkeypatch.setattr(ablate.cli, 'import_libraries', pytest.fail)
     assert reason in refusal('ablate', *arguments, '--out', 'out', folder=tmp_path)
     assert not (tmp_path / 'out').exists()
 

@@ -1,6 +1,5 @@
-"""The plan that tools/plot_ema.py draws is what a real run then does."""
+"""The plan that mmema plot draws is what a real run then does."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +8,12 @@ from matplotlib.figure import Figure
 from mmengine.config import Config
 
 pytest.importorskip('mmyolo')
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / 'tools')]
+from reference import exp_momentum
+from runs import ema, plain_runner
 
-import plot_ema  # noqa: E402
-from reference import exp_momentum  # noqa: E402
-from runs import ema, plain_runner  # noqa: E402
-
-from mmema.restarts.profile import shares  # noqa: E402
-from mmema.run.scalars import Scalars, Validation  # noqa: E402
+from mmema.cli import plot
+from mmema.restarts.profile import shares
+from mmema.run.scalars import Scalars, Validation
 
 EMA = ema(gamma=3)
 MAP = 'coco/bbox_mAP'
@@ -57,14 +53,14 @@ def make_config(tmp_path, hooks, **kwargs):
 def test_a_run_does_what_was_planned(tmp_path, hooks, settings):
     hooks = [EMA, *hooks, MONITOR]
     config = make_config(tmp_path, hooks, **settings)
-    run = plot_ema.run_in(config, 2)
-    plan = plot_ema.of_config(run)
+    run = plot.run_in(config, 2)
+    plan = plot.of_config(run)
     settings = dict(settings)
     settings['default_hooks'] = dict(
         logger=dict(type='LoggerHook', interval=1), **settings.get('default_hooks', {})
     )
     plain_runner(tmp_path, hooks, epochs=6, **settings).train()
-    curves = plot_ema.of_scalars(run, tmp_path)
+    curves = plot.of_scalars(run, tmp_path)
     at, momentum = curves.momenta['ema']
     assert list(at) == list(range(1, 13))
     np.testing.assert_allclose(curves.lr, plan.lr, rtol=1e-6)
@@ -81,24 +77,24 @@ def test_updates_with_accumulation_are_those_of_the_run(tmp_path):
     wrapper = dict(accumulative_counts=4, optimizer=dict(type='SGD', lr=0.05))
     hooks = [dict(EMA, type='mmema.EMAHook'), restart(milestones=[4]), MONITOR]
     settings = dict(optim_wrapper=wrapper, train_cfg=dict(by_epoch=True, max_epochs=7))
-    run = plot_ema.run_in(make_config(tmp_path, hooks, **settings), 2)
-    plan = plot_ema.of_config(run)
+    run = plot.run_in(make_config(tmp_path, hooks, **settings), 2)
+    plan = plot.of_config(run)
     assert list(plan.momenta['ema'][0]) == [3, 7, 11, 13] and plan.restarts == [8]
     by_hand = [1, exp_momentum(1, 0.1, 3), 1, exp_momentum(1, 0.1, 3)]  # a copy after the restart
     assert plan.all_momenta.tolist() == by_hand
     assert len(plan.lr) == 14
     plain_runner(tmp_path, hooks, epochs=7, optim_wrapper=wrapper).train()
-    curves = plot_ema.of_scalars(run, tmp_path)
+    curves = plot.of_scalars(run, tmp_path)
     assert curves.restarts == plan.restarts
     assert curves.all_momenta.tolist() == pytest.approx(by_hand)
 
 
 def test_the_axis_of_the_horizon_counts_the_interval(monkeypatch, tmp_path):
     config = make_config(tmp_path, [ema(gamma=3, momentum=0.001, interval=20)])
-    run = plot_ema.run_in(config, 100)
+    run = plot.run_in(config, 100)
     drawn = []
     monkeypatch.setattr(Figure, 'savefig', lambda self, *args, **kwargs: drawn.append(self))
-    plot_ema.draw(plot_ema.of_config(run), run, 'nowhere.png')
+    plot.draw(plot.of_config(run), run, 'nowhere.png')
     (horizon,) = drawn[0].axes[0].child_axes
     # At momentum 0.001 the average remembers 20 / 0.001 updates.
     assert horizon._functions[0](0.001) == pytest.approx(20000)
@@ -108,8 +104,8 @@ def test_the_axis_of_the_horizon_counts_the_interval(monkeypatch, tmp_path):
 def test_the_copy_of_a_hard_restart_is_found_between_two_points():
     # Logged every 4 updates; the restart came before the update with index 5.
     at, steps, counts = np.array([4, 8, 12]), np.array([4, 3, 7]), np.array([0, 1, 1])
-    assert plot_ema.restarts_of(at, steps, counts) == [5]
-    values = plot_ema.between(at, np.array([0.5, 0.4, 0.2]), steps, counts)
+    assert plot.restarts_of(at, steps, counts) == [5]
+    values = plot.between(at, np.array([0.5, 0.4, 0.2]), steps, counts)
     assert values[5] == 1 and values[0] == 1
     assert values[8:].tolist() == pytest.approx([0.4, 0.35, 0.3, 0.25])
     assert (shares(values)[:5] == 0).all()
@@ -117,7 +113,7 @@ def test_the_copy_of_a_hard_restart_is_found_between_two_points():
 
 def test_begin_of_the_average(tmp_path):
     config = make_config(tmp_path, [ema(gamma=3, begin_epoch=3)])
-    plan = plot_ema.of_config(plot_ema.run_in(config, 2))
+    plan = plot.of_config(plot.run_in(config, 2))
     assert (plan.all_momenta[:5] == 1).all() and plan.all_momenta[5] < 1
 
 
@@ -135,11 +131,11 @@ SEVERAL = ema(type='mmema.EMAHook', gamma=3, also=ALSO)
 def test_the_plan_of_each_average_is_what_its_run_does(monkeypatch, tmp_path, capsys):
     hooks = [SEVERAL, restart(milestones=[5]), MONITOR]
     val_cfg = dict(type='mmema.EMAValLoop')
-    run = plot_ema.run_in(make_config(tmp_path, hooks, val_cfg=val_cfg), 2)
-    plan = plot_ema.of_config(run)
+    run = plot.run_in(make_config(tmp_path, hooks, val_cfg=val_cfg), 2)
+    plan = plot.of_config(run)
     assert list(plan.momenta) == ['ema', *ALSO]
     plain_runner(tmp_path, hooks, epochs=6, val_cfg=val_cfg).train()
-    curves = plot_ema.of_scalars(run, tmp_path)
+    curves = plot.of_scalars(run, tmp_path)
     assert list(curves.momenta) == ['ema', *ALSO]
     moments = dict(ema=[10], hard=[6], soft=[5, 10], mean=[4, 8])
     for name, (_, planned) in plan.momenta.items():
@@ -158,7 +154,7 @@ def test_the_plan_of_each_average_is_what_its_run_does(monkeypatch, tmp_path, ca
 
     drawn = []
     monkeypatch.setattr(Figure, 'savefig', lambda self, *args, **kwargs: drawn.append(self))
-    plot_ema.draw(curves, run, 'nowhere.png')
+    plot.draw(curves, run, 'nowhere.png')
     (legend,) = drawn[0].legends
     assert [text.get_text() for text in legend.get_texts()] == ['EMA', 'raw', *ALSO, 'EMA restart']
     momenta, metrics = drawn[0].axes[0], drawn[0].axes[3]
@@ -177,7 +173,7 @@ def test_the_batch_size_counts(tmp_path, capsys):
         base_batch_size=3,
     )
     config = make_config(tmp_path, [hook], train_dataloader=dict(batch_size=6))
-    plan = plot_ema.of_config(plot_ema.run_in(config, 2, processes=2))
+    plan = plot.of_config(plot.run_in(config, 2, processes=2))
     assert plan.all_momenta[1:].tolist() == pytest.approx(11 * [0.3439])  # 1 - 0.9 ** 4
     assert 'note: ema: a batch of 12 with base_batch_size=3' in capsys.readouterr().err
 
@@ -194,7 +190,7 @@ def test_metric_curves(prefix):
         custom_hooks=[ema(type='mmema.EMAHook', also=dict(short={}, long={}))],
         val_cfg=dict(type='mmema.EMAValLoop', prefix=prefix),
     )
-    metric, curves = plot_ema.metric_curves(config, scalars_of(*points))
+    metric, curves = plot.metric_curves(config, scalars_of(*points))
     assert metric == MAP
     assert curves == {
         'ema': [(1, 0.1), (2, 0.2)],
@@ -208,7 +204,7 @@ def test_the_metric_is_that_of_save_best():
     config = dict(val_cfg=dict(type='mmema.EMAValLoop'))
     for save_best in ('acc', 'raw/acc'):
         config['default_hooks'] = dict(checkpoint=dict(type='CheckpointHook', save_best=save_best))
-        metric, curves = plot_ema.metric_curves(config, scalars_of(point))
+        metric, curves = plot.metric_curves(config, scalars_of(point))
         assert (metric, curves) == ('acc', dict(ema=[(1, 0.5)], raw=[(1, 0.4)]))
 
 
@@ -218,7 +214,7 @@ def test_an_average_may_have_the_name_of_a_metrics_prefix():
         custom_hooks=[ema(type='mmema.EMAHook', also=dict(coco={}))],
         val_cfg=dict(type='mmema.EMAValLoop'),
     )
-    metric, curves = plot_ema.metric_curves(config, scalars_of(point))
+    metric, curves = plot.metric_curves(config, scalars_of(point))
     assert (metric, curves) == (MAP, dict(ema=[(1, 0.1)], raw=[(1, 0.2)], coco=[(1, 0.3)]))
 
 
@@ -233,8 +229,7 @@ custom_hooks = [{hooks}]
 def call(monkeypatch, folder, *arguments, hooks="dict(type='EMAHook', momentum=0.1)"):
     (folder / 'const.py').write_text(CONST.format(hooks=hooks))
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, 'argv', ['plot_ema.py', *arguments])
-    plot_ema.main()
+    plot.main([*arguments])
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,10 @@ def test_a_bad_fit_is_taken_by_force_alone(run, tmp_path, capsys):
         ('restart {w}/epoch_2.pth {w}/epoch_6.pth --momentum 0.2', 'momentum of ema is 0.1, got'),
         ('restart {w}/epoch_2.pth {w}/epoch_6.pth --weights x', "has no average 'x'"),
         ('restart {w}/epoch_2.pth {w}/epoch_6.pth -o a.txt', 'must end in .pth or .safetensors'),
-        ('restart {w}/epoch_2.pth {w}/epoch_6.pth -o there.pth', 'exists; --force replaces it'),
+        (
+            'restart {w}/epoch_2.pth {w}/epoch_6.pth -o there.pth',
+            'exists; --force (force=True) replaces it',
+        ),
         ('mean {w}/epoch_2.pth', 'a mean is of at least two files, each once, got'),
         ('fit none --momentum 0.1', 'no folder none'),
         ('fit . --momentum 0.1', 'no checkpoint of a run in .'),

@@ -10,7 +10,8 @@ import numpy as np
 from ..checkpoints.export import write_weights
 from ..checkpoints.files import load
 from ..checkpoints.formats import CheckpointError, State
-from .facts import MAIN, FileFacts, check_same_run, facts_in
+from ..run import MAIN
+from .facts import FileFacts, check_same_run, facts_in
 from .history import NOTHING, Given, average_config, momenta_between, repeats_tied
 from .mixture import STATISTICS, Pattern, Term, mix, pattern_of
 from .profiles import Fit, Stored
@@ -161,13 +162,13 @@ def nearest(
         raise CheckpointError(
             f'the nearest mixture is {found.error:.1%} off the wanted profile, more than '
             f'{MOST_ERROR:.0%}: it needs more checkpoints, or averages of other horizons in also. '
-            'force=True takes it all the same'
+            '--force (force=True) takes it all the same'
         )
     if found.size > MOST_SIZE and not force:
         raise CheckpointError(
             f'the coefficients sum to {found.size:,.0f} without their signs, more than '
-            f'{MOST_SIZE:,}: the roundings of the files would be enlarged as much. force=True '
-            'takes them all the same'
+            f'{MOST_SIZE:,}: the roundings of the files would be enlarged as much. '
+            '--force (force=True) takes them all the same'
         )
     return found
 
