@@ -1,4 +1,4 @@
-"""The cost of an update, counted: operators, kernel calls and bytes, never time."""
+"""The cost of an update, counted in operators and bytes, never in time."""
 
 import sys
 from copy import deepcopy
@@ -14,26 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import Toy, seeded, shake
 
 from mmema import ExpMomentumEMA, RestartableExpMomentumEMA
-from mmema.update import native
 from mmema.update.pairs import copy_all
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'tools'))
 
 import model_shapes
-
-both_ways = pytest.mark.usefixtures('both_ways')
-
-needs_compiled_blend = pytest.mark.skipif(
-    not hasattr(native.compiled, 'ContiguousPairs'),
-    reason='needs `python -m mmema.build_native` on Linux',
-)
-
-
-@pytest.fixture
-def threads_of_torch():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 class Calls(TorchDispatchMode):
@@ -82,53 +67,12 @@ FEW = 5
 @since_torch_2_1('copies one by one')
 @BUFFERS
 @pytest.mark.parametrize('build', [detector_like, yolov5_s])
-def test_an_update_is_a_few_operators_however_many_tensors(build, update_buffers, monkeypatch):
-    monkeypatch.setattr(native, 'compiled', None)  # whose kernel calls no dispatcher sees
+def test_an_update_is_a_few_operators_however_many_tensors(build, update_buffers):
     names = calls_of_an_update(build(), update_buffers)
     assert names[0] == 'aten._local_scalar_dense.default' and names[-1].startswith('aten.add_')
     assert 3 <= len(names) <= FEW, names
 
 
-def compiled_groups(ema, model):
-    """Return the groups of pairs that the compiled part blends, and those that it copies."""
-    ema.update_parameters(model)
-    plans = ema._follower._blended, ema._follower._copied
-    assert not any(plan.fused or plan.single for plan in plans)  # nothing goes another way
-    return [plan.compiled for plan in plans]
-
-
-@needs_compiled_blend
-@BUFFERS
-@pytest.mark.parametrize('build', [detector_like, yolov5_s])
-def test_a_compiled_update_is_one_call_for_each_dtype(build, update_buffers):
-    model = build()
-    ema = ExpMomentumEMA(model, update_buffers=update_buffers)
-    blended, copied = compiled_groups(ema, model)
-    assert (len(blended), len(copied)) == (1, 1 if update_buffers else 2)
-    names = calls_of_an_update(model, update_buffers)
-    assert len(names) == 2, names  # the counter is read and raised
-
-
-@needs_compiled_blend
-@pytest.mark.parametrize('threads', [1, 2])
-def test_short_tensors_share_the_calls_of_the_kernel(threads, threads_of_torch):
-    threads_of_torch(threads)
-
-    def calls(count, size):
-        model = nn.ParameterList([nn.Parameter(torch.rand(size)) for _ in range(count)])
-        ema = ExpMomentumEMA(model)
-        ((group,), _) = compiled_groups(ema, model)
-        return group.lerp(0.25)
-
-    # 8192 bytes are gathered for a call: 20 tensors of 100 numbers, 4 of 500; 512 is short.
-    assert calls(100, 100) == 5
-    assert calls(400, 100) == 20
-    assert calls(100, 500) == (25 if threads == 1 else 26)
-    assert calls(10, 513) == 10
-    assert calls(1, 200_000) == threads
-
-
-@both_ways
 @BUFFERS
 def test_nothing_is_searched_for_again_while_nothing_changes(update_buffers):
     model, generator = Toy(), seeded(0)
@@ -146,13 +90,11 @@ def test_nothing_is_searched_for_again_while_nothing_changes(update_buffers):
 # --- the same numbers --------------------------------------------------------------------------
 
 
-@both_ways
 @BUFFERS
 @pytest.mark.parametrize('momentum', [0.0002, 0.3, 0.5, 0.9])
 def test_an_update_is_bit_for_bit_lerp_tensor_by_tensor(momentum, update_buffers):
     generator = seeded(1)
-    # Lengths around the vector registers, whose ends are worked out by other code, and more than
-    # the compiled part gathers for one call.
+    # Lengths around the vector registers, whose ends are worked out by other code.
     lengths = [*range(1, 70), *[3000] * 12, 5000]
     model = nn.ModuleList([nn.BatchNorm2d(n) for n in lengths] + [detector_like(3)])
     ema = ExpMomentumEMA(model, momentum, 1e-3, update_buffers=update_buffers)
@@ -193,7 +135,6 @@ def one_norm(source):
     return source[1]
 
 
-@both_ways
 @pytest.mark.parametrize('part', [one_norm, lambda source: source], ids=['a norm', 'everything'])
 @pytest.mark.parametrize(
     'change',
@@ -226,7 +167,6 @@ def test_vectors_that_moved_are_followed(side, change, part, update_buffers):
         torch.testing.assert_close(tensor, before[name] + step, msg=lambda m, n=name: f'{n}: {m}')
 
 
-@both_ways
 def test_a_vector_that_shrinks_is_an_error_that_names_it():
     model = nn.Sequential(nn.BatchNorm2d(4))
     ema = ExpMomentumEMA(model)
@@ -258,7 +198,6 @@ def size_of(*tensors):
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-@both_ways
 @BUFFERS
 def test_there_is_one_extra_copy_of_the_weights_and_no_more(update_buffers):
     model = detector_like(10, width=64)
@@ -281,7 +220,6 @@ def test_there_is_one_extra_copy_of_the_weights_and_no_more(update_buffers):
     assert peak_bytes(hook._swap_ema_parameters) <= largest + small
 
 
-@both_ways
 def test_sixteen_bit_sources_are_converted_tensor_by_tensor():
     model = detector_like(10, width=64).bfloat16()
     ema = ExpMomentumEMA(model)

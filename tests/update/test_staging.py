@@ -17,8 +17,6 @@ from mmema import ExpMomentumEMA, RestartableExpMomentumEMA, averaged_weights
 from mmema.update import follower
 from mmema.update.staging import StagedFollower, Transfer, staged_once
 
-pytestmark = pytest.mark.usefixtures('both_ways')
-
 
 @pytest.fixture(params=['cpu', pytest.param('cuda', marks=GPU)])
 def far(request, monkeypatch):
