@@ -1,4 +1,4 @@
-"""What the tests share: the folder of helpers, settings of torch and Hypothesis, the log as text."""
+"""What the tests share: settings of torch and Hypothesis, the folder of helpers, the log."""
 
 import gc
 import os

@@ -429,7 +429,7 @@ def measure_parts(names, rounds):
             average.update_parameters(model)
         follower = average._follower
         parts = {
-            'staleness check': follower._check.holds,
+            'staleness check': partial(follower.holds, average.module, model),
             'blend': lambda f=follower: f._blended.lerp(MOMENTUM),
             'copy': follower._copied.copy,
             'a whole update': lambda a=average, m=model: a.update_parameters(m),

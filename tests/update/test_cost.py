@@ -1,6 +1,7 @@
 """The cost of an update, counted in operators and bytes, never in time."""
 
 import sys
+import weakref
 from copy import deepcopy
 from pathlib import Path
 
@@ -174,6 +175,91 @@ def test_a_vector_that_shrinks_is_an_error_that_names_it():
     model[0].weight.data = torch.ones(1)  # would be spread over all four
     with pytest.raises(ValueError, match=r"'0.weight' is \(4,\) in the average and \(1,\)"):
         ema.update_parameters(model)
+
+
+@pytest.mark.parametrize('side', ['average', 'source'])
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda data: data[:1],
+        lambda data: data.t(),
+        lambda data: data.double(),
+        lambda data: data.to_sparse().to_dense(),
+    ],
+    ids=['shorter', 'transposed', 'double', 'other memory'],
+)
+def test_a_tensor_that_is_seen_otherwise_is_followed_or_refused(change, side):
+    model = nn.ParameterList([nn.Parameter(torch.arange(16.0).view(4, 4))])
+    ema = ExpMomentumEMA(model, momentum=0.25, gamma=1e-3)
+    ema.update_parameters(model)
+    changed = ema.module if side == 'average' else model
+    changed[0].data = change(changed[0].data)
+    if changed[0].shape != (4, 4):
+        with pytest.raises(ValueError, match='must keep its shape'):
+            ema.update_parameters(model)
+        return
+    expected = ema.module[0].lerp(model[0].to(ema.module[0]), 0.25)
+    ema.update_parameters(model)
+    assert torch.equal(ema.module[0], expected)
+
+
+def test_a_tensor_of_another_shape_is_an_error_on_either_side():
+    model = nn.ParameterList([nn.Parameter(torch.ones(4, 4))])
+    ema = ExpMomentumEMA(model)
+    ema.update_parameters(model)
+    model[0].data = model[0].data.view(2, 8)  # as many numbers
+    with pytest.raises(RuntimeError):
+        ema.update_parameters(model)
+
+
+def test_a_swapped_tensor_is_followed():
+    # torch.utils.swap_tensors leaves every Python object in its place.
+    if not hasattr(torch.utils, 'swap_tensors'):
+        pytest.skip('torch 2.2 and earlier cannot swap')
+    model = Toy()
+    ema = ExpMomentumEMA(model, 0.25, 1e-3)
+    for _ in range(2):
+        ema.update_parameters(model)
+    other = nn.Parameter(torch.full((3,), 9.0, dtype=torch.float64))
+    torch.utils.swap_tensors(model.norm.bias, other)
+    ema.update_parameters(model)
+    assert torch.equal(ema.module.norm.bias, torch.full((3,), 2.25))
+
+
+def test_a_replaced_layer_stays_until_the_next_update():
+    model = nn.ModuleDict({'head': nn.Sequential(nn.Linear(4, 4))})
+    ema = ExpMomentumEMA(model, momentum=0.5)
+    ema.update_parameters(model)
+    layer = weakref.ref(model['head'][0])
+    model['head'] = None
+    assert layer() is not None  # else the next layer could have its address, and pass for it
+    model['head'] = nn.Sequential(nn.Linear(4, 4))
+    ema.update_parameters(model)
+    assert layer() is None
+
+
+class Odd(nn.Parameter):
+    """Not a plain parameter: it may keep its numbers anywhere."""
+
+
+@pytest.mark.parametrize(
+    'source',
+    [
+        nn.Parameter(torch.ones(2, 3).t()),
+        nn.Parameter(torch.ones(3, 2, dtype=torch.complex64)),
+        nn.Parameter(torch._neg_view(torch.full((3, 2), -1.0))),
+        nn.Parameter(torch._efficientzerotensor((3, 2)) + 1),
+        Odd(torch.ones(3, 2)),
+    ],
+    ids=['transposed', 'complex', 'negative', 'zero', 'a subclass'],
+)
+def test_a_tensor_of_an_odd_kind_is_blended_like_any_other(source):
+    model = nn.ParameterList([source])
+    ema = ExpMomentumEMA(model, momentum=0.25, gamma=1e-3)
+    ema.update_parameters(model)
+    ema.module[0].zero_()
+    ema.update_parameters(model)
+    assert torch.equal(ema.module[0], torch.full((3, 2), 0.25, dtype=source.dtype))
 
 
 # --- bytes -------------------------------------------------------------------------------------
