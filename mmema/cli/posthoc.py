@@ -135,20 +135,20 @@ def restart(args):
 
 def fit(args):
     from ..posthoc.derive import fit
-    from ..posthoc.profiles import exponential, stored_profiles, uniform
+    from ..posthoc.profiles import blends_of, exponential, stored_profiles, uniform
 
     files = facts_of_run(args.folder, args.trust)
     stored, notes = stored_profiles(files)
     for note in notes:
         cli.note(f'note: {note}')
-    run, total = stored[-1].facts.run, stored[-1].total
+    run, total, blends = stored[-1].facts.run, stored[-1].total, blends_of(stored)
     begins = args.restart_at if args.uniform is None else args.uniform
     start = run.update_of((begins or 0) * (run.epoch_length or 1))
     with cli.one_line('fit', TypeError, ValueError):
         if args.uniform is None:
-            wanted = exponential(args.momentum, args.gamma, start, total)
+            wanted = exponential(args.momentum, args.gamma, start, total, blends)
         else:
-            wanted = uniform(start, total)
+            wanted = uniform(start, total, blends)
     record = {
         key: value
         for key in ('momentum', 'gamma', 'restart_at', 'uniform')

@@ -157,7 +157,7 @@ def test_choose_on_measured_statistics(run, tmp_path, capsys):
     call_here(*call, '--batches', 2, folder=tmp_path)
     printed = capsys.readouterr().out
     assert 'momentum 0.1, restarted at epoch 3' in printed
-    assert f'report it on another one: tools/test.py {config} best.pth' in printed
+    assert f'report it on another one: mmema test {config} best.pth' in printed
     from runs import Line
 
     state = torch.load(tmp_path / 'best.pth', weights_only=True)['state_dict']
