@@ -269,7 +269,7 @@ def test_what_the_files_do_not_say_has_to_be_given(stock, tmp_path):
         torch.save(content, files[-1])
     with refuses(r'its config has no EMAHook\); `restart` takes --ema-type .ema_type of Given., one of '):
         restart(*files)
-    with refuses('`restart` takes --momentum  and gamma= and interval='):
+    with refuses('`restart` takes --momentum and --gamma and --interval'):
         restart(*files, given=Given('ExpMomentumEMA'))
     made = restart(*files, given=Given('mmdet.ExpMomentumEMA', 0.1, 8, 1))
     expected = stock.sum(window(exp_momenta(24, 0.1, 8), 8))
