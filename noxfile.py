@@ -104,7 +104,7 @@ def deepspeed(session):
     """The stack of `make setup` and DeepSpeed, which shards by ZeRO."""
     install_pinned(session, bootstrap.OPENMMLAB[0])
     session.install('--no-build-isolation', 'deepspeed==0.16.9')
-    test(session, which=['tests/test_zero.py'])
+    test(session, which=['tests/sharded/test_zero.py'])
 
 
 @nox.session(venv_backend='none')

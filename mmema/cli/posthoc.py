@@ -125,7 +125,7 @@ def show(made, output, force):
 
 
 def restart(args):
-    from ..posthoc.averages import restart
+    from ..posthoc.derive import restart
     from ..posthoc.history import Given
 
     given = Given(args.ema_type, args.momentum, args.gamma, args.interval)
@@ -134,7 +134,7 @@ def restart(args):
 
 
 def fit(args):
-    from ..posthoc.averages import fit
+    from ..posthoc.derive import fit
     from ..posthoc.profiles import exponential, stored_profiles, uniform
 
     files = facts_of_run(args.folder, args.trust)
@@ -161,7 +161,7 @@ def fit(args):
 
 
 def mean(args):
-    from ..posthoc.averages import mean
+    from ..posthoc.derive import mean
 
     show(mean(args.files, args.weights, args.trust), args.output, args.force)
 

@@ -18,9 +18,8 @@ from ..restarts.live import catch_up, check_rule, log_restart, momentum_of, on_m
 from ..restarts.planner import Restart, plan
 from ..restarts.progress import RuleProgress, due_restart
 from ..restarts.rule import RestartRule
-from ..run import choose_checkpoint, ema_hook_of, facts_of, now_of, what_loads
+from ..run import choose_checkpoint, ema_hook_of, facts_of, now_of, traits_of, what_loads
 from ..update.pairs import unwrapped
-from ..zero import DeepSpeedStrategy
 
 
 @register_everywhere(HOOKS)
@@ -189,14 +188,14 @@ class EMARestartHook(Hook):
 
 
 def refuse_sources(runner: Runner, rules: list) -> None:
-    """Raise RunError if DeepSpeed trains weights that a restart is to replace."""
-    if not isinstance(getattr(runner, 'strategy', None), DeepSpeedStrategy):
+    """Raise RunError if a restart is to replace weights of which the optimizer trains a copy."""
+    if not traits_of(runner).trains_a_copy:
         return
     for rule in rules:
         for source in {rule.source, rule.plateau and rule.plateau.source} - {None, 'model'}:
             raise RunError(
-                f"with DeepSpeedStrategy source must be 'model', got {source!r}: DeepSpeed trains "
-                'a copy of the weights that belongs to the optimizer.'
+                f"with {type(runner.strategy).__name__} source must be 'model', got {source!r}: it "
+                'trains a copy of the weights that belongs to the optimizer.'
             )
 
 

@@ -6,8 +6,8 @@ from typing import NamedTuple, Sequence
 
 import numpy as np
 
-from . import averages
-from .facts import MAIN
+from ..run import MAIN
+from . import derive
 from .history import average_config
 from .profiles import Fit, Stored, blends_of, exponential, uniform
 
@@ -30,13 +30,13 @@ class Candidate(NamedTuple):
         """Return it with its mixture; raise CheckpointError if none is near enough."""
         if self.wanted is None:
             return self
-        return self._replace(fit=averages.nearest(self.stored, self.wanted))
+        return self._replace(fit=derive.nearest(self.stored, self.wanted))
 
-    def made(self, trust: bool = False) -> averages.Made:
+    def made(self, trust: bool = False) -> derive.Made:
         """Make the weights; raise CheckpointError if that cannot be."""
         if self.wanted is None:
-            return averages.taken(self.stored[0], trust)
-        made, _ = averages.fit(self.stored, self.wanted, self.record, trust=trust, found=self.fit)
+            return derive.taken(self.stored[0], trust)
+        made, _ = derive.fit(self.stored, self.wanted, self.record, trust=trust, found=self.fit)
         return made
 
 

@@ -12,10 +12,8 @@ from ..averaged import schedule_name
 from ..checkpoints.files import content_of, named
 from ..checkpoints.formats import CheckpointError, Weights, read_weights
 from ..messages import listed
-from ..run import RunFacts, facts_in_config
+from ..run import MAIN, RunFacts, facts_in_config
 from ..run.config import ema_hook_in, hooks_in, kind_of, read_config
-
-MAIN = 'ema'
 
 
 @dataclass(frozen=True)

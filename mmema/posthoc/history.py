@@ -17,9 +17,9 @@ from ..restartable import Restartable
 from ..restarts.planner import Restart, merged, restart_at
 from ..restarts.profile import momenta
 from ..restarts.rule import RestartRule
-from ..run import Moment
+from ..run import MAIN, Moment
 from ..run.config import is_ours
-from .facts import MAIN, AverageFacts, FileFacts
+from .facts import AverageFacts, FileFacts
 
 CLASSES = [cls for cls in vars(restartable).values() if isinstance(cls, type)]
 CLASSES = [cls for cls in CLASSES if issubclass(cls, Restartable) and cls is not Restartable]

@@ -17,7 +17,7 @@ from ..checkpoints import folders
 from ..checkpoints.probe import structure
 from ..checkpoints.resume import KEPT, exchange_weights
 from ..messages import RunError, warn
-from ..run import checkpoint_hooks, finish_saving
+from ..run import checkpoint_hooks, traits_of
 from ..update.pairs import unwrapped
 from ..update.sharded import own_optimizer_state, own_state
 
@@ -62,7 +62,7 @@ def keep_best(runner: Runner) -> tuple:
     work_dir = Path(runner.work_dir)
     kept = work_dir / f'{KEPT}iter_{runner.iter}.pth'
     places = (Path(best), work_dir / Path(best).name, kept)  # the folder may have been moved
-    finish_saving(runner)
+    traits_of(runner).finish_saving()
     file = next((file for file in places if file.exists()), None)
     if file is None:
         raise RunError(

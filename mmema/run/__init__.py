@@ -6,37 +6,14 @@ from .live import (
     checkpoint_hooks,
     choose_checkpoint,
     ema_hook_of,
-    finish_saving,
     kept_rng,
     last_of,
     now_of,
-    refuse_stock_hook,
     the_ema_hook,
     validation_follows,
     what_loads,
 )
 from .metrics import less_is_better, watched_metric
+from .names import MAIN, label_of, scalars_of
+from .strategies import StrategyTraits, refuse_unsaved, traits_of
 from .switches import SWITCH_HOOKS, switches_of
-
-__all__ = [
-    'SWITCH_HOOKS',
-    'Moment',
-    'RunFacts',
-    'averages_of',
-    'checkpoint_hooks',
-    'choose_checkpoint',
-    'ema_hook_of',
-    'facts_in_config',
-    'facts_of',
-    'finish_saving',
-    'kept_rng',
-    'last_of',
-    'less_is_better',
-    'now_of',
-    'refuse_stock_hook',
-    'switches_of',
-    'the_ema_hook',
-    'validation_follows',
-    'watched_metric',
-    'what_loads',
-]

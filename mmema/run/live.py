@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.hooks import EMAHook as StockEMAHook
-from mmengine.runner import EpochBasedTrainLoop, FlexibleRunner, IterBasedTrainLoop, Runner
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 
 from ..checkpoints.probe import is_whole
 from ..checkpoints.resume import checkpoint_to_resume
 from ..messages import RunError
+from .names import MAIN
 
 
 def ema_hook_of(runner: Runner) -> StockEMAHook:
@@ -43,27 +44,9 @@ def checkpoint_hooks(runner: Runner) -> list[CheckpointHook]:
     return [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
 
 
-def refuse_stock_hook(strategy) -> None:
-    """Raise RunError if the FlexibleRunner that calls a strategy of ours has MMEngine's EMAHook.
-
-    That hook swaps, saves and loads in ways that neither FSDP2 nor DeepSpeed allows, and its first
-    error comes from deep inside of torch. A strategy is not told of hooks.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        runner, frame = frame.f_locals.get('self'), frame.f_back
-        for hook in runner.hooks if isinstance(runner, FlexibleRunner) else ():
-            if isinstance(hook, StockEMAHook) and not hasattr(hook, 'also'):
-                raise RunError(
-                    f"{type(strategy).__name__} needs mmema.EMAHook, got MMEngine's "
-                    f"{type(hook).__name__}. Set type='mmema.EMAHook' in custom_hooks; its other "
-                    'arguments stay.'
-                )
-
-
 def averages_of(ema_hook: StockEMAHook) -> dict:
-    """Return the averages of an EMAHook by name: the main one, without a name, and the others."""
-    return {'': getattr(ema_hook, 'ema_model', None), **getattr(ema_hook, 'also', {})}
+    """Return the averages of an EMAHook by name, the main one first."""
+    return {MAIN: getattr(ema_hook, 'ema_model', None), **getattr(ema_hook, 'also', {})}
 
 
 def choose_checkpoint(runner: Runner) -> None:
@@ -118,13 +101,6 @@ def now_of(runner: Runner) -> int:
 def last_of(loop) -> int:
     """Return the number of epochs, or iterations, of a loop."""
     return loop.max_epochs if isinstance(loop, EpochBasedTrainLoop) else loop.max_iters
-
-
-def finish_saving(runner: Runner) -> None:
-    """Wait until the last checkpoint is written, if that goes on beside the training."""
-    finish = getattr(getattr(runner, 'strategy', None), 'finish_saving', None)
-    if finish is not None:
-        finish()
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mmema.posthoc import averages
+from mmema.posthoc import derive
 from mmema.posthoc.candidates import candidates
 from mmema.posthoc.facts import facts_in
 from mmema.posthoc.profiles import Stored, stored_profiles
@@ -53,7 +53,7 @@ def test_horizons_are_those_of_an_average_with_the_interval_of_the_run(stock, in
 
 def test_each_mixture_is_solved_for_once(stock, monkeypatch):
     solved = []
-    fit_profiles = averages.fit_profiles
+    fit_profiles = derive.fit_profiles
     monkeypatch.setattr(
         averages, 'fit_profiles', lambda *args: solved.append(args[1]) or fit_profiles(*args)
     )

@@ -162,7 +162,7 @@ def largest_difference(first, second):
     return max((one - other).abs().max().item() for one, other in zip(first, second))
 
 
-@pytest.mark.extensive  # test_averages.py has the same with a toy
+@pytest.mark.extensive  # test_derive.py has the same with a toy
 def test_restart_equals_the_average_that_was_restarted_in_the_run(data, tmp_path):
     run, _ = train(tmp_path, data, OURS)
     call_here(TOOL, 'restart', run.file(1), run.file(2), '-o', 'made.pth', folder=tmp_path)

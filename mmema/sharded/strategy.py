@@ -11,33 +11,34 @@ from concurrent.futures import Future
 from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from functools import partial
-from pathlib import Path
 from typing import Callable, Sequence
 
 import mmengine
 import torch
-from mmengine._strategy import BaseStrategy, DDPStrategy
+from mmengine._strategy import DDPStrategy
 from mmengine.device import get_device
-from mmengine.dist import broadcast, init_dist, is_distributed, is_main_process
+from mmengine.dist import broadcast, init_dist, is_main_process
 from mmengine.model import BaseDataPreprocessor
-from mmengine.runner.checkpoint import _load_checkpoint, save_checkpoint, weights_to_cpu
+from mmengine.runner.checkpoint import _load_checkpoint
 from mmengine.utils import get_git_hash
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .arguments import check_bool, check_integer, check_strings
-from .checkpoints import folders
-from .checkpoints.resume import checkpoint_to_resume
-from .messages import RunError, listed
-from .registry import STRATEGIES, register_everywhere
-from .run import refuse_stock_hook
-from .update.sharded import Layout, Parts, is_dtensor, own_optimizer_state, own_state
+from ..arguments import check_bool, check_integer, check_strings
+from ..checkpoints import folders
+from ..checkpoints.resume import checkpoint_to_resume
+from ..messages import RunError, listed
+from ..registry import STRATEGIES
+from ..run import StrategyTraits
+from ..update.sharded import Layout, Parts, is_dtensor, own_state
+from .folders import write_file, write_folder
+from .precision import cast_inputs, checked_policy, own_precision, with_cast
+from .refusals import refuse_no_launcher, refuse_old_torch, refuse_stock_hook
+from .states import gathered, on_cpu, own_wrapper_state
 
-_POLICY = ('param_dtype', 'reduce_dtype', 'output_dtype', 'cast_forward_inputs')
 
-
-@register_everywhere(STRATEGIES)
-class FullyShardStrategy(DDPStrategy):
+@STRATEGIES.register_module()
+class FullyShardStrategy(StrategyTraits, DDPStrategy):
     """Strategy that shards model, gradients and optimizer by torch's FSDP2 (``fully_shard``).
 
     Each rank keeps its part of every parameter, and gathers the parameters of one group of layers
@@ -85,6 +86,8 @@ class FullyShardStrategy(DDPStrategy):
     Source: Zhao et al., PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel, 2023;
     ``torch.distributed.fsdp.fully_shard``.
     """
+
+    saves_parts = True
 
     def __init__(
         self,
@@ -207,7 +210,7 @@ class FullyShardStrategy(DDPStrategy):
         try:
             if dtype is not None and norms:
                 # torch's BatchNorm takes no weights of another dtype than its statistics.
-                fully_shard(norms, mp_policy=_own_precision(norms[0], dtype), **settings)
+                fully_shard(norms, mp_policy=own_precision(norms[0], dtype), **settings)
             if not isinstance(module, FSDPModule):
                 policy = {**self.mixed_precision, 'cast_forward_inputs': False}
                 fully_shard(module, mp_policy=MixedPrecisionPolicy(**policy), **settings)
@@ -220,7 +223,7 @@ class FullyShardStrategy(DDPStrategy):
         for method in self.forward_methods if name else ():
             if hasattr(module, method):
                 if cast is not None:
-                    setattr(module, method, _with_cast(getattr(module, method), cast))
+                    setattr(module, method, with_cast(getattr(module, method), cast))
                 register_fsdp_forward_method(module, method)
 
     # --- checkpoints ------------------------------------------------------------------------------
@@ -325,7 +328,11 @@ class FullyShardStrategy(DDPStrategy):
             return
         checkpoint = gathered(checkpoint)
         if is_main_process():
-            write(checkpoint, filename)
+            write_file(checkpoint, filename)
+
+    def to_save(self, state: dict) -> dict:
+        """Return a state on the CPU; its DTensors are gathered when it is saved."""
+        return on_cpu(state)
 
     def resume(self, filename: str, **kwargs) -> dict:
         """Resume from a checkpoint; where it was never finished, from the newest whole one."""
@@ -339,7 +346,7 @@ class FullyShardStrategy(DDPStrategy):
         if self._saving_group is None:
             self._saving_group = torch.distributed.new_group(backend='gloo')
         self.finish_saving()
-        self._saving = folders.write(checkpoint, folder, is_dtensor, self._saving_group)
+        self._saving = write_folder(checkpoint, folder, is_dtensor, self._saving_group)
         if checkpoint['meta'].get('iter', 0) >= self.dispatch_kwargs.get('max_iters', 0):
             self.finish_saving()  # the end of training: the process may end before the writing
 
@@ -348,51 +355,6 @@ class FullyShardStrategy(DDPStrategy):
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
-
-
-def refuse_no_launcher(strategy: BaseStrategy) -> None:
-    """Raise RunError if no launcher has started this process."""
-    if not is_distributed():
-        raise RunError(
-            f'{type(strategy).__name__} needs a launcher, got none: '
-            'torchrun --nproc-per-node 2 tools/train.py CONFIG --launcher pytorch'
-        )
-
-
-def refuse_old_torch() -> None:
-    """Raise RunError if torch has no FSDP2."""
-    import inspect
-
-    try:
-        from torch.distributed.fsdp import fully_shard  # noqa: F401
-        from torch.distributed.tensor import distribute_tensor
-
-        found = 'src_data_rank' in inspect.signature(distribute_tensor).parameters
-    except ImportError:
-        found = False
-    if not found:
-        raise RunError(
-            f'FullyShardStrategy needs the FSDP2 of torch 2.7, got torch {torch.__version__}. '
-            "Train with strategy=dict(type='DDPStrategy')."
-        )
-
-
-def checked_policy(mixed_precision: dict | None) -> dict:
-    """Return the arguments of a MixedPrecisionPolicy, with dtypes in place of their names."""
-    if not isinstance(mixed_precision or {}, dict):
-        raise TypeError(f'mixed_precision must be a dict or None, got {mixed_precision!r}')
-    policy = dict(mixed_precision or {})
-    for name, value in policy.items():
-        if name not in _POLICY:
-            raise ValueError(f'mixed_precision takes {", ".join(_POLICY)}, got {name!r}')
-        if name == 'cast_forward_inputs':
-            check_bool(name, value)
-            continue
-        dtype = getattr(torch, value, None) if isinstance(value, str) else value
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"{name} must be a dtype such as 'bfloat16', got {value!r}")
-        policy[name] = dtype
-    return policy
 
 
 def _refuse_tied_groups(model: nn.Module, groups: dict) -> None:
@@ -405,84 +367,3 @@ def _refuse_tied_groups(model: nn.Module, groups: dict) -> None:
                 f'a parameter must belong to one group of shard, but {known!r} and {name!r} are '
                 'one. Let a pattern match a module that holds both, and none inside of it.'
             )
-
-
-def _own_precision(norm: nn.Module, dtype: torch.dtype):
-    """Return a policy that computes with a layer as it is, between layers of another dtype."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    own = norm.weight.dtype if norm.affine else torch.float32
-    return MixedPrecisionPolicy(param_dtype=own, reduce_dtype=own, output_dtype=dtype)
-
-
-def cast_inputs(dtype: torch.dtype, args: tuple, kwargs: dict) -> tuple:
-    """Return arguments of a group with floating-point tensors in another dtype, but for dicts.
-
-    FSDP2's own cast also rounds the boxes that MMYOLO passes in a dict, to 2 pixels of 512 in bf16.
-    """
-
-    def cast(value):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.to(dtype)
-        return type(value)(map(cast, value)) if type(value) in (list, tuple) else value
-
-    return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
-
-
-def _with_cast(method: Callable, cast: Callable) -> Callable:
-    def call(*args, **kwargs):
-        args, kwargs = cast(args, kwargs)
-        return method(*args, **kwargs)
-
-    return call
-
-
-def own_wrapper_state(state: dict, wrapper) -> dict:
-    """Return a state of an optim wrapper with whole tensors distributed as it has them."""
-    if hasattr(wrapper, 'optimizer'):
-        return own_optimizer_state(state, wrapper.optimizer)
-    inner = {name: own_wrapper_state(state[name], one) for name, one in wrapper.items()}
-    return {**state, **inner}
-
-
-def to_save(state: dict) -> dict:
-    """Return a state on the CPU, but for DTensors: the strategy gathers them one by one."""
-    if not any(map(is_dtensor, state.values())):
-        return weights_to_cpu(state)
-    moved = OrderedDict(
-        (name, value.cpu() if isinstance(value, Tensor) and not is_dtensor(value) else value)
-        for name, value in state.items()
-    )
-    moved._metadata = getattr(state, '_metadata', OrderedDict())
-    return moved
-
-
-def gathered(content):
-    """Return a content with whole tensors on the CPU of rank 0; None for them on all others.
-
-    Every rank must call it with the same structure. No accelerator holds more than one of the whole
-    tensors at a time.
-    """
-
-    def whole(value, place: tuple):
-        if not is_dtensor(value):
-            return value
-        part = value.to_local()
-        if part.device.type != value.device_mesh.device_type:  # kept in main memory
-            value = Layout(value).whole(part)
-        tensor = value.full_tensor()
-        return tensor.cpu() if is_main_process() else None
-
-    return folders.mapped(content, whole)
-
-
-def write(checkpoint: dict, filename: str) -> None:
-    """Write a checkpoint: beside its place, then move it there. MMEngine writes it in place."""
-    if '://' in filename:
-        save_checkpoint(checkpoint, filename)
-        return
-    path = Path(filename)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.part')
-    torch.save(checkpoint, part)
-    folders.put(part, path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Callable
+
 from mmengine.hooks import EMAHook
 from mmengine.model import BaseAveragedModel
 from mmengine.registry import MODELS
@@ -14,25 +16,24 @@ from ..messages import RunError, listed, warn
 from ..restarts.advice import beyond_the_end
 from ..restarts.live import check_rule, log_restart, momentum_of, values_of
 from ..restarts.progress import RuleProgress, due_restart
-from ..run import facts_of, now_of
-from ..strategy import to_save
+from ..run import facts_of, label_of, now_of
 from ..swap import copy_weights
 from ..update.finite import names_of_non_finite
 from ..update.sharded import Parts
 from .config import AverageConfig
 
 
-class RunAverage:
+class TrackedAverage:
     """One average of a run: a copy of the model until training begins, then weights of its own.
 
     ``init_weights`` and loading change the model after the average was made, so the copy is made
-    again until then. The main average has an empty name.
+    again until then.
     """
 
     def __init__(self, config: AverageConfig, source: nn.Module, name: str):
         self.config = config
         self.name = name
-        self.label = f'also[{name!r}]' if name else 'the average'
+        self.label = label_of(name)
         model = dict(config.arguments, type=config.ema_type)
         self.ema_model: BaseAveragedModel = MODELS.build(model, default_args=dict(model=source))
         self.has_own_weights = False
@@ -99,7 +100,7 @@ class RunAverage:
             metrics = getattr(runner.val_loop, 'results', {}).get(self.name, {})
             self.progress.see_validation(metrics, now_of(runner))
 
-    def state(self) -> dict:
+    def state(self, to_save: Callable) -> dict:
         restart = self.progress and self.progress.state_dict()
         return {'state_dict': to_save(self.ema_model.state_dict()), 'restart': restart}
 

@@ -15,9 +15,10 @@ import mmema
 from mmema.checkpoints import folders, report
 from mmema.checkpoints.export import export
 from mmema.messages import RunError
-from mmema.strategy import cast_inputs, checked_policy, refuse_old_torch
+from mmema.sharded.precision import cast_inputs, checked_policy
+from mmema.sharded.refusals import refuse_old_torch
 
-SCRIPT = Path(__file__).with_name('shard_line.py')
+SCRIPT = Path(__file__).parents[1] / 'shard_line.py'
 HAS_FSDP2 = hasattr(torch.distributed.fsdp, 'fully_shard')
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not HAS_FSDP2, reason='torch 2.7 has FSDP2')]
 

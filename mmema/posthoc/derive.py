@@ -10,7 +10,8 @@ import numpy as np
 from ..checkpoints.export import write_weights
 from ..checkpoints.files import load
 from ..checkpoints.formats import CheckpointError, State
-from .facts import MAIN, FileFacts, check_same_run, facts_in
+from ..run import MAIN
+from .facts import FileFacts, check_same_run, facts_in
 from .history import NOTHING, Given, average_config, momenta_between, repeats_tied
 from .mixture import STATISTICS, Pattern, Term, mix, pattern_of
 from .profiles import Fit, Stored

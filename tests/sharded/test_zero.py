@@ -18,7 +18,7 @@ from mmema.checkpoints.files import content_of
 from mmema.messages import RunError
 from mmema.posthoc.facts import _run_facts
 
-SCRIPT = Path(__file__).with_name('zero_line.py')
+SCRIPT = Path(__file__).parents[1] / 'zero_line.py'
 NAMES = ['zero_1', 'zero_2', 'bf16_1', 'bf16_2']
 REFUSED = {
     'stage_0': "must be 1 or 2, got 0. Train with strategy=dict(type='DDPStrategy')",
@@ -139,6 +139,6 @@ def test_what_cannot_work_is_refused_with_the_way_out(root, case):
 
 
 def test_without_deepspeed_it_is_one_line(monkeypatch, tmp_path):
-    monkeypatch.setattr('mmema.zero.find_spec', lambda name: None)
+    monkeypatch.setattr('mmema.sharded.zero.find_spec', lambda name: None)
     with pytest.raises(RunError, match='needs deepspeed, which is not installed: pip install'):
         mmema.DeepSpeedStrategy(work_dir=str(tmp_path))

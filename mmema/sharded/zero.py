@@ -10,15 +10,16 @@ from mmengine.device import get_device
 from mmengine.runner.checkpoint import _load_checkpoint
 from torch import nn
 
-from .checkpoints.folders import mapped, zero_file
-from .messages import RunError
-from .registry import STRATEGIES
-from .run import refuse_stock_hook
-from .strategy import refuse_no_launcher
+from ..checkpoints.folders import zero_file
+from ..messages import RunError
+from ..registry import STRATEGIES
+from ..run import StrategyTraits
+from .refusals import refuse_no_launcher, refuse_stock_hook
+from .states import mapped
 
 
 @STRATEGIES.register_module()
-class DeepSpeedStrategy(StockDeepSpeedStrategy):
+class DeepSpeedStrategy(StrategyTraits, StockDeepSpeedStrategy):
     """:class:`mmengine._strategy.DeepSpeedStrategy` whose checkpoints hold the average.
 
     For ZeRO-1 and 2, which shard the optimizer and the gradients: each rank has the whole model and
@@ -47,6 +48,8 @@ class DeepSpeedStrategy(StockDeepSpeedStrategy):
     Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter
     Models, 2020.
     """
+
+    trains_a_copy = True
 
     def __init__(self, **arguments):
         if find_spec('deepspeed') is None:

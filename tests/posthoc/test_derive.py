@@ -11,7 +11,7 @@ from reference import assert_close, exp_momentum
 from runs import LineModel, ema_of
 
 from mmema.checkpoints.formats import CheckpointError
-from mmema.posthoc.averages import fit, mean, restart
+from mmema.posthoc.derive import fit, mean, restart
 from mmema.posthoc.facts import facts_in
 from mmema.posthoc.history import Given, momenta_between
 from mmema.posthoc.profiles import exponential, stored_profiles, uniform
