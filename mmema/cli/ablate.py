@@ -19,9 +19,11 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
-from ..run.config import averages_in
+from ..run.config import averages_in, hooks_in
+from ..run.metrics import prefixes_in, watched_metric
 from . import ablation_data as data
 from . import common as cli
 from .progress import ProgressBar
@@ -48,7 +50,7 @@ def main(argv=None):
             cli.die(f'another ablation writes to {out}: wait for it, or name another --out')
         seeds = range(args.first_seed, args.first_seed + args.seeds)
         said = run_all(Ablation(config, out), seeds, args.jobs)
-        collect(out, config.ablation)
+        collect(out, config)
     make_report(out, said)
     if said:
         sys.exit(1)
@@ -138,6 +140,13 @@ def check_questions(config):
             )
     with cli.one_line('ablation', data.DataError):
         data.questions_in(asked).pairs(['raw', 'ema', *others, *recalibrated])
+
+
+def rule_of(config, metric):
+    """Return which values of a metric are better: 'less', 'greater', or None if nobody knows."""
+    asked, prefixes = config.ablation.get('rule'), prefixes_in(config).values()
+    watched = watched_metric(hooks_in(config), [metric], prefixes, metric, asked)
+    return {True: 'less', False: 'greater', None: None}[watched.less]
 
 
 class Ablation:
@@ -246,7 +255,7 @@ class Running:
             process.terminate()
 
 
-def collect(out, asked):
+def collect(out, config):
     """Bring the results and the questions of all runs together; those of other runs stay."""
     path = out / data.RUNS
     found = {}
@@ -259,7 +268,10 @@ def collect(out, asked):
                 runs.setdefault(row[:3], []).append(row)
             found.update(runs)
         questions = data.read_questions(out)
-    questions[asked.family, asked.schedule] = data.questions_in(asked)
+    asked = config.ablation
+    about = asked.family, asked.schedule
+    metric = next((rows[0][6] for key, rows in found.items() if key[:2] == about), None)
+    questions[about] = replace(data.questions_in(asked), rule=rule_of(config, metric))
     data.write_questions(out, questions)
     order = {about: k for k, about in enumerate(dict.fromkeys(key[:2] for key in found))}
     rows = [row for key in sorted(found, key=lambda k: (order[k[:2]], k[2])) for row in found[key]]

@@ -42,7 +42,7 @@ class Questions:
             which are named by short labels. Contrasts may name a range in the place of an average.
         over: What the labels of the ranges are, for the picture.
         margin: A difference in points that does not matter. Defaults to half a point.
-        rule: 'greater' or 'less', where MMEngine does not know which values are better.
+        rule: 'greater' or 'less': which values are better. Defaults to what MMEngine knows.
     """
 
     primary: tuple = ()
@@ -253,6 +253,11 @@ def setting_of(family, schedule, metrics, runs, questions, path):
         raise DataError(f'{about} needs raw and another average, got {", ".join(averages)}')
     if len(seeds) < 2:
         raise DataError(f'{about} has one seed, a comparison needs at least 2')
+    if less_is_better(*metrics, questions.rule) is None:
+        raise DataError(
+            f"{about}: rule must be 'greater' or 'less', got {questions.rule}: which values of "
+            f'{", ".join(metrics)} are better? Set it in `ablation` of the config or in {QUESTIONS}'
+        )
     questions.pairs(averages)
     values = np.array([[runs[seed][key] for key in wanted] for seed in seeds])
     values = values.reshape(len(seeds), len(averages), len(SPLITS), len(epochs))
