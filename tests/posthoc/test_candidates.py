@@ -55,7 +55,7 @@ def test_each_mixture_is_solved_for_once(stock, monkeypatch):
     solved = []
     fit_profiles = derive.fit_profiles
     monkeypatch.setattr(
-        averages, 'fit_profiles', lambda *args: solved.append(args[1]) or fit_profiles(*args)
+        derive, 'fit_profiles', lambda *args: solved.append(args[1]) or fit_profiles(*args)
     )
     stored, _ = stored_profiles([facts_in(stock.file(epoch)) for epoch in (4, 5, 6)])
     (one,) = (c for c in candidates(stored, [4]) if c.label == 'mean of the last 2 raw weights')

@@ -267,7 +267,9 @@ def test_what_the_files_do_not_say_has_to_be_given(stock, tmp_path):
         content['meta']['cfg'] = ''
         files.append(tmp_path / f'{epoch}.pth')
         torch.save(content, files[-1])
-    with refuses(r'its config has no EMAHook\); `restart` takes --ema-type .ema_type of Given., one of '):
+    with refuses(
+        r'its config has no EMAHook\); `restart` takes --ema-type .ema_type of Given., one of '
+    ):
         restart(*files)
     with refuses('`restart` takes --momentum and --gamma and --interval'):
         restart(*files, given=Given('ExpMomentumEMA'))
