@@ -31,7 +31,7 @@ from ..averages.units import base_of, settle
 from ..messages import RunError
 from ..restartable import TWINS, Restartable
 from ..restarts import profile
-from ..restarts.live import check_rule
+from ..restarts.controller import check_rule
 from ..restarts.planner import plan
 from ..restarts.rule import RestartRule
 from ..run import MAIN, RunFacts, facts_in_config, the_ema_hook, watched_metric
