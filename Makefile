@@ -62,6 +62,6 @@ clean:  ## remove .venv, data and caches; keep work_dirs and the compiled mmcv
 	rm -rf $(VENV) .nox data build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .dist_test
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): tools/bootstrap.py requirements/stack.txt requirements/docs.txt pyproject.toml mmema/update/native.cpp mmema/update/native.py
+$(READY): tools/bootstrap.py requirements/stack.txt requirements/docs.txt pyproject.toml
 	$(PYTHON) tools/bootstrap.py $(VENV)
 	@touch $@

@@ -132,11 +132,10 @@ def install_pinned(session, mmengine, torch=bootstrap.TORCH, *more):
 
 
 def install_mmema(session, python='python', with_dependencies=False):
-    """Install mmema from a wheel and compile its update, where there is a compiler."""
+    """Install mmema from a wheel."""
     shutil.rmtree(ROOT / 'build', ignore_errors=True)  # modules that are gone would come back
     few = [] if with_dependencies else ['--no-deps']
     run(session, python, '-m', 'pip', 'install', *few, '--no-build-isolation', str(ROOT))
-    run(session, python, '-m', 'mmema.build_native', success_codes=[0, 1])
 
 
 def test(session, python='python', which=('-m', 'not slow and not extensive', 'tests')):

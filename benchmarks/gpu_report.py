@@ -37,14 +37,13 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     paths = [str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(paths)}
-    compiled = compile_update(environment)
     tests = run_tests(args.out, environment)
     command = ['benchmarks/update_cost.py', '--device', args.device, '--out', args.out.resolve()]
     failed = call([*command, *(['--quick'] if args.quick else [])], environment)
     if failed:
         sys.exit(f'the benchmark ended with {failed}; there is no report')
     figures = json.loads((args.out / 'performance.json').read_text())
-    report = {'tests': tests, 'compiled': compiled, 'aims': aims(figures), **figures}
+    report = {'tests': tests, 'aims': aims(figures), **figures}
     (args.out / 'report.json').write_text(json.dumps(report, indent=1))
     (args.out / 'report.md').write_text(
         text_of(report, (args.out / 'performance.md').read_text(), args.device)
@@ -69,11 +68,6 @@ def parse_args():
 def call(arguments, environment):
     command = [sys.executable, '-W', 'ignore', *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment).returncode
-
-
-def compile_update(environment):
-    """Compile the inner part of an update, if this machine can; return whether it is there."""
-    return call(['-m', 'mmema.build_native'], environment) == 0
 
 
 def run_tests(out, environment):

@@ -1,8 +1,8 @@
 """Measure what one update of an averaged model costs, beside its limit and other libraries.
 
-    python benchmarks/update_cost.py                  # the table of docs/performance.md, about 4 minutes
-    python benchmarks/update_cost.py --quick          # the smallest model, some seconds
-    python benchmarks/update_cost.py --device cuda    # on a GPU; `make gpu` runs the tests, too
+    python benchmarks/update_cost.py                # docs/performance.md, about 4 minutes
+    python benchmarks/update_cost.py --quick        # the smallest model, some seconds
+    python benchmarks/update_cost.py --device cuda  # on a GPU; `make gpu` runs the tests, too
 
 The limit is one flat ``lerp_`` over all weights: two are read, one is written. Every round runs
 all contenders in a new order, so that whatever else the machine does hits all alike; a figure is
@@ -37,7 +37,6 @@ import torch
 from torch import nn
 
 import mmema
-from mmema.update import native
 from mmema.update.staging import staged_once
 
 MOMENTUM = 0.0002
@@ -59,16 +58,6 @@ def with_updates(average):
 
 def mmema_class(model, **kwargs):
     return with_updates(mmema.ExpMomentumEMA(model, MOMENTUM, 1e-3, **kwargs))
-
-
-def not_compiled(model):
-    compiled, native.compiled = native.compiled, None
-    try:
-        average = mmema.ExpMomentumEMA(model, MOMENTUM, 1e-3)
-        average.update_parameters(model)
-    finally:
-        native.compiled = compiled
-    return with_updates(average)
 
 
 def openmmlab(path):
@@ -136,7 +125,6 @@ def plain_loop(model):
 CONTENDERS = {
     OURS[0]: mmema_class,
     OURS[1]: lambda model: mmema_class(model, update_buffers=True),
-    'mmema, not compiled': not_compiled,
     'mmyolo': openmmlab('mmyolo.models.ExpMomentumEMA'),
     'mmdet': openmmlab('mmdet.models.layers.ExpMomentumEMA'),
     'mmengine': openmmlab('mmengine.model.ExponentialMovingAverage'),
@@ -441,7 +429,7 @@ def measure_parts(names, rounds):
             average.update_parameters(model)
         follower = average._follower
         parts = {
-            'staleness check': follower._check.holds,
+            'staleness check': partial(follower.holds, average.module, model),
             'blend': lambda f=follower: f._blended.lerp(MOMENTUM),
             'copy': follower._copied.copy,
             'a whole update': lambda a=average, m=model: a.update_parameters(m),
@@ -656,10 +644,9 @@ def main():
     where = f'{platform.machine()}, {torch.get_num_threads()} threads'
     if args.device != 'cpu':
         where = f'{torch.cuda.get_device_name()}, driver {driver()}, CUDA {torch.version.cuda}'
-    part = 'mmema compiled' if native.compiled else 'mmema not compiled'
     if not has_mmyolo():
         where += '; mmyolo is not installed: stand-ins with the tensors of its models'
-    text = [f'{where}; Python {platform.python_version()}, torch {torch.__version__}, {part}']
+    text = [f'{where}; Python {platform.python_version()}, torch {torch.__version__}']
     found = measure_models(args.models, args.rounds, args.device)
     text.append(models_table(found))
     figures, growth, yolos = {}, {}, [name for name in args.models if name in YOLO]

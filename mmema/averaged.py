@@ -18,7 +18,7 @@ from .registry import MODELS
 from .schedules import ExpSchedule, Schedule
 from .swap import refuse_while_swapped
 from .update.follower import follow
-from .update.guarded import SkipCounts
+from .update.guard import SkipCounts
 from .update.model_copy import averaged_copy
 from .update.pairs import canonical_name, named_tensors, pairs_of, unwrapped
 from .update.refusals import refuse_pieces

@@ -24,8 +24,6 @@ from toys import Toy, seeded, shake
 from mmema import ExpMomentumEMA, RestartableExpMomentumEMA, averaged_weights
 from mmema.update.pairs import pairs_of
 
-pytestmark = pytest.mark.usefixtures('both_ways')
-
 BOTH = pytest.mark.parametrize('cls', [ExpMomentumEMA, RestartableExpMomentumEMA])
 
 

@@ -98,7 +98,7 @@ def test_the_parts_of_an_update_make_one():
 @pytest.mark.slow
 def test_several_averages_take_their_time_and_memory(monkeypatch):
     pytest.importorskip('mmyolo')
-    monkeypatch.setattr(benchmark, 'SEVERAL', (1, 3))
+    monkeypatch.setattr(update_cost, 'SEVERAL', (1, 3))
     found = update_cost.measure_several('YOLOv5-n', rounds=3, device='cpu')
     assert [len(seconds) for seconds, _ in found.values()] == [3, 3]
     weights = 4 * sum(t.numel() for t in update_cost.floats(update_cost.build('YOLOv5-n', 'cpu')))

@@ -38,9 +38,9 @@ def installed(wheel, tmp_path_factory):
     return target
 
 
-def test_it_holds_configs_tools_source_of_the_update_and_mark_of_types(wheel):
+def test_it_holds_configs_tools_and_mark_of_types(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {'mmema/py.typed', 'mmema/update/native.cpp', 'mmema/cli/main.py'} <= names
+    assert {'mmema/py.typed', 'mmema/cli/main.py'} <= names
     in_checkout = {
         f'mmema/.mim/{file.relative_to(ROOT)}'
         for folder in ('configs', 'tools')

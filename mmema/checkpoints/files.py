@@ -87,7 +87,7 @@ def _content(path: Path, trust: bool):
             old = '' if HAS_ALLOW_LIST else ' (before torch 2.6 all files of MMEngine need this)'
             raise CheckpointError(
                 f'it holds {unknown.group(1)}, and reading more than tensors and numbers can run '
-                f'code that is in the file. If you trust it: trust=True, or '
+                f'code that is in the file. If you trust it: --trust (trust=True), or '
                 f'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment{old}'
             ) from error
         raise CheckpointError(
@@ -119,7 +119,7 @@ def write_whole(
             digest = hashlib.sha256(partial.read_bytes()).hexdigest()
             out = out.with_name(f'{out.stem}-{digest[:8]}{out.suffix}')
         if out.exists() and not force:
-            raise CheckpointError(f'{out} exists; force=True replaces it')
+            raise CheckpointError(f'{out} exists; --force (force=True) replaces it')
         os.replace(partial, out)
     except (OSError, RuntimeError, ImportError) as error:  # torch: RuntimeError for a full disk
         raise CheckpointError(f'{out} cannot be written: {error}') from error

@@ -19,13 +19,19 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.registry import EVALUATOR
 from mmengine.runner import Runner, set_random_seed
 
+from ..checkpoints.files import load
+from ..hooks.recalibrate import measure_statistics
+from ..run.config import averages_in, hooks_in, kind_of
+from ..run.metrics import is_score, prefixes_in, watched_metric
 from ..run.switches import use_last_pipeline
 from . import common as cli
 from . import weights
-from .ablation_report import METRIC, SPLITS, write_rows
+from .ablation_data import SPLITS, write_rows
 
+COCO_MAP = 'coco/bbox_mAP'
 RESULT = 'result.csv'
 BATCHES = 100  # to measure BatchNorm on, as EMARecalibrateHook has it; fewer if the set has fewer
 
@@ -54,14 +60,6 @@ def tell(steps):
 # What a config says -----------------------------------------------------------------------------
 
 
-def averages_beside(config):
-    """Return the names in ``also`` of the config's EMAHook."""
-    for hook in config.get('custom_hooks') or ():
-        if str(hook.get('type')).endswith('EMAHook') and hook.get('also'):
-            return list(hook.also)
-    return []
-
-
 def recalibrated(config):
     """Return the averages whose BatchNorm statistics are measured anew, by their new names."""
     return dict(config.ablation.get('recalibrate') or {})
@@ -69,7 +67,7 @@ def recalibrated(config):
 
 def steps_of(config):
     """Return the length of a run on a progress bar: epochs, and weights to evaluate."""
-    weights = 2 + len(averages_beside(config)) + len(recalibrated(config))
+    weights = 2 + len(averages_in(config)) + len(recalibrated(config))
     return config.train_cfg.max_epochs + number_kept(config) * weights
 
 
@@ -142,41 +140,45 @@ class KeepRandomNumbers(Hook):
 
 def evaluate(model, config, checkpoints, seed):
     """Yield (average, split, epoch, metric, value) for all weights in the checkpoints."""
-    from ..hooks.recalibrate import measure_statistics
-
+    kind = CocoSplit if is_coco_map(config) else Split
     splits = {
-        split: Split(config[f'{split}_dataloader'], config[f'{split}_evaluator'].ann_file)
-        for split in SPLITS
+        split: kind(config[f'{split}_dataloader'], config[f'{split}_evaluator']) for split in SPLITS
     }
     batches = training_batches(config, seed) if recalibrated(config) else []
     steps = config.train_cfg.max_epochs
     for epoch, file in checkpoints.items():
-        states = weights_of(torch.load(file, map_location='cpu'))
+        states = load(file, trust=True).sets()  # a file of this very run
         again = {name: states[of] for name, of in recalibrated(config).items()}
         for name, state in (*states.items(), *again.items()):
             model.load_state_dict(state)
             if name in again:
                 measure_statistics(model, batches)
             model.eval()
-            for split, pictures in splits.items():
-                yield name, split, epoch, METRIC, pictures.mean_average_precision(model)
+            for split, data in splits.items():
+                yield name, split, epoch, *measured(config, data.metrics(model), name, epoch)
             steps += 1
             tell(steps)
 
 
-def weights_of(checkpoint):
-    """Return all weights in a checkpoint by name: raw, ema, and those of ``also``."""
-    others = {name: own['state_dict'] for name, own in checkpoint['ema_also'].items()}
-    return {
-        'raw': plain(checkpoint['ema_state_dict']),
-        'ema': checkpoint['state_dict'],
-        **{name: plain(state) for name, state in others.items()},
-    }
+def is_coco_map(config):
+    """Return whether what is compared is COCO's mAP of boxes, which CocoMetric rounds."""
+    evaluators = [config[f'{split}_evaluator'] for split in SPLITS]
+    return config.ablation.get('metric', COCO_MAP) == COCO_MAP and all(
+        isinstance(one, dict) and kind_of(one) == 'CocoMetric' and one.get('metric') == 'bbox'
+        for one in evaluators
+    )
 
 
-def plain(state):
-    """Return the weights in the state of an average."""
-    return {key[7:]: value for key, value in state.items() if key.startswith('module.')}
+def measured(config, metrics, name, epoch):
+    """Return the metric that is compared and its value, which is finite."""
+    asked = config.ablation.get('metric')
+    metric, _ = watched_metric(hooks_in(config), list(metrics), prefixes_in(config), asked)
+    if not is_score(metrics, metric):
+        cli.die(
+            f'{metric or "a metric"} of {name} at epoch {epoch} must be a finite number, got '
+            f'{metrics.get(metric)}; measured were {", ".join(metrics) or "none"}'
+        )
+    return metric, float(metrics[metric])
 
 
 def training_batches(config, seed):
@@ -188,27 +190,43 @@ def training_batches(config, seed):
 
 
 class Split:
-    """The pictures of a split, loaded once, and their boxes."""
+    """The batches of a split, loaded once, and the metrics of models on them."""
 
-    def __init__(self, loader, annotations):
+    def __init__(self, loader, evaluator):
+        loader = Runner.build_dataloader(loader)
+        self.batches, self.number = list(loader), len(loader.dataset)
+        if not isinstance(evaluator, dict) or 'metrics' not in evaluator:
+            evaluator = dict(metrics=evaluator)
+        self.evaluator = EVALUATOR.build(dict(dict(type='Evaluator'), **evaluator))
+        self.evaluator.dataset_meta = self.meta = getattr(loader.dataset, 'metainfo', None)
+
+    @torch.no_grad()
+    def metrics(self, model):
+        for batch in self.batches:
+            self.evaluator.process(model.test_step(batch), batch)
+        return self.evaluator.evaluate(self.number)
+
+
+class CocoSplit(Split):
+    """COCO's mAP, as CocoMetric has it but not rounded to three digits.
+
+    It is that of boxes of all sizes; the others would take three quarters of the time.
+    """
+
+    def __init__(self, loader, evaluator):
         from pycocotools.coco import COCO
 
-        loader = Runner.build_dataloader(loader)
-        self.batches = list(loader)
+        super().__init__(loader, [])
         with redirect_stdout(io.StringIO()):
-            self.truth = COCO(annotations)
-        self.categories = self.truth.getCatIds(catNms=loader.dataset.metainfo['classes'])
+            self.truth = COCO(evaluator.ann_file)
+        self.categories = self.truth.getCatIds(catNms=self.meta['classes'])
 
-    def mean_average_precision(self, model):
-        """Return COCO's mAP, as CocoMetric does but not rounded to three digits.
-
-        It is that of boxes of all sizes; the others would take three quarters of the time.
-        """
+    def metrics(self, model):
         from pycocotools.cocoeval import COCOeval
 
         found = self.detections(model)
         if not found:
-            return 0.0
+            return {COCO_MAP: 0.0}
         with redirect_stdout(io.StringIO()):
             evaluation = COCOeval(self.truth, self.truth.loadRes(found), 'bbox')
             evaluation.params.areaRng = evaluation.params.areaRng[:1]
@@ -217,7 +235,7 @@ class Split:
             evaluation.evaluate()
             evaluation.accumulate()
         precision = evaluation.eval['precision']
-        return float(precision[precision > -1].mean())
+        return {COCO_MAP: float(precision[precision > -1].mean())}
 
     @torch.no_grad()
     def detections(self, model):

@@ -8,15 +8,14 @@ mmema convert dfine/last.pth -o dfine_mmema.pth
 
 from __future__ import annotations
 
-import re
-
 from . import common as cli
 
 
 def main(argv=None):
     args = parse_args(argv)
     commands = {'inspect': inspect, 'export': export, 'best': best, 'convert': convert}
-    cli.run_on_checkpoints(commands[args.command], args, as_options)
+    with cli.checkpoint_errors():
+        commands[args.command](args)
 
 
 def parse_args(argv=None):
@@ -75,12 +74,6 @@ def add_export(parser):
 def add_output(parser, text):
     parser.add_argument('-o', '--output', required=True, metavar='OUT', help=text)
     parser.add_argument('--force', action='store_true', help='replace an existing file')
-
-
-def as_options(text):
-    """Return an error of the library with options of this tool in the place of arguments."""
-    text = re.sub(r'\b(trust|force)=True\b', r'--\1', text)
-    return re.sub(r"\b(weights|steps)='?(\w+)'?", r'--\1 \2', text)
 
 
 def inspect(args):

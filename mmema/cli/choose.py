@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -52,7 +51,7 @@ def choose(args, files):
         report(report_on, [(candidate.label, made.state), *as_stored(makeable, args.trust)], metric)
     else:
         own = test_set and test_set != annotation_file(config, 'val')
-        how = f'tools/test.py {args.config} {out}' if own else '--report-config CONFIG'
+        how = f'mmema test {args.config} {out}' if own else '--report-config CONFIG'
         print(f'Chosen on the validation set, so report it on another one: {how}')
 
 
@@ -78,41 +77,46 @@ def could_be_made(all_of_them, notes):
     left = []
     for candidate in all_of_them:
         try:
-            yield candidate._replace(off=candidate.nearest())
+            yield candidate.solved()
         except CheckpointError as error:
             left.append(f'{candidate.label} ({str(error).split(":")[0]})')
     if left:
         notes.append(f'left out, since the checkpoints cannot make them: {"; ".join(left)}')
 
 
+class Best(NamedTuple):
+    """The best candidate so far."""
+
+    candidate: object
+    made: object
+    score: float
+
+
 def evaluate_all(args, config, makeable, folder):
-    """Return the metric, the best (candidate, what was made, score), and the rows of the table."""
+    """Return the metric, the best of the candidates, and the rows of the table."""
     if args.batches:
         cli.need(config, 'train_dataloader', 'train_cfg')
         use_last_pipeline(config)
-    evaluator = Evaluator(config, 'val', folder, 'validation')
-    evaluator.expect(len(makeable))
-    batches = []
-    if args.batches:
-        batches = [*training_batches(config, evaluator.runner.seed, args.batches)]
+    prefixes = prefixes_in(config).values()
     watched, best, rows = None, None, []
-    with closing(evaluator):
+    with Evaluator(config, 'val', folder, 'validation', len(makeable)) as evaluator:
+        batches = []
+        if args.batches:
+            batches = [*training_batches(config, evaluator.runner.seed, args.batches)]
         for candidate in makeable:
             made = candidate.made(args.trust)
             metrics, state = evaluator.metrics(made.state, candidate.label, batches)
-            if metrics and watched is None:
-                prefixes = prefixes_in(config).values()
+            if metrics:  # none where nothing was detected
                 names = list(metrics)
                 watched = metric_to_compare(config, names, prefixes, args.metric, args.rule)
-            score = (
-                metrics[watched.metric] if watched and is_score(metrics, watched.metric) else None
-            )
-            off = '' if candidate.off is None else f'{candidate.off:.1%}'
+            scored = metrics and is_score(metrics, watched.metric)
+            score = float(metrics[watched.metric]) if scored else None
+            off = f'{candidate.fit.error:.1%}' if candidate.fit else ''
             rows.append(Row(candidate.label, off, '-' if score is None else f'{score:.4f}'))
             if score is None:
                 continue
-            if best is None or (score < best[2] if watched.less else score > best[2]):
-                best = candidate, made._replace(state=state), float(score)
+            if best is None or (score < best.score if watched.less else score > best.score):
+                best = Best(candidate, made._replace(state=state), score)
     if best is None:
         cli.die('no candidate got a metric: nothing was detected by any of them')
     return watched.metric, best, rows
@@ -135,11 +139,10 @@ def table(metric, rows, best):
 
 
 def report(config, states, metric):
-    with tempfile.TemporaryDirectory() as folder:
-        evaluator = Evaluator(config, 'test', folder, 'report')
-        evaluator.expect(len(states))
+    with tempfile.TemporaryDirectory() as folder, Evaluator(
+        config, 'test', folder, 'report', len(states)
+    ) as evaluator:
         found = [(label, evaluator.metrics(state, label)[0]) for label, state in states]
-        evaluator.close()
     for label, metrics in found:
         score = f'{metrics[metric]:.4f}' if metric in metrics else '-'
         print(f'{metric} on the test set of {Path(config.filename).name}: {score}  {label}')

@@ -1,4 +1,4 @@
-"""What the command-line tools share: one clear line for what the user can mend, and the config."""
+"""What the commands share: one clear line for what the user can mend, and the config."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ USAGE = 2  # exit status of a call that has to be changed; argparse's own
 CONFIG_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, TypeError, ValueError)
 
 SETUP = (
-    'run `make setup` in the mmema checkout and start this tool with its .venv/bin/python, or '
-    'install what is missing'
+    'run `make setup` in the mmema checkout and use what is in its .venv/bin, or install what is '
+    'missing (docs/stacks.md tells versions that work together)'
 )
 
 
@@ -49,18 +49,6 @@ def run(main):
             os._exit(status)
         gc.collect()  # a DistributedDataParallel must not be the last to hold its group
         sys.modules['torch'].distributed.destroy_process_group()
-
-
-def run_on_checkpoints(command, args, as_options):
-    """Run a command on checkpoints; an error of the library is one line, in the tool's options."""
-    try:
-        from ..checkpoints.formats import CheckpointError
-    except ImportError as error:
-        die(f'{error}: install mmema (pip install -e . in its checkout)')
-    try:
-        command(args)
-    except CheckpointError as error:
-        die(as_options(str(error)))
 
 
 def in_process_group():
@@ -96,18 +84,25 @@ def parser(description):
     )
 
 
-def run_errors(config=None):
+def run_errors():
     """Turn the refusal of a run that cannot work as configured into one line."""
     from ..messages import RunError
 
-    return one_line('the run cannot work as configured', RunError, config=config)
+    return one_line('the run cannot work as configured', RunError)
+
+
+def checkpoint_errors():
+    """Turn what the library says of a checkpoint into one line."""
+    from ..checkpoints.formats import CheckpointError
+
+    return one_line(None, CheckpointError)
 
 
 @contextmanager
-def one_line(failed, *kinds, config=None):
+def one_line(failed, *kinds):
     """Turn errors of these kinds into one line; MMEMA_TRACEBACK=1 shows where they come from.
 
-    So is a package that is not installed: the line names it, and the place in ``config``.
+    So is a package that is not installed.
     """
     try:
         yield
@@ -115,67 +110,33 @@ def one_line(failed, *kinds, config=None):
         missing = missing_package(error)
         if os.environ.get('MMEMA_TRACEBACK') or not (missing or isinstance(error, kinds)):
             raise
-        if missing:
-            die(f'{package_advice(error, missing, config)} (MMEMA_TRACEBACK=1 shows where)')
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        die(f'{failed}: {str(text) or type(error).__name__} (MMEMA_TRACEBACK=1 shows where)')
+        text = missing or str(text) or type(error).__name__
+        if failed is None:
+            die(text)
+        die(f'{"" if missing else f"{failed}: "}{text} (MMEMA_TRACEBACK=1 shows where)')
 
 
 def missing_package(error):
     """Return what an error says about a package that is not installed, or None."""
     if isinstance(error, ModuleNotFoundError) and error.name:
-        package = error.name.partition('.')[0]
-        return f'{package} is not installed (pip install {package})'
-    text = ' '.join(str(error).split()).rstrip('.')
-    if not isinstance(error, (ImportError, RuntimeError)):
-        return None
-    if 'pip install' in text:
-        return text  # the library knows where its package comes from
-    told = re.search(r'([\w.\-]+) is not installed', text)
-    return told and f'{told[1]} is not installed (pip install {told[1]})'
+        module = error.name.partition('.')[0]
+        return f'{module} is not installed (pip install {PACKAGES.get(module, module)})'
+    # What a library says that needs a package for a part of it.
+    told = isinstance(error, (ImportError, RuntimeError)) and 'install' in str(error)
+    return str(error).rstrip('. ') if told else None
 
 
-def package_advice(error, missing, config):
-    """Say which part of a config asks for a package that is not installed, and the ways out."""
-    kind = asking_class(error)
-    places = places_of(kind, config) if kind and config is not None else []
-    if places:
-        missing += f'. Or leave {kind} out of your config, which has it in {", ".join(places)}'
-    elif kind:
-        missing += f'. Or do without {kind}, which asks for it'
-    return missing
-
-
-def asking_class(error):
-    """Return the name of the class in whose method an error was raised, or None."""
-    found, place = None, error.__traceback__
-    while place is not None:
-        code, local = place.tb_frame.f_code, place.tb_frame.f_locals
-        if code.co_argcount and code.co_varnames[0] == 'self':
-            found = type(local['self']).__name__
-        place = place.tb_next
-    return found
-
-
-def places_of(kind, config):
-    """Return where a config has a dict of this type, among what a Runner reads."""
-    found = []
-
-    def walk(value, path):
-        if isinstance(value, dict):
-            name = value.get('type')
-            name = getattr(name, '__name__', name)
-            if str(name).rpartition('.')[2] == kind:
-                found.append(path)
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, inner in items:
-            if isinstance(inner, (dict, list, tuple)):
-                walk(inner, f'{path}.{key}')
-
-    for key in runner_arguments() & set(config):
-        if isinstance(config[key], (dict, list, tuple)):
-            walk(config[key], key)
-    return sorted(found)
+# Modules whose package has another name.
+PACKAGES = {
+    'cv2': 'opencv-python-headless',
+    'mmcv': 'mmcv, compiled for your torch: see docs/stacks.md',
+    'mmseg': 'mmsegmentation',
+    'PIL': 'pillow',
+    'skimage': 'scikit-image',
+    'sklearn': 'scikit-learn',
+    'yaml': 'pyyaml',
+}
 
 
 def add_common_arguments(parser):
@@ -222,12 +183,6 @@ def check_arguments(args):
 def import_stack():
     """Import what every run needs, or say what is missing; a config says what else it needs."""
     warnings.filterwarnings('ignore', message='.*pkg_resources')  # of MMEngine and its like
-    try:
-        import mmengine  # noqa: F401
-
-        import mmema  # noqa: F401  # its names resolve bare, and torch loads MMEngine's checkpoints
-    except ImportError as error:
-        die(f'{error} (with {sys.executable}): {SETUP}')
     with suppress(ImportError):  # a run of MMEngine alone does without
         import mmcv  # noqa: F401
 
@@ -285,10 +240,9 @@ def load_config(args):
     try:
         config = Config.fromfile(path)
     except Exception as error:  # whatever happens in there, the file is what has to change
-        base = re.match(r'(mm\w+) is not installed', str(error))  # of _base_ = 'mmdet::...'
-        if base:
-            die(f'{path} needs {base[1]}, which is not there ({sys.executable}): {way_to(base[1])}')
-        die(f'{path} cannot be read: {type(error).__name__}: {error}')
+        # Of _base_ = 'mmdet::...'.
+        way = f' (with {sys.executable}): {SETUP}' if 'is not installed' in str(error) else ''
+        die(f'{path} cannot be read: {type(error).__name__}: {error}{way}')
     merge_options(config, args.cfg_options)
     import_libraries(config)
     config.launcher = args.launcher
@@ -372,7 +326,7 @@ def build_runner(config):
 
         setup_cache_size_limit_of_dynamo()
     join_ranks_on_cpu(config)
-    with one_line('the config cannot be built', *CONFIG_ERRORS, config=config):
+    with one_line('the config cannot be built', *CONFIG_ERRORS):
         if 'mmyolo' in libraries:
             from mmyolo.utils import is_metainfo_lower
 
@@ -412,9 +366,7 @@ def build_loop(runner, kind):
     file = os.path.join(dataset.get('data_root') or '', dataset.get('ann_file', ''))
     where = f'{kind}_dataloader.dataset ({file}, seen from {Path.cwd()})'
     errors = (*CONFIG_ERRORS, IndexError, OSError)
-    with one_line(
-        f'{kind}_cfg, {kind}_evaluator or {where} cannot be used', *errors, config=runner.cfg
-    ):
+    with one_line(f'{kind}_cfg, {kind}_evaluator or {where} cannot be used', *errors):
         dataset = getattr(runner, f'{kind}_loop').dataloader.dataset
         if len(dataset) == 0:
             raise ValueError('no picture passes its filter')

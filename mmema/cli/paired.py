@@ -8,7 +8,6 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.05
-MARGIN = 0.005  # 0.5 mAP: a difference inside of it is none that matters
 
 
 @dataclass(frozen=True)
@@ -19,11 +18,11 @@ class Summary:
     t_interval: tuple  # 95 %
     bootstrap_interval: tuple  # 95 %, bias-corrected and accelerated (BCa)
     p_sign_flip: float  # of a mean of zero
-    p_equivalence: float  # of a mean of MARGIN or more, in either direction
+    p_equivalence: float  # of a mean of the margin or more, in either direction
 
 
-def summary(values):
-    """Return the :class:`Summary` of two or more differences.
+def summary(values, margin):
+    """Return the :class:`Summary` of two or more differences; within ``margin`` none matters.
 
     Raises:
         ValueError: If there are fewer.
@@ -36,7 +35,7 @@ def summary(values):
         t_interval(values),
         bootstrap_interval(values),
         sign_flip(values),
-        equivalence(values),
+        equivalence(values, margin),
     )
 
 
@@ -90,12 +89,12 @@ def sign_flip(values):
     ).pvalue
 
 
-def equivalence(values):
-    """Return the p of two one-sided t tests (TOST) that the mean is inside of the margin."""
+def equivalence(values, margin):
+    """Return the p of two one-sided t tests (TOST) that the mean is inside of ±margin."""
     if constant(values):
-        return float(abs(values[0]) >= MARGIN)
-    above = stats.ttest_1samp(values, -MARGIN, alternative='greater').pvalue
-    below = stats.ttest_1samp(values, MARGIN, alternative='less').pvalue
+        return float(abs(values[0]) >= margin)
+    above = stats.ttest_1samp(values, -margin, alternative='greater').pvalue
+    below = stats.ttest_1samp(values, margin, alternative='less').pvalue
     return max(above, below)
 
 

@@ -118,7 +118,6 @@ class Run(NamedTuple):
     rules: dict[str, list[RestartRule]]  # of each average
     base: int | None  # the batch size at which momentum and gamma were tuned, if there is one
     batch: int | None  # the batch size of an update
-    ours: bool  # whether the EMAHook is mmema's
 
     @property
     def block(self) -> int:
@@ -143,13 +142,14 @@ def run_in(config, iters_per_epoch, processes=1):
     averages = getattr(ema_hook, 'configs', stock)
     rules = {name: [one.rule] if one.rule else [] for name, one in averages.items()}
     rules[MAIN] = [hook.rule for hook in hooks if isinstance(hook, EMARestartHook)]
-    strategy = config.get('strategy') or {}
-    scale_lr = config.get('auto_scale_lr') or strategy.get('auto_scale_lr')
-    ours = hasattr(ema_hook, 'base_batch_size')
-    base = (ema_hook.base_batch_size or base_of(scale_lr)) if ours else None
+    base = None
+    if hasattr(ema_hook, 'base_batch_size'):  # not MMEngine's hook
+        strategy = config.get('strategy') or {}
+        scale_lr = config.get('auto_scale_lr') or strategy.get('auto_scale_lr')
+        base = ema_hook.base_batch_size or base_of(scale_lr)
     batch = (config.get('train_dataloader') or {}).get('batch_size')
     batch = batch and batch * processes * facts.accumulation
-    return Run(config, facts, averages, rules, base, batch, ours)
+    return Run(config, facts, averages, rules, base, batch)
 
 
 def length_of_epoch(config):
@@ -220,7 +220,7 @@ def averaged_model(run, name):
             'base_batch_size needs the batch size of the run, but the config has no '
             'train_dataloader.batch_size. Set it.'
         )
-    text = settle(ema, config.horizon, run.base, run.batch, run.facts) if run.ours else ''
+    text = settle(ema, config.horizon, run.base, run.batch, run.facts)
     if text:
         cli.note(f'note: {name}: {text}')
     return ema

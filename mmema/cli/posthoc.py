@@ -8,7 +8,6 @@ mmema posthoc choose run --config CONFIG -o best.pth
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from . import common as cli
@@ -16,7 +15,8 @@ from . import common as cli
 
 def main(argv=None):
     args = parse_args(argv)
-    cli.run_on_checkpoints(args.run, args, as_options)
+    with cli.checkpoint_errors():
+        args.run(args)
 
 
 def parse_args(argv=None):
@@ -117,16 +117,6 @@ def check(parser, args):
     return args
 
 
-def as_options(text):
-    """Return an error of the library with options of this tool in the place of arguments."""
-    text = re.sub(r'\b(trust|force)=True\b', r'--\1', text)
-    return re.sub(r'\b(ema_type|momentum|gamma|interval)=', _as_option, text)
-
-
-def _as_option(match):
-    return f'--{match[1].replace("_", "-")} '
-
-
 def show(made, output, force):
     lines = [*made.lines, ('written', made.write(output, force))]
     width = max(len(label) for label, _ in lines)
@@ -145,20 +135,20 @@ def restart(args):
 
 def fit(args):
     from ..posthoc.derive import fit
-    from ..posthoc.profiles import exponential, stored_profiles, uniform
+    from ..posthoc.profiles import blends_of, exponential, stored_profiles, uniform
 
     files = facts_of_run(args.folder, args.trust)
     stored, notes = stored_profiles(files)
     for note in notes:
         cli.note(f'note: {note}')
-    run, total = stored[-1].facts.run, stored[-1].total
+    run, total, blends = stored[-1].facts.run, stored[-1].total, blends_of(stored)
     begins = args.restart_at if args.uniform is None else args.uniform
     start = run.update_of((begins or 0) * (run.epoch_length or 1))
     with cli.one_line('fit', TypeError, ValueError):
         if args.uniform is None:
-            wanted = exponential(args.momentum, args.gamma, start, total)
+            wanted = exponential(args.momentum, args.gamma, start, total, blends)
         else:
-            wanted = uniform(start, total)
+            wanted = uniform(start, total, blends)
     record = {
         key: value
         for key in ('momentum', 'gamma', 'restart_at', 'uniform')

@@ -25,12 +25,8 @@ def main(argv=None):
     cli.import_stack()
     config = cli.load_config(args)
     cli.need(config, 'train_dataloader', 'train_cfg')
-    from ..checkpoints.formats import CheckpointError
-
-    try:
+    with cli.checkpoint_errors():
         measure(args, config, out)
-    except CheckpointError as error:
-        cli.die(str(error).replace('trust=True', '--trust').replace('force=True', '--force'))
 
 
 def parse_args(argv=None):

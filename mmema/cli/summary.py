@@ -25,7 +25,8 @@ def report(runner, seconds):
     names = main_names(scalars.names, prefixes.values())
     watched = watched_metric(runner.hooks, names, prefixes.values())
     name = watched.metric
-    points, raw = scalars.curve(name), scalars.curve(f'{prefixes.get("raw")}{name}')
+    points = scalars.curve(name)
+    raw = scalars.curve(f'{prefixes["raw"]}{name}') if 'raw' in prefixes else []
     for label, curve in ((weights, points), ('raw weights', raw)):
         if curve:
             rows.append((f'{name} of the {label}', best_and_last(runner, curve, watched.best)))

@@ -28,7 +28,7 @@ def main(argv=None):
     cli.build_loop(runner, 'test')
     if args.out:
         runner.test_loop.evaluator.metrics.append(dump_of(config)(out_file_path=args.out))
-    with cli.run_errors(runner.cfg):
+    with cli.run_errors():
         metrics = runner.test()
     report(runner, metrics, args)
 

@@ -126,7 +126,7 @@ def train(runner):
 
     begin = time.monotonic()
     try:
-        with cli.run_errors(runner.cfg):
+        with cli.run_errors():
             runner.train()
     except KeyboardInterrupt:
         cli.note(

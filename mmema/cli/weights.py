@@ -6,8 +6,10 @@ import contextlib
 import io
 from itertools import islice
 
+from ..checkpoints.formats import with_metadata
 from ..run.config import kind_of
 from . import common as cli
+from .progress import ProgressBar
 
 # They average weights or need an average; here a model has one set of weights.
 EMA_HOOKS = ('EMAHook', 'EMARestartHook', 'EMAMonitorHook', 'EMARecalibrateHook')
@@ -52,9 +54,17 @@ def training_batches(config, seed, number):
 
 
 class Evaluator:
-    """MMEngine's test loop on a split of a config, for one state after another."""
+    """MMEngine's test loop on a split of a config, for one state after another.
 
-    def __init__(self, config, split, work_dir, label):
+    Args:
+        config: It is changed into that of an evaluation.
+        split: 'val' or 'test'.
+        work_dir: A folder for what MMEngine writes.
+        label: Of the progress bar, which is shown while the evaluator is entered.
+        states: How many there will be.
+    """
+
+    def __init__(self, config, split, work_dir, label, states):
         without_averages(config)
         cli.need(config, f'{split}_dataloader', f'{split}_evaluator')
         config.test_dataloader = config[f'{split}_dataloader']
@@ -71,15 +81,15 @@ class Evaluator:
         with silence():
             self.runner = cli.build_runner(config)
             cli.build_loop(self.runner, 'test')
-        self.label = label
-
-    def expect(self, states):
-        """Begin the progress bar for so many states."""
-        from tqdm import tqdm
-
-        batches = states * len(self.runner.test_dataloader)
-        self.bar = tqdm(desc=self.label, total=batches, unit='batch')
+        self.bar = ProgressBar(label, states * len(self.runner.test_dataloader))
         self.runner.register_hook(hook_of(self.bar))
+
+    def __enter__(self):
+        self.bar.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        self.bar.__exit__(*exception)
 
     def metrics(self, state, name, batches=()):
         """Return the metrics of weights, and their state; measured anew on batches, if given."""
@@ -93,9 +103,6 @@ class Evaluator:
         with silence(), cli.run_errors():
             return self.runner.test(), state
 
-    def close(self):
-        self.bar.close()
-
 
 def with_statistics_of(model, state):
     """Return a state with BatchNorm's statistics of a model."""
@@ -105,10 +112,7 @@ def with_statistics_of(model, state):
         for name, tensor in state.items()
         if name.endswith(('running_mean', 'running_var'))
     }
-    new = type(state)({**state, **measured})
-    if hasattr(state, '_metadata'):
-        new._metadata = state._metadata
-    return new
+    return with_metadata(state, {**state, **measured})
 
 
 def hook_of(bar):
@@ -118,7 +122,7 @@ def hook_of(bar):
         """Moves the progress bar."""
 
         def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-            bar.update()
+            bar.advance()
 
     return Progress()
 

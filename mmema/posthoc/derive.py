@@ -12,8 +12,8 @@ from ..checkpoints.files import load
 from ..checkpoints.formats import CheckpointError, State
 from ..run import MAIN
 from .facts import FileFacts, check_same_run, facts_in
-from .history import NOTHING, Given, momenta_between, repeats_tied, settings_of
-from .mixture import STATISTICS, Part, Pattern, mix, pattern_of
+from .history import NOTHING, Given, average_config, momenta_between, repeats_tied
+from .mixture import STATISTICS, Pattern, Term, mix, pattern_of
 from .profiles import Fit, Stored
 from .profiles import fit as fit_profiles
 
@@ -74,11 +74,11 @@ def restart(
     shares = {}  # W, by how often a tensor is blended at an update
     for times in {1, *pattern.times.values()}:
         shares[times] = kept**times
-    parts = [
-        Part(one.file, name, {times: -w / (1 - w) for times, w in shares.items()}),
-        Part(other.file, name, {times: 1 / (1 - w) for times, w in shares.items()}),
+    terms = [
+        Term(one.file, name, {times: -w / (1 - w) for times, w in shares.items()}),
+        Term(other.file, name, {times: 1 / (1 - w) for times, w in shares.items()}),
     ]
-    state = mix(parts if kept else parts[1:], pattern, trust)
+    state = mix(terms if kept else terms[1:], pattern, trust)
     lines = [
         ('average', f'{name}, as if restarted hard after {one.time}, at {other.time}'),
         ('updates', f'{len(momenta):,} between the files'),
@@ -104,6 +104,7 @@ def fit(
     record: dict | None = None,
     force: bool = False,
     trust: bool = False,
+    found: Fit | None = None,
 ) -> tuple[Made, Fit]:
     """Return the mixture of stored weights that is nearest to a wanted average, and its fit.
 
@@ -113,6 +114,7 @@ def fit(
         record: More about it to keep in ``meta['mmema']``. Defaults to None.
         force: Whether a bad fit is taken. Defaults to False.
         trust: As of :func:`mmema.checkpoints.files.load`.
+        found: The mixture, if :func:`nearest` was asked before. Defaults to None.
 
     Raises:
         CheckpointError: If the profile is off by more than 10 %, or the coefficients are so large
@@ -120,7 +122,7 @@ def fit(
     """
     if not stored:
         raise CheckpointError('there are no averages and no raw weights to mix')
-    found = nearest(stored, wanted, 1, force)
+    found = found or nearest(stored, wanted, 1, force)
     last = stored[-1].facts
     used = [number for number, c in enumerate(found.coefficients) if abs(c) > 1e-12]
     names = list(dict.fromkeys(stored[number].weights for number in used))
@@ -129,21 +131,21 @@ def fit(
     for times in {*pattern.times.values()} - {1}:
         fits[times] = nearest(stored, wanted, times, force)
         used = range(len(stored))
-    parts = [
-        Part(
+    terms = [
+        Term(
             stored[number].facts.file,
             stored[number].weights,
             {times: float(one.coefficients[number]) for times, one in fits.items()},
         )
         for number in used
     ]
-    state = mix(parts, pattern, trust)
+    state = mix(terms, pattern, trust)
     error = max(one.error for one in fits.values())
     size = max(one.size for one in fits.values())
-    files = len({part.file for part in parts})
+    files = len({term.file for term in terms})
     lines = [
         ('profile', f'{error:.2%} off the wanted one'),
-        ('coefficients', f'{len(parts)} in {files} files, {size:.3g} without their signs'),
+        ('coefficients', f'{len(terms)} in {files} files, {size:.3g} without their signs'),
         ('rounding', f'{size * ROUNDING:.1g} of a weight at most, in float32 files'),
         *(('note', text) for text in pattern.notes),
     ]
@@ -160,20 +162,20 @@ def nearest(
         raise CheckpointError(
             f'the nearest mixture is {found.error:.1%} off the wanted profile, more than '
             f'{MOST_ERROR:.0%}: it needs more checkpoints, or averages of other horizons in also. '
-            'force=True takes it all the same'
+            '--force (force=True) takes it all the same'
         )
     if found.size > MOST_SIZE and not force:
         raise CheckpointError(
             f'the coefficients sum to {found.size:,.0f} without their signs, more than '
-            f'{MOST_SIZE:,}: the roundings of the files would be enlarged as much. force=True '
-            'takes them all the same'
+            f'{MOST_SIZE:,}: the roundings of the files would be enlarged as much. '
+            '--force (force=True) takes them all the same'
         )
     return found
 
 
 def taken(stored: Stored, trust: bool = False) -> Made:
     """Return stored weights as they are."""
-    state = mix([Part(stored.facts.file, stored.weights, {1: 1.0})], trust=trust)
+    state = mix([Term(stored.facts.file, stored.weights, {1: 1.0})], trust=trust)
     meta = _meta(stored.facts, stored.weights, {'made': 'stored', 'at': stored.facts.time})
     return Made(state, meta, [('weights', str(stored))])
 
@@ -198,7 +200,7 @@ def mean(files: Sequence[str | Path], weights: str = 'raw', trust: bool = False)
         raise CheckpointError(
             f'a mean is of at least two files, each once, got {", ".join(map(str, paths)) or None}'
         )
-    state = mix([Part(path, weights, {1: 1 / len(paths)}) for path in paths], trust=trust)
+    state = mix([Term(path, weights, {1: 1 / len(paths)}) for path in paths], trust=trust)
     meta = load(paths[-1], trust).meta
     about = {'weights': f'mean of {weights}', 'made': 'mean', 'of': [p.name for p in paths]}
     lines = [('mean', f'of the {weights} weights in {len(paths)} files')]
@@ -216,7 +218,7 @@ STATISTICS_NOTE = (
 def _pattern(file: FileFacts, names: Sequence[str], repeats: bool, trust: bool) -> Pattern:
     """Return the pattern of a mixture of a run's averages; ``file`` is the last one."""
     names = [name for name in names if name in file.averages]
-    blends = [settings_of(file, name).get('update_buffers', False) for name in names]
+    blends = [average_config(file, name).get('update_buffers', False) for name in names]
     known = all(blends) if file.hook else None
     return pattern_of(load(file.file, trust), names, known, file.recalibrates, repeats)
 

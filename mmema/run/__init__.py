@@ -17,30 +17,3 @@ from .metrics import less_is_better, watched_metric
 from .names import MAIN, label_of, scalars_of
 from .strategies import StrategyTraits, refuse_unsaved, traits_of
 from .switches import SWITCH_HOOKS, switches_of
-
-__all__ = [
-    'MAIN',
-    'SWITCH_HOOKS',
-    'StrategyTraits',
-    'Moment',
-    'RunFacts',
-    'averages_of',
-    'checkpoint_hooks',
-    'choose_checkpoint',
-    'ema_hook_of',
-    'facts_in_config',
-    'facts_of',
-    'kept_rng',
-    'label_of',
-    'last_of',
-    'less_is_better',
-    'now_of',
-    'refuse_unsaved',
-    'scalars_of',
-    'switches_of',
-    'the_ema_hook',
-    'traits_of',
-    'validation_follows',
-    'watched_metric',
-    'what_loads',
-]

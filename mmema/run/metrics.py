@@ -88,11 +88,9 @@ def prefixes_of(loop: BaseLoop | None) -> dict[str, str]:
 
 
 def prefixes_in(config: dict, averages: Iterable[str] | None = None) -> dict[str, str]:
-    """Return the same for the validation loop of a config.
+    """Return the same from a config; ``averages`` are those beside the main one, if not its own.
 
-    Args:
-        config: Where it has no ``val_cfg``, the loop is taken for an EMAValLoop.
-        averages: The averages beside the main one. Defaults to None: those of the config.
+    Without a ``val_cfg``, as in a text that is cut short, the loop is taken for an EMAValLoop.
     """
     loop = config.get('val_cfg')
     if loop is not None and kind_of(loop) in ('', 'ValLoop'):

@@ -77,8 +77,8 @@ def _of_pipeline_switch_hook(get: Callable, max_epochs: int) -> list[Switch]:
 
 def _of_yolox_mode_switch_hook(get: Callable, max_epochs: int) -> list[Switch]:
     epoch = max_epochs - get('num_last_epochs', 15) - 1  # it compares epoch + 1
-    pipeline = get('new_train_pipeline', get('new_train_pipeline_cfg', MOSAIC))
-    if pipeline is MOSAIC:  # MMDetection's has no pipeline, and switches from that epoch on
+    pipeline = get('new_train_pipeline', get('new_train_pipeline_cfg', ABSENT))
+    if pipeline is ABSENT:  # MMDetection's has none, and switches from that epoch on
         return [Switch(max(epoch, 0), None, get('skip_type_keys', MOSAIC))]
     return [Switch(epoch, pipeline)] if epoch >= 0 else []  # MMYOLO's in that one or never
 
@@ -95,6 +95,7 @@ def _of_switch_recipe_hook(get: Callable, max_epochs: int) -> list[Switch]:
     return [Switch(number - 1, pipeline) for number, pipeline in pipelines.items()]
 
 
+ABSENT = object()
 MOSAIC = ('Mosaic', 'RandomAffine', 'MixUp')  # that MMDetection's YOLOXModeSwitchHook leaves out
 SWITCHES = {
     'PipelineSwitchHook': _of_pipeline_switch_hook,

@@ -449,5 +449,5 @@ def test_averages_in_main_memory_are_staged_once(tmp_path, monkeypatch):
     far = make_runner(tmp_path / 'far', ema=dict(ours, also=also))
     far.train()
     averages = averages_of(ema_hook_of(far)).values()
-    assert len({id(ema._follower.stage) for ema in averages}) == 1
+    assert len({id(ema._follower.view) for ema in averages}) == 1
     assert_same(state_of(whole), state_of(far))

@@ -1,4 +1,4 @@
-"""mmema inspect, export, best and convert as people call them, and every command of docs/checkpoints.md."""
+"""mmema inspect, export, best and convert, and every command of docs/checkpoints.md."""
 
 import json
 import math
@@ -69,7 +69,7 @@ def test_each_command_from_any_folder(run, tmp_path):
     assert f'{out.name} converted: y.pth\n' in done.stdout
     again = call_tool('convert', out.name, '--steps', 8, '-o', 'y.pth', folder=tmp_path)
     assert (again.returncode, again.stdout) == (2, '')
-    assert again.stderr == f'{TOOL}: y.pth exists; --force replaces it\n'
+    assert again.stderr == f'{TOOL}: y.pth exists; --force (force=True) replaces it\n'
 
 
 # --- in this process ---------------------------------------------------------------------------
@@ -103,16 +103,15 @@ def test_all_options_of_convert_arrive(tool, tmp_path):
 def test_exact_name_and_force(run, tool):
     assert tool('export', run[1], '-o', 'x.pth', '--exact-name')[0] == 0
     status, text = tool('export', run[1], '-o', 'x.pth', '--exact-name')
-    assert (status, text) == (2, f'{TOOL}: x.pth exists; --force replaces it\n')
+    assert (status, text) == (2, f'{TOOL}: x.pth exists; --force (force=True) replaces it\n')
     assert tool('export', run[1], '-o', 'x.pth', '--exact-name', '--force')[0] == 0
 
 
 @pytest.mark.parametrize(
     ('arguments', 'expected'),
     [
-        ('', 'the following arguments are required: COMMAND'),
         ('inspect', 'the following arguments are required: file'),
-        ('inspekt x', 'invalid choice'),
+        ('inspekt x', 'no command inspekt; there are train, test, plot, inspect'),
         ('inspect no.pth', 'no.pth is no file (seen from '),
         ('inspect .', '. is no file (seen from '),
         ('export RUN', 'the following arguments are required: -o/--output'),

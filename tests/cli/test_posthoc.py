@@ -69,7 +69,10 @@ def test_a_bad_fit_is_taken_by_force_alone(run, tmp_path, capsys):
         ('restart {w}/epoch_2.pth {w}/epoch_6.pth --momentum 0.2', 'momentum of ema is 0.1, got'),
         ('restart {w}/epoch_2.pth {w}/epoch_6.pth --weights x', "has no average 'x'"),
         ('restart {w}/epoch_2.pth {w}/epoch_6.pth -o a.txt', 'must end in .pth or .safetensors'),
-        ('restart {w}/epoch_2.pth {w}/epoch_6.pth -o there.pth', 'exists; --force replaces it'),
+        (
+            'restart {w}/epoch_2.pth {w}/epoch_6.pth -o there.pth',
+            'exists; --force (force=True) replaces it',
+        ),
         ('mean {w}/epoch_2.pth', 'a mean is of at least two files, each once, got'),
         ('fit none --momentum 0.1', 'no folder none'),
         ('fit . --momentum 0.1', 'no checkpoint of a run in .'),
@@ -154,7 +157,7 @@ def test_choose_on_measured_statistics(run, tmp_path, capsys):
     call_here(*call, '--batches', 2, folder=tmp_path)
     printed = capsys.readouterr().out
     assert 'momentum 0.1, restarted at epoch 3' in printed
-    assert f'report it on another one: tools/test.py {config} best.pth' in printed
+    assert f'report it on another one: mmema test {config} best.pth' in printed
     from runs import Line
 
     state = torch.load(tmp_path / 'best.pth', weights_only=True)['state_dict']

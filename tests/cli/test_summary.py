@@ -30,3 +30,14 @@ def test_both_weights_under_their_own_names(tmp_path, capsys, watched):
         )
     assert table['trained'] == '1 min 1 s'
     assert (tmp_path / 'curve.png').stat().st_size > 5000
+
+
+def test_a_resumed_run_is_reported_whole(tmp_path, capsys):
+    script = dict(enumerate([0.1, 0.9, 0.2, 0.3], 1))
+    make_runner(tmp_path, epochs=2, script=script).train()
+    runner = make_runner(tmp_path, epochs=4, script=script, resume=True)
+    runner.train()
+    capsys.readouterr()
+    summary.report(runner, 1)
+    text = 'score of the EMA weights  best 0.900 (epoch 2), last 0.300 (epoch 4)'
+    assert text in capsys.readouterr().out

@@ -1,8 +1,10 @@
-"""What tools/test.py refuses; that it finds what training logged stands in test_train_tool.py."""
+"""What mmema test refuses; that it finds what training logged stands in test_train.py."""
 
 import pytest
 import torch
 from tool_runs import CONFIG, refusal
+
+from mmema.cli import common
 
 pytest.importorskip('mmyolo')
 
@@ -16,10 +18,8 @@ pytest.importorskip('mmyolo')
         ([CONFIG, 'some.pth', '--cfg-options', '=1'], "got '=1'"),
     ],
 )
-def test_refuses_before_it_imports(tmp_path, monkeypatch, arguments, reason):
-    import _cli
-
-    monkeypatch.setattr(_cli, 'import_stack', pytest.fail)
+def test_refuses_before_it_imports_the_libraries(tmp_path, monkeypatch, arguments, reason):
+    monkeypatch.setattr(common, 'import_libraries', pytest.fail)
     (tmp_path / 'some.pth').touch()
     assert reason in refusal('test', *arguments, folder=tmp_path)
 

@@ -179,7 +179,7 @@ def test_resume_goes_on_with_the_iterations_and_the_average(run):
 def test_says_that_a_finished_run_is_finished(run, data):
     folder, *_ = run
     done = call_tool(
-        *('train.py', CONFIG, '--work-dir', 'other', '--resume', 'w/epoch_2.pth'),
+        *('train', CONFIG, '--work-dir', 'other', '--resume', 'w/epoch_2.pth'),
         *small_run(data, 2),
         folder=folder,
     )
@@ -195,7 +195,7 @@ def test_the_test_tool_finds_what_training_logged(run, data):
     seen_in_training = (data / 'val.bbox.json').read_text()
 
     def evaluate(checkpoint):
-        call = ['test.py', CONFIG, checkpoint, '--out', 'boxes.pkl', '--work-dir', 'tested']
+        call = ['test', CONFIG, checkpoint, '--out', 'boxes.pkl', '--work-dir', 'tested']
         done = call_tool(*call, *small_run(data, 2), folder=folder)
         assert done.returncode == 0, done.stderr[-3000:]
         table = done.stdout[done.stdout.rindex(f'{checkpoint}:') :].splitlines()[1:]

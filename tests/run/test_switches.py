@@ -32,6 +32,7 @@ NEW = [dict(type='New')]
         (dict(type='mmdet.YOLOXModeSwitchHook', num_last_epochs=9), 3, [Switch(0, None, MOSAIC)]),
         (dict(type='mmyolo.YOLOXModeSwitchHook'), 20, [Switch(4, NEW)]),
         (dict(type='mmyolo.YOLOXModeSwitchHook'), 15, []),  # in that epoch or never
+        (dict(type='mmyolo.YOLOXModeSwitchHook', new_train_pipeline=None), 15, []),
     ],
 )
 def test_hooks_and_their_settings_say_the_same(settings, epochs, switches):
@@ -40,7 +41,7 @@ def test_hooks_and_their_settings_say_the_same(settings, epochs, switches):
     if 'PipelineSwitch' in name:
         settings = dict(settings, switch_pipeline=NEW)
     elif library == 'mmyolo':
-        settings = dict(settings, new_train_pipeline=NEW)
+        settings = {'new_train_pipeline': NEW, **settings}
     hook = HOOKS.build(settings)
     by_class = dict(settings, type=type(hook))
     for described in (hook, settings, by_class):

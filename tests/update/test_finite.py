@@ -12,7 +12,7 @@ from torch import nn
 from toys import Toy, seeded, shake
 
 from mmema import RestartableExpMomentumEMA
-from mmema.update import guarded
+from mmema.update import guard
 from mmema.update.finite import are_finite, names_of_non_finite
 
 BAD = pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
@@ -75,6 +75,19 @@ def test_the_guard_skips_a_poisoned_tensor_for_that_update(
     assert int(ema.steps) == 6
 
 
+@pytest.mark.parametrize('in_main_memory', [True, False])
+def test_a_tensor_that_is_not_due_is_not_left_out(in_main_memory):
+    model = Toy()
+    ema = RestartableExpMomentumEMA(model, interval=3, skip_non_finite=True)
+    ema.update_parameters(model)
+    ema._follower._guard._in_main_memory = in_main_memory
+    for tensor in (model.norm.weight, model.norm.running_var):  # blended, and copied
+        nn.init.constant_(tensor, math.nan)
+    for _ in range(3):  # the third is due
+        ema.update_parameters(model)
+    assert ema.skipped == {'norm.weight': 1, 'norm.running_var': 3}
+
+
 def test_counts_outlive_a_changed_model():
     model = Toy()
     ema = RestartableExpMomentumEMA(model, skip_non_finite=True)
@@ -100,13 +113,13 @@ def test_the_guard_changes_no_bit_where_all_is_finite():
 @pytest.mark.parametrize('when', [0, 3])
 def test_the_choice_on_a_device_gives_the_same_average(when, update_buffers, monkeypatch):
     # On an accelerator every tensor is chosen there, and no number is read.
-    monkeypatch.setattr(guarded, '_MOST', 8)  # so that there are several groups
+    monkeypatch.setattr(guard, '_MOST', 8)  # so that there are several groups
     model, generator = Toy(), seeded(1)
     settings = dict(update_buffers=update_buffers, skip_non_finite=True)
     ema, twin = (RestartableExpMomentumEMA(model, 0.1, 3, **settings) for _ in range(2))
     twin.update_parameters(model)
-    assert len(twin._follower._groups) > 2
-    twin._follower._in_main_memory = False
+    assert len(twin._follower._guard._groups) > 2
+    twin._follower._guard._in_main_memory = False
     twin.restart()
     for step in range(5):
         shake(model, generator)

@@ -1,19 +1,17 @@
-"""Guarded follower: a source tensor with NaN or infinity is left out of an update, and counted."""
+"""Guard: a source tensor with NaN or infinity is left out of an update, and counted."""
 
 from __future__ import annotations
 
 from typing import Callable, Dict, List, Tuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from ..messages import listed, warn
 from .blend_plan import BlendPlan
-from .direct import DirectFollower
 from .finite import are_finite, is_number
-from .pairs import Pair, canonical_name, copy_all, named_tensors, sides
-from .selection import Selection
+from .pairs import Pair, copy_all, sides
 
 _MOST = 2**24  # numbers of a group: what an update needs beside average and source, three times
 
@@ -50,57 +48,62 @@ class SkipCounts:
             )
 
 
-class GuardedFollower(DirectFollower):
-    """A direct follower that leaves out tensors that are not finite.
+class Guard:
+    """An update that leaves out tensors that are not finite, an option of a follower.
 
-    In main memory the source is checked first, and an update with finite numbers alone is that of
-    a direct follower. On an accelerator, where a check would wait, the choice is made there.
+    In main memory the source is checked first, and where all is finite the follower blends as
+    without a guard. On an accelerator, where a check would wait, the choice is made there.
 
-    With ``reduced``, of :class:`mmema.update.sharded.Parts`, a tensor is left out on all ranks if
-    it is on one: one small reduction for each update.
+    Args:
+        blended: The pairs that the follower blends.
+        copied: The pairs that it copies.
+        names: All names of tensors; on some ranks a pair may be missing here, or empty.
+        skip_counts: Where to count.
+        reduced: As of a view: a tensor is left out on all ranks if it is on one, by one small
+            reduction for each update.
     """
 
     def __init__(
         self,
-        average: nn.Module,
-        source: nn.Module,
-        selection: Selection,
+        blended: List[Pair],
+        copied: List[Pair],
+        names: List[str],
         skip_counts: SkipCounts,
         reduced: Callable | None = None,
     ):
-        super().__init__(average, source, selection)
         self._reduced = reduced
         self._skip_counts = skip_counts
-        self._groups = _groups(self.blended, True) + _groups(self.copied, False)
-        # Where the tensors of each group stand among all: some ranks have no part of a tensor.
-        names = [canonical_name(name) for name, _, _ in named_tensors(average)]
-        places = {name: place for place, name in enumerate(names)}
-        self._rows = [
-            torch.tensor([places[name] for name in group.names], device=group.device)
-            for group in self._groups
-        ]
-        self._count = len(names)  # of all tensors
-        self._exact = BlendPlan([p for p in self.copied if not _can_be_non_finite(p)])
+        self._groups = _groups(blended, True) + _groups(copied, False)
+        self._places = {name: place for place, name in enumerate(names)}
+        self._exact = BlendPlan([p for p in copied if not _can_be_non_finite(p)])
         self._in_main_memory = all(group.device.type == 'cpu' for group in self._groups)
 
-    def update(self, momentum: float | None) -> None:
-        checks = [group.finite() for group in self._groups]
+    def update(self, momentum: float | None) -> bool:
+        """Update all pairs as a follower does; return False, with nothing done, if all are finite.
+
+        An accelerator is not asked whether all are: there the update is always made here.
+        """
+        # A tensor that this update does not blend is not left out of it.
+        groups = [g for g in self._groups if momentum is not None or not g.is_blended]
+        checks = [are_finite(group.sources) for group in groups]
         if self._reduced is not None:
-            checks = self._agreed(checks)
+            checks = self._agreed(groups, checks)
         if self._in_main_memory and all(bool(finite.all()) for finite in checks):
-            return super().update(momentum)
-        for group, finite in zip(self._groups, checks):
+            return False
+        for group, finite in zip(groups, checks):
             self._skip_counts.add(group.names, ~finite)
             group.update(momentum if group.is_blended else 1.0, finite)
         self._exact.copy()
         if self._in_main_memory:
             self._skip_counts.log_new()
+        return True
 
-    def _agreed(self, checks: List[Tensor]) -> List[Tensor]:
+    def _agreed(self, groups: List[_Group], checks: List[Tensor]) -> List[Tensor]:
         """Return the checks of all ranks together; a tensor is finite if all its parts are."""
         device = checks[0].device if checks else None
-        finite = torch.ones(self._count, dtype=torch.uint8, device=device)
-        rows = [row.to(finite.device) for row in self._rows]
+        finite = torch.ones(len(self._places), dtype=torch.uint8, device=device)
+        rows = [torch.tensor([self._places[name] for name in group.names]) for group in groups]
+        rows = [row.to(finite.device) for row in rows]
         for row, check in zip(rows, checks):
             finite[row] = check.to(finite)
         finite = self._reduced(finite, 'MIN')
@@ -119,12 +122,7 @@ class _Group:
         self.total = sum(sizes)
         self.sizes = torch.tensor(sizes, device=self.averages[0].device)
 
-    def finite(self) -> Tensor:
-        return are_finite(self.sources)
-
-    def update(self, momentum: float | None, finite: Tensor) -> None:
-        if momentum is None:
-            return
+    def update(self, momentum: float, finite: Tensor) -> None:
         # A tensor that is left out is blended with itself: times zero a NaN would stay one.
         own = _flatten_dense_tensors(self.averages)
         new = _flatten_dense_tensors(self.sources).to(own.device, own.dtype)
