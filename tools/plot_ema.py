@@ -246,16 +246,16 @@ def averaged_model(run, name, config, rules):
     from mmema.averaged import MomentumAveragedModel
     from mmema.averages.config import class_of
     from mmema.averages.units import auto_scale_base, settle
-    from mmema.restartable import TWINS
+    from mmema.restartable import STOCK_EQUIVALENTS
 
     kind = class_of(config.ema_type)
     if kind is None or not issubclass(kind, MomentumAveragedModel):
         stock = str(config.ema_type).rsplit('.', 1)[-1]
-        if stock not in TWINS:
+        if stock not in STOCK_EQUIVALENTS:
             cli.die(f'ema_type {config.ema_type!r} is not known here; mmema has its own classes')
         if rules:
             cli.die(f'{stock} cannot be restarted, which EMARestartHook wants')
-        kind = TWINS[stock]
+        kind = STOCK_EQUIVALENTS[stock]
     arguments = dict(config.arguments, type=kind, device=None)
     ema = MODELS.build(arguments, default_args=dict(model=nn.Linear(1, 1)))
     if hasattr(run.ema_hook, 'base_batch_size'):  # not MMEngine's hook
