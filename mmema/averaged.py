@@ -59,7 +59,7 @@ class MomentumAveragedModel(BaseAveragedModel):
       weights on their way. They are taken in at the next update, or as soon as anything of the
       average is read through this object.
 
-    The other arguments are those of :class:`ExpMomentumEMA`.
+    The other arguments are those of `ExpMomentumEMA`.
     """
 
     schedule_type: type = Schedule
@@ -250,7 +250,7 @@ class ExpMomentumEMA(MomentumAveragedModel):
     ``momentum(steps) = (1 - momentum) * exp(-(1 + steps) / gamma) + momentum``
 
     Takes the config of MMDetection's and MMYOLO's class of this name and gives, bit for bit in
-    float32, MMYOLO's weights. The averaged tensors: see :class:`MomentumAveragedModel`.
+    float32, MMYOLO's weights. The averaged tensors: see `MomentumAveragedModel`.
 
     Args:
         model: The model to average.
@@ -269,7 +269,7 @@ class ExpMomentumEMA(MomentumAveragedModel):
         ValueError: If an argument is out of range, a pattern matches nothing, or the model cannot
             be copied.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(1, 1)
         >>> ema = ExpMomentumEMA(model, momentum=0.1, gamma=10)

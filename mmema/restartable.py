@@ -18,7 +18,7 @@ class Restartable(MomentumAveragedModel):
     """Base of the restartable averages: the restart, and live values in the state.
 
     The arguments of each class: the model, the fields of its schedule (whose docstring has source
-    and example), and those of :class:`ExpMomentumEMA` after ``gamma``. The fields are attributes of
+    and example), and those of `ExpMomentumEMA` after ``gamma``. The fields are attributes of
     the average, too: assigning one changes the next update.
 
     A live value that a restart or an assignment has set comes back with a state that is loaded. One
@@ -42,8 +42,8 @@ class Restartable(MomentumAveragedModel):
         """Raise an error if this average cannot be restarted so; change nothing.
 
         Args:
-            steps: As in :meth:`restart`.
-            **changes: As in :meth:`restart`.
+            steps: As in `restart`.
+            **changes: As in `restart`.
 
         Raises:
             TypeError: If a value has the wrong type.
@@ -77,7 +77,7 @@ class Restartable(MomentumAveragedModel):
             **changes: New live values by name; None leaves one as it is.
 
         Raises:
-            TypeError, ValueError: As :meth:`check_restart`.
+            TypeError, ValueError: As `check_restart`.
         """
         self.check_restart(steps, **changes)
         if steps is not None:
@@ -146,13 +146,13 @@ def _encoded(name: str) -> torch.Tensor:
 
 @register_everywhere(MODELS)
 class RestartableExpMomentumEMA(Restartable, ExpMomentumEMA):
-    """:class:`ExpMomentumEMA` whose schedule can be restarted while training goes on.
+    """`ExpMomentumEMA` whose schedule can be restarted while training goes on.
 
     ``momentum`` and ``gamma`` are live: assigning them changes the next update. The state holds
     them, and the number of ``restarts``, beside the average. Arguments and errors: those of
-    :class:`ExpMomentumEMA`.
+    `ExpMomentumEMA`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(1, 1)
         >>> ema = RestartableExpMomentumEMA(model, momentum=0.1, gamma=10)
@@ -168,7 +168,7 @@ class RestartableExpMomentumEMA(Restartable, ExpMomentumEMA):
     def restart(
         self, steps: int | None = 0, momentum: float | None = None, gamma: float | None = None
     ) -> None:
-        """Restart the schedule, as :meth:`Restartable.restart` says."""
+        """Restart the schedule, as `Restartable.restart` says."""
         super().restart(steps, momentum=momentum, gamma=gamma)
 
 
@@ -198,7 +198,7 @@ class RestartableConstantEMA(Restartable):
         )
 
     def restart(self, steps: int | None = 0, momentum: float | None = None) -> None:
-        """Restart the schedule, as :meth:`Restartable.restart` says."""
+        """Restart the schedule, as `Restartable.restart` says."""
         super().restart(steps, momentum=momentum)
 
 
@@ -228,7 +228,7 @@ class RestartableDebiasedEMA(Restartable):
         )
 
     def restart(self, steps: int | None = 0, momentum: float | None = None) -> None:
-        """Restart the schedule, as :meth:`Restartable.restart` says."""
+        """Restart the schedule, as `Restartable.restart` says."""
         super().restart(steps, momentum=momentum)
 
 
@@ -263,7 +263,7 @@ class RestartableThresholdEMA(Restartable):
     def restart(
         self, steps: int | None = 0, momentum: float | None = None, factor: float | None = None
     ) -> None:
-        """Restart the schedule, as :meth:`Restartable.restart` says."""
+        """Restart the schedule, as `Restartable.restart` says."""
         super().restart(steps, momentum=momentum, factor=factor)
 
 
@@ -297,7 +297,7 @@ class RestartableAnnealingEMA(Restartable):
     def restart(
         self, steps: int | None = 0, momentum: float | None = None, gamma: float | None = None
     ) -> None:
-        """Restart the schedule, as :meth:`Restartable.restart` says."""
+        """Restart the schedule, as `Restartable.restart` says."""
         super().restart(steps, momentum=momentum, gamma=gamma)
 
 
@@ -340,7 +340,7 @@ class RestartablePowerRampEMA(Restartable):
         power: float | None = None,
         max_momentum: float | None = None,
     ) -> None:
-        """Restart the schedule, as :meth:`Restartable.restart` says."""
+        """Restart the schedule, as `Restartable.restart` says."""
         super().restart(
             steps, momentum=momentum, gamma=gamma, power=power, max_momentum=max_momentum
         )
@@ -373,7 +373,7 @@ class RestartablePowerFunctionEMA(Restartable):
         )
 
     def restart(self, steps: int | None = 0, sigma_rel: float | None = None) -> None:
-        """Restart the schedule, as :meth:`Restartable.restart` says."""
+        """Restart the schedule, as `Restartable.restart` says."""
         super().restart(steps, sigma_rel=sigma_rel)
 
 
@@ -386,7 +386,7 @@ class RestartableUniformAverage(Restartable):
     Begun with a restart in the last part of a training, this is SWA. A soft restart lets the mean
     so far count as ``steps`` updates.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(1, 1, bias=False)
         >>> ema = RestartableUniformAverage(model)
@@ -396,7 +396,7 @@ class RestartableUniformAverage(Restartable):
         >>> ema.module.weight.item()
         3.0
 
-    Source: :class:`mmema.schedules.UniformSchedule`.
+    Source: `mmema.schedules.UniformSchedule`.
     """
 
     schedule_type = schedules.UniformSchedule

@@ -42,7 +42,7 @@ def averaged_weights(model: nn.Module, ema: nn.Module):
         ValueError: If model and average do not have the same tensors, or the model is sharded by
             FSDP1 or ZeRO-3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mmema import ExpMomentumEMA, averaged_weights
         >>> model = torch.nn.Linear(1, 1)
@@ -75,7 +75,7 @@ def swap_in(model: nn.Module, ema: nn.Module) -> Swap | ShardedSwap:
 
 
 class Swap:
-    """A swap of the averaged weights into a model, until :meth:`undo` restores the trained ones."""
+    """A swap of the averaged weights into a model, until `undo` restores the trained ones."""
 
     def __init__(self, model: nn.Module, ema: nn.Module):
         refuse_while_swapped(ema, 'be given them a second time')
