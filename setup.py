@@ -13,7 +13,6 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 # These work on a checkout: its set-up, its tests.
 OF_THE_CHECKOUT = (
-    '_docstrings.py',
     'bootstrap.py',
     'make_digits.py',
 )

@@ -46,9 +46,7 @@ def test_it_holds_configs_tools_and_mark_of_types(wheel):
         for folder in ('configs', 'tools')
         for file in (ROOT / folder).rglob('*.py')
     }
-    left_out = {
-        f'mmema/.mim/tools/{name}.py' for name in ('_docstrings', 'bootstrap', 'make_digits')
-    }
+    left_out = {f'mmema/.mim/tools/{name}.py' for name in ('bootstrap', 'make_digits')}
     assert {name for name in names if '/.mim/' in name} == in_checkout - left_out
     assert not [name for name in names if name.startswith('tests') or name.endswith('.pyc')]
 

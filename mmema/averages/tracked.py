@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from typing import Callable, Collection
 
-from mmengine.hooks import EMAHook
 from mmengine.model import BaseAveragedModel
 from mmengine.registry import MODELS
-from mmengine.runner import Runner
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch import nn
 
 from ..checkpoints.resume import check_ema_state
 from ..messages import RunError, listed, warn
 from ..restarts.advice import beyond_the_end
-from ..restarts.live import check_rule, log_restart, momentum_of, values_of
-from ..restarts.progress import RuleProgress, due_restart
-from ..run import facts_of, label_of, now_of
+from ..restarts.controller import RestartController
+from ..restarts.progress import RuleProgress
+from ..run import RunFacts, label_of
 from ..swap import copy_weights
 from ..update.finite import names_of_non_finite
 from ..update.sharded import Parts
@@ -37,7 +35,9 @@ class TrackedAverage:
         model = dict(config.arguments, type=config.ema_type)
         self.ema_model: BaseAveragedModel = MODELS.build(model, default_args=dict(model=source))
         self.has_own_weights = False
-        self.progress = config.rule and RuleProgress(config.rule)
+        self.progress = None if config.rule is None else RuleProgress(config.rule)
+        progresses = [] if self.progress is None else [self.progress]
+        self.restarts = RestartController(self.ema_model, progresses, name)
         self._non_finite = set(self._names_of_non_finite())  # masks, for example
 
     def copy(self, source: nn.Module) -> None:
@@ -69,36 +69,27 @@ class TrackedAverage:
         module = self.ema_model.module
         return names_of_non_finite(module, module.reduced if isinstance(module, Parts) else None)
 
-    def begin(self, runner: Runner, ema_hook: EMAHook) -> None:
-        """Check the restart rule at the beginning of a training."""
-        if self.progress is None:
+    def begin(self, facts: RunFacts, evaluated: Collection[str]) -> None:
+        """Check the restart rule at the beginning of a training.
+
+        Args:
+            facts: Those of the run.
+            evaluated: The averages of which validations give metrics.
+        """
+        rule = self.config.rule
+        if rule is None:
             return
-        rule, facts = self.config.rule, facts_of(runner, ema_hook)
         try:
-            self.progress.begin(facts)
-            check_rule(rule, self.ema_model)
+            self.restarts.begin(facts)
         except RunError as error:
             raise RunError(f'{self.label}: {error}') from None
-        if rule.plateau and self.name not in getattr(runner.val_loop, 'weights', ()):
+        if rule.plateau and self.name not in evaluated:
             raise RunError(
                 f'{self.label}: on_plateau watches the metrics of this average, but no validation '
                 "gives them. Set val_cfg=dict(type='mmema.EMAValLoop')."
             )
         for line in beyond_the_end([rule], facts):
             warn(f'{self.label}: {line}')
-
-    def restart_if_due(self, runner: Runner) -> None:
-        now = {'epoch': runner.epoch, 'iter': runner.iter}
-        if self.progress is not None and self.progress.is_due(now):
-            ema, before = self.ema_model, values_of(self.ema_model)
-            restart = due_restart([self.progress], now, momentum_of(ema))
-            restart.apply(ema)
-            log_restart(runner, ema, restart, before, self.name)
-
-    def see_validation(self, runner: Runner) -> None:
-        if self.progress is not None:
-            metrics = getattr(runner.val_loop, 'results', {}).get(self.name, {})
-            self.progress.see_validation(metrics, now_of(runner))
 
     def state(self, to_save: Callable) -> dict:
         restart = self.progress and self.progress.state_dict()

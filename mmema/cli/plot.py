@@ -29,9 +29,9 @@ from ..averaged import MomentumAveragedModel
 from ..averages.config import AverageConfig, class_of
 from ..averages.units import base_of, settle
 from ..messages import RunError
-from ..restartable import TWINS, Restartable
+from ..restartable import STOCK_EQUIVALENTS, Restartable
 from ..restarts import profile
-from ..restarts.live import check_rule
+from ..restarts.controller import check_rule
 from ..restarts.planner import plan
 from ..restarts.rule import RestartRule
 from ..run import MAIN, RunFacts, facts_in_config, the_ema_hook, watched_metric
@@ -208,11 +208,11 @@ def averaged_model(run, name):
     kind = class_of(config.ema_type)
     if kind is None or not issubclass(kind, MomentumAveragedModel):
         stock = str(config.ema_type).rsplit('.', 1)[-1]
-        if stock not in TWINS:
+        if stock not in STOCK_EQUIVALENTS:
             cli.die(f'ema_type {config.ema_type!r} is not known here; mmema has its own classes')
         if run.rules[name]:
             cli.die(f'{stock} cannot be restarted, which EMARestartHook wants')
-        kind = TWINS[stock]
+        kind = STOCK_EQUIVALENTS[stock]
     arguments = dict(config.arguments, type=kind, device=None)
     ema = MODELS.build(arguments, default_args=dict(model=torch.nn.Linear(1, 1)))
     if run.base and not run.batch:

@@ -17,7 +17,6 @@ from ..averages.units import auto_scale_base, effective_batch, settle
 from ..checkpoints.resume import check_ema_state, exchange_weights
 from ..messages import RunError, listed, warn
 from ..registry import HOOKS
-from ..restarts.live import catch_up
 from ..run import (
     MAIN,
     choose_checkpoint,
@@ -27,6 +26,7 @@ from ..run import (
     traits_of,
     what_loads,
 )
+from ..run.metrics import prefixes_of
 from ..swap import ShardedSwap, Swap, swap_in
 from ..update.pairs import unwrapped
 from ..update.refusals import refuse_pieces
@@ -181,15 +181,18 @@ class EMAHook(StockEMAHook):
         """Copy the model; ``init_weights`` has run and the weights are loaded by now."""
         super().before_train(runner)
         refuse_unsaved(runner)
+        source = self._source(runner)
         for average in self._averages.values():
-            average.copy(self._source(runner))
-            average.begin(runner, self)
+            average.copy(source)
+        if any(average.config.rule for average in self._averages.values()):
+            facts, evaluated = facts_of(runner, self), prefixes_of(runner.val_loop)
+            for average in self._averages.values():
+                average.begin(facts, evaluated)
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Catch up on a validation that decides about a plateau, after a resume."""
         for average in self._averages.values():
-            if average.progress is not None:
-                catch_up(runner, average.progress)
+            average.restarts.catch_up(runner)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         """Copy weights that were loaded meanwhile; begin to count the optimizer's steps."""
@@ -197,7 +200,7 @@ class EMAHook(StockEMAHook):
         source = self._source(runner)
         for average in self._averages.values():
             average.copy(source)
-            average.restart_if_due(runner)
+            average.restarts.restart_if_due(runner)
         if self.per_optimizer_step:
             self._optimizer_steps.begin_iteration(runner.optim_wrapper)
 
@@ -227,8 +230,9 @@ class EMAHook(StockEMAHook):
         """Restore the trained weights; decide about restarts of averages of ``also``."""
         self._restore()
         if isinstance(runner._train_loop, BaseLoop):
-            for average in self._averages.values():
-                average.see_validation(runner)
+            results = getattr(runner.val_loop, 'results', {})  # of EMAValLoop
+            for name, average in self._averages.items():
+                average.restarts.see_validation(runner, results.get(name, {}))
 
     def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         """Restore the trained weights."""

@@ -24,7 +24,7 @@ from .facts import AverageFacts, FileFacts
 CLASSES = [cls for cls in vars(restartable).values() if isinstance(cls, type)]
 CLASSES = [cls for cls in CLASSES if issubclass(cls, Restartable) and cls is not Restartable]
 BY_SCHEDULE = {cls.schedule_type.name: cls for cls in CLASSES}
-BY_NAME = {**{cls.__name__: cls for cls in CLASSES}, **restartable.TWINS}
+BY_NAME = {**{cls.__name__: cls for cls in CLASSES}, **restartable.STOCK_EQUIVALENTS}
 
 
 @dataclass(frozen=True)

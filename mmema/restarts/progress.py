@@ -7,9 +7,9 @@ from itertools import repeat
 from typing import Sequence
 
 from ..run.facts import Moment, RunFacts
-from .live import on_main
 from .planner import Restart, explicit_moments, merged, restart_at
 from .plateau import PlateauWatch
+from .ranks import on_main
 from .rewind import kept_names
 from .rule import RestartRule
 

@@ -1,6 +1,6 @@
 """Follower: an average and a view of its source, paired tensor by tensor, and the update of all.
 
-A new kind of source is a new view, and a line in :func:`follow`.
+A new kind of source is a new view, and a line in `follow`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def follow(
 class Follower:
     """An average that takes in a source, as long as it ``holds`` the tensors of both.
 
-    From a late view an update only fetches the tensors; :meth:`finish` blends them.
+    From a late view an update only fetches the tensors; `finish` blends them.
     """
 
     def __init__(

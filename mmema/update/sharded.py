@@ -34,7 +34,7 @@ def is_sharded(model: nn.Module) -> bool:
 def followed(model: nn.Module) -> nn.Module:
     """Return the module whose tensors an average follows.
 
-    That is the model without wrappers; of a sharded one this rank's :class:`Parts`.
+    That is the model without wrappers; of a sharded one this rank's `Parts`.
     """
     model = unwrapped(model)
     return Parts(model) if is_sharded(model) else model
@@ -81,7 +81,7 @@ class Layout:
         return empty(self.shape, dtype=dtype, device_mesh=self.mesh, placements=self.placements)
 
     def fits(self, tensor: Tensor) -> bool:
-        """Return whether :meth:`part` takes a tensor."""
+        """Return whether `part` takes a tensor."""
         if tensor.shape != self.shape:
             return False
         return not is_dtensor(tensor) or (

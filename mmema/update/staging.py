@@ -28,7 +28,7 @@ def is_far(average: nn.Module, source: nn.Module) -> bool:
 class StagedView(View):
     """View of a copy in pinned memory of what another view has, one update late.
 
-    :meth:`fetch` puts copies into the stream of the GPU: they read the weights as they are at that
+    `fetch` puts copies into the stream of the GPU: they read the weights as they are at that
     point, whatever training makes of them next. The program need not wait for them until it fetches
     again, or reads the average.
     """

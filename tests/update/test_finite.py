@@ -116,21 +116,21 @@ def test_the_choice_on_a_device_gives_the_same_average(when, update_buffers, mon
     monkeypatch.setattr(guard, '_MOST', 8)  # so that there are several groups
     model, generator = Toy(), seeded(1)
     settings = dict(update_buffers=update_buffers, skip_non_finite=True)
-    ema, twin = (RestartableExpMomentumEMA(model, 0.1, 3, **settings) for _ in range(2))
-    twin.update_parameters(model)
-    assert len(twin._follower._guard._groups) > 2
-    twin._follower._guard._in_main_memory = False
-    twin.restart()
+    ema, on_device = (RestartableExpMomentumEMA(model, 0.1, 3, **settings) for _ in range(2))
+    on_device.update_parameters(model)
+    assert len(on_device._follower._guard._groups) > 2
+    on_device._follower._guard._in_main_memory = False
+    on_device.restart()
     for step in range(5):
         shake(model, generator)
         if step == when:
             nn.init.constant_(model.norm.bias, math.nan)
-        for average in (ema, twin):
+        for average in (ema, on_device):
             average.update_parameters(model)
         nn.init.zeros_(model.norm.bias)
-    assert twin.skipped == ema.skipped == {'norm.bias': 1}
+    assert on_device.skipped == ema.skipped == {'norm.bias': 1}
     for name, tensor in tensors_of(ema.module).items():
-        torch.testing.assert_close(tensor, tensors_of(twin.module)[name])
+        torch.testing.assert_close(tensor, tensors_of(on_device.module)[name])
 
 
 @since_torch_2_1('has no fused norm for the device of this test, meta')

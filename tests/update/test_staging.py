@@ -70,15 +70,15 @@ def test_it_follows_the_reference(far, reads, interval, update_buffers):
 def test_it_is_bit_for_bit_the_average_of_a_near_source(far, update_buffers):
     layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)]
     model, late = make(far, nn.Sequential(*layers), update_buffers=update_buffers)
-    twin = deepcopy(model).cpu()
-    twin.near = True
-    near = ExpMomentumEMA(twin, 0.1, 3, update_buffers=update_buffers)
+    other = deepcopy(model).cpu()
+    other.near = True
+    near = ExpMomentumEMA(other, 0.1, 3, update_buffers=update_buffers)
     generator = seeded(1)
     for _ in range(4):
         shake_on_cpu(model, generator)
-        twin.load_state_dict(model.state_dict())
+        other.load_state_dict(model.state_dict())
         late.update_parameters(model)
-        near.update_parameters(twin)
+        near.update_parameters(other)
     for name, tensor in tensors_of(late.module).items():
         assert torch.equal(tensor, tensors_of(near.module)[name]), name
 
@@ -170,21 +170,21 @@ def test_whatever_reads_the_average_sees_the_last_update(far, read):
 
 
 def restored(ema, model, inside=None):
-    """A twin with an update on its way that loads a state: the state wins."""
+    """Another average with an update on its way that loads a state: the state wins."""
     model = deepcopy(model)
     nn.init.zeros_(model.conv.weight)
-    twin = RestartableExpMomentumEMA(model, device='cpu')
-    twin.update_parameters(model)
-    outer, state = (twin, ema) if inside is None else (inside([twin]), inside([ema]))
+    other = RestartableExpMomentumEMA(model, device='cpu')
+    other.update_parameters(model)
+    outer, state = (other, ema) if inside is None else (inside([other]), inside([ema]))
     outer.load_state_dict(state.state_dict())
-    return twin.module
+    return other.module
 
 
 def test_a_copy_takes_neither_follower_nor_source_along(far):
     model, ema = make(far)
     ema.update_parameters(model)
-    for twin in (deepcopy(ema), pickle.loads(pickle.dumps(ema))):
-        assert twin._follower is None
+    for other in (deepcopy(ema), pickle.loads(pickle.dumps(ema))):
+        assert other._follower is None
     assert ema._follower.view.source is model
 
 
