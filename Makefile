@@ -7,7 +7,7 @@ DIGITS := data/digits
 CONFIG := configs/digits/yolov5_n_digits.py
 WORK_DIR := work_dirs/digits
 EVIDENCE := work_dirs/evidence
-ABLATE := $(RUN) tools/ablate.py --out $(EVIDENCE)
+ABLATE := $(RUN) -m mmema ablate --out $(EVIDENCE)
 ARGS ?=
 DEVICE ?= cuda
 JOBS ?= 2
@@ -38,7 +38,7 @@ evidence: $(READY)  ## run the experiment of docs/evidence.md: 30 trainings, hou
 	$(ABLATE) configs/digits/rtmdet_tiny_ablation_fifth.py --seeds 6 $(ARGS)
 
 gpu:  ## test and measure on a GPU, without set-up: PYTHON is one that has torch and MMEngine
-	$(PYTHON) tools/gpu_report.py --device $(DEVICE) $(ARGS)
+	$(PYTHON) benchmarks/gpu_report.py --device $(DEVICE) $(ARGS)
 
 test: $(READY)  ## check style and types and run the tests: 8 minutes on 2 cores (more cores: JOBS=4)
 	$(RUN) -m ruff check .
@@ -62,6 +62,6 @@ clean:  ## remove .venv, data and caches; keep work_dirs and the compiled mmcv
 	rm -rf $(VENV) .nox data build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .dist_test
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): tools/bootstrap.py requirements/stack.txt requirements/docs.txt pyproject.toml mmema/update/native.cpp mmema/update/native.py
+$(READY): tools/bootstrap.py requirements/stack.txt requirements/docs.txt pyproject.toml
 	$(PYTHON) tools/bootstrap.py $(VENV)
 	@touch $@

@@ -13,11 +13,8 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 # These work on a checkout: its set-up, its tests.
 OF_THE_CHECKOUT = (
-    '_docstrings.py',
-    'benchmark*.py',
     'bootstrap.py',
-    'gpu_report.py',
-    'model_shapes.py',
+    'make_digits.py',
 )
 
 

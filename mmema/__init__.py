@@ -1,5 +1,7 @@
 """Restartable exponential moving averages of weights for MMEngine, MMYOLO and MMDetection."""
 
+from typing import TYPE_CHECKING
+
 try:
     import mmengine
 except ModuleNotFoundError as error:
@@ -32,9 +34,10 @@ from .restartable import (
     RestartableThresholdEMA,
     RestartableUniformAverage,
 )
-from .strategy import FullyShardStrategy
 from .swap import averaged_weights
-from .zero import DeepSpeedStrategy
+
+if TYPE_CHECKING:
+    from .sharded import DeepSpeedStrategy, FullyShardStrategy
 
 __version__ = '0.1.0'
 __all__ = [
@@ -59,3 +62,12 @@ __all__ = [
 ]
 
 allow_mmengine_classes()
+
+
+def __getattr__(name: str):
+    """Import the strategies where they are first asked for; few runs need them."""
+    if name in ('DeepSpeedStrategy', 'FullyShardStrategy'):
+        from . import sharded
+
+        return getattr(sharded, name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Sequence, Union
 
@@ -18,7 +17,7 @@ from .registry import MODELS
 from .schedules import ExpSchedule, Schedule
 from .swap import refuse_while_swapped
 from .update.follower import follow
-from .update.guarded import SkipCounts
+from .update.guard import SkipCounts
 from .update.model_copy import averaged_copy
 from .update.pairs import canonical_name, named_tensors, pairs_of, unwrapped
 from .update.refusals import refuse_pieces
@@ -28,27 +27,21 @@ from .update.sharded import followed
 Device = Union[torch.device, str, None]
 
 
-def _signature_of(cls: type) -> inspect.Signature:
-    _, model, _, *others = inspect.signature(cls._build).parameters.values()
-    own = [
-        inspect.Parameter(f.name, model.kind, default=f.default, annotation=f.type)
-        for f in fields(cls.schedule_type)
-    ]
-    return inspect.Signature([model, *own, *others])
+class LiveValue:
+    """A field of the schedule as an attribute of the average: assigning it changes the schedule."""
 
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
 
-def _live_attribute(name: str) -> property:
-    def get(self):
-        return getattr(self.schedule, name)
+    def __get__(self, average, owner=None):
+        return self if average is None else getattr(average.schedule, self.name)
 
-    def assign(self, value):
-        self._set_live(**{name: value})
-
-    return property(get, assign)
+    def __set__(self, average, value) -> None:
+        average._set_live(**{self.name: value})
 
 
 class MomentumAveragedModel(BaseAveragedModel):
-    """Base of mmema's averages; a subclass names its schedule and lists its arguments.
+    """Base of mmema's averages; a subclass makes the schedule, whose fields it takes as arguments.
 
     At every update ``avg <- (1 - m) avg + m src``, with ``m`` from the schedule; the first update,
     and the first after a hard restart, copies.
@@ -66,31 +59,12 @@ class MomentumAveragedModel(BaseAveragedModel):
       weights on their way. They are taken in at the next update, or as soon as anything of the
       average is read through this object.
 
-    The arguments of a subclass are the model, the fields of its ``schedule_type``, and the other
-    ones of :class:`ExpMomentumEMA`; ``inspect.signature`` and ``help`` list them. The fields are
-    attributes of the average, too: assigning one changes the next update.
+    The other arguments are those of `ExpMomentumEMA`.
     """
 
     schedule_type: type = Schedule
 
-    def __init_subclass__(cls, **kwargs) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.__signature__ = _signature_of(cls)
-        for name in cls.schedule_type.live_fields():
-            setattr(cls, name, _live_attribute(name))
-
-    def __init__(self, *args, **kwargs) -> None:
-        try:
-            arguments = self.__signature__.bind(*args, **kwargs).arguments
-        except TypeError as error:
-            takes = ', '.join(self.__signature__.parameters)
-            raise TypeError(f'{type(self).__name__} takes {takes}, but {error}') from None
-        own = {
-            f.name: arguments.pop(f.name) for f in fields(self.schedule_type) if f.name in arguments
-        }
-        self._build(schedule=self.schedule_type(**own), **arguments)
-
-    def _build(
+    def __init__(
         self,
         model: nn.Module,
         schedule: Schedule,
@@ -276,7 +250,7 @@ class ExpMomentumEMA(MomentumAveragedModel):
     ``momentum(steps) = (1 - momentum) * exp(-(1 + steps) / gamma) + momentum``
 
     Takes the config of MMDetection's and MMYOLO's class of this name and gives, bit for bit in
-    float32, MMYOLO's weights. The averaged tensors: see :class:`MomentumAveragedModel`.
+    float32, MMYOLO's weights. The averaged tensors: see `MomentumAveragedModel`.
 
     Args:
         model: The model to average.
@@ -295,7 +269,7 @@ class ExpMomentumEMA(MomentumAveragedModel):
         ValueError: If an argument is out of range, a pattern matches nothing, or the model cannot
             be copied.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(1, 1)
         >>> ema = ExpMomentumEMA(model, momentum=0.1, gamma=10)
@@ -307,6 +281,24 @@ class ExpMomentumEMA(MomentumAveragedModel):
     """
 
     schedule_type = ExpSchedule
+    momentum: float = LiveValue()
+    gamma: float = LiveValue()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        momentum: float = 0.0002,
+        gamma: float = 2000,
+        interval: int = 1,
+        device: Device = None,
+        update_buffers: bool = False,
+        exclude: Sequence[str] = (),
+        skip_non_finite: bool = False,
+    ) -> None:
+        schedule = ExpSchedule(momentum, gamma)
+        super().__init__(
+            model, schedule, interval, device, update_buffers, exclude, skip_non_finite
+        )
 
 
 def _question_decay(schedule: Schedule) -> None:
@@ -354,7 +346,10 @@ def as_device(device: Device) -> torch.device | None:
     if not isinstance(device, (str, torch.device)):
         raise TypeError(f'device must be a string or a torch.device, got {device!r}')
     try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f'device must name a torch device, got {device!r} ({error})') from None
-    return torch.empty(0, device=device).device  # 'cuda' is 'cuda:0'
+        return torch.empty(0, device=device).device  # 'cuda' is 'cuda:0'
+    except (RuntimeError, AssertionError) as error:  # the latter without CUDA
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f'device must name a torch device, got {device!r} ({reason}). Leave it out to keep the '
+            'average where the model is.'
+        ) from None

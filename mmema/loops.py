@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Sequence
 
-from mmengine.hooks import CheckpointHook, RuntimeInfoHook
 from mmengine.hooks import EMAHook as StockEMAHook
+from mmengine.hooks import RuntimeInfoHook
 from mmengine.runner import IterBasedTrainLoop, Runner, ValLoop
 from mmengine.runner.base_loop import BaseLoop
 
+from .averages.evaluation import evaluate, evaluate_quietly
+from .averages.scores import Scores, logged_scores
 from .hooks.ema import EMAHook
 from .hooks.recalibrate import EMARecalibrateHook
 from .messages import RunError, warn
 from .registry import LOOPS, register_everywhere
-from .run import averages_of, ema_hook_of, kept_rng, last_of, less_is_better, now_of
+from .run import MAIN, averages_of, ema_hook_of, last_of, now_of, watched_metric
+from .run.metrics import prefixes_of
 from .swap import averaged_weights
-
-AHEAD = 3  # validations in a row after which the log says that the raw weights are ahead
 
 
 @register_everywhere(LOOPS)
@@ -65,7 +67,7 @@ class EMAValLoop(ValLoop):
         weights: Sequence[str] | None = None,
     ):
         try:
-            others = [name for name in averages_of(ema_hook_of(runner)) if name]
+            others = [name for name in averages_of(ema_hook_of(runner)) if name != MAIN]
         except RunError as error:
             raise RunError(f'EMAValLoop evaluates several weights: {error}') from None
         if not isinstance(prefix, str):
@@ -80,114 +82,77 @@ class EMAValLoop(ValLoop):
         self.prefix = prefix.strip('/')
         self.weights = known if weights is None else list(weights)
         self.results: dict[str, dict] = {}  # metrics of the last validation by name of the weights
+        # A checkpoint is saved before the validation of its epoch, so it lacks those scores.
+        self._lacks_scores = bool(runner._resume)
 
     def run(self) -> dict:
         """Evaluate all weights; return the metrics of the main average, then of the others."""
-        if not isinstance(self.runner._train_loop, BaseLoop):
+        runner, self.results = self.runner, {}
+        if not isinstance(runner._train_loop, BaseLoop):
             # Without training all of them are the loaded weights, and one evaluation is enough.
-            return self._evaluate({})
-        averages, self.results, others = averages_of(ema_hook_of(self.runner)), {}, {}
-        for name in self.weights:
-            self.runner.logger.info(f'Evaluating the {name} weights ...')
+            return self._evaluate_main({})
+        averages, others = averages_of(ema_hook_of(runner)), {}
+        for name, prefix in prefixes_of(self).items():
+            runner.logger.info(f'Evaluating the {name} weights ...')
             swap = nullcontext()
             if name != 'raw':
-                swap = averaged_weights(self.runner.model, averages[name])
-            with kept_rng(), swap:  # an iterator over a dataloader draws a number
-                self.results[name] = self._evaluate()
-            prefix = self.prefix if name == 'raw' else name
-            others.update({f'{prefix}/{key}': v for key, v in self.results[name].items()})
-        self.runner.logger.info('Evaluating the EMA weights ...')
-        metrics = self._evaluate(others)
+                swap = averaged_weights(runner.model, averages[name])
+            with swap:
+                self.results[name] = evaluate_quietly(self)
+            others.update({f'{prefix}{key}': v for key, v in self.results[name].items()})
+        runner.logger.info('Evaluating the EMA weights ...')
+        metrics = self._evaluate_main(others)
         self._compare({key: value for key, value in metrics.items() if key not in others})
         return metrics
 
-    def _evaluate(self, others: dict | None = None) -> dict:
-        """Evaluate with hooks, which receive the metrics ``others`` too; with None without any."""
-        runner, call_hook, swapped = self.runner, self.runner.call_hook, False
+    def _evaluate_main(self, others: dict) -> dict:
+        """Evaluate the main average with the run's hooks, which receive the other metrics, too."""
+        runner, swapped = self.runner, False
 
-        def call(name, **kwargs):
+        def call_hook(name, **kwargs):
             nonlocal swapped
-            if others is None:
-                return
             if name == 'after_val_epoch':
                 swapped = False
                 if kwargs['metrics']:
                     kwargs['metrics'].update(others)
                 else:
                     RuntimeInfoHook().after_val_epoch(runner, others)  # to the log only
-            call_hook(name, **kwargs)
+            runner.call_hook(name, **kwargs)
             if name == 'before_val_epoch':
                 swapped = True
 
-        runner.call_hook = call
         try:
-            return super().run()
+            return evaluate(self, call_hook)
         finally:
-            runner.call_hook = call_hook
             if swapped and not isinstance(ema_hook_of(runner), EMAHook):
                 for hook in runner.hooks:  # MMEngine's hook leaves the average in the model
                     if isinstance(hook, (StockEMAHook, EMARecalibrateHook)):
                         hook.after_val_epoch(runner, metrics={})
-            for metric in self.evaluator.metrics:
-                metric.results.clear()  # those of a validation that failed halfway
 
     def _compare(self, main: dict) -> None:
         """Keep the scores of a validation in the checkpoints; log what they tell."""
         runner, loop = self.runner, self.runner.train_loop
         if not main:
             return
-        metric, less = self._chosen_metric(main)
-        now, scores = now_of(runner), runner.message_hub.runtime_info.get('ema_scores', {})
-        for name, metrics in {'ema': main, **self.results}.items():
-            if metric in metrics:
-                scores.setdefault(name, []).append((now, float(metrics[metric])))
-        runner.message_hub.update_info('ema_scores', scores)
-        line = '' if less is None else _raw_ahead(scores, metric, less)
+        prefixes = prefixes_of(self)
+        watched = watched_metric(runner.hooks, list(main), prefixes.values())
+        saved = runner.message_hub.runtime_info.get('ema_scores', {})
+        saved = {'': saved} if MAIN in saved else saved  # mmema 0.1.0 did not name the metric
+        scores, now = Scores(watched, [MAIN, *prefixes]), now_of(runner)
+        if self._lacks_scores:
+            self._lacks_scores = False
+            names = {name: f'{prefix}{watched.metric}' for name, prefix in prefixes.items()}
+            times = [at for points in saved.values() for at, _ in points.get(MAIN, [])]
+            for folder in (Path(str(runner._load_from or '')).parent, Path(runner.work_dir)):
+                scores.add(logged_scores(folder, {MAIN: watched.metric, **names}, times))
+        scores.add(saved.get(watched.metric, {}))
+        for name, metrics in {MAIN: main, **self.results}.items():
+            if watched.metric in metrics:
+                scores.add({name: [(now, float(metrics[watched.metric]))]})
+        runner.message_hub.update_info('ema_scores', {watched.metric: scores.points})
+        line = scores.raw_ahead()
         if line:
             warn(line)
         if now == last_of(loop) or getattr(loop, 'stop_training', False):
             unit = 'iter' if isinstance(loop, IterBasedTrainLoop) else 'epoch'
-            runner.logger.info(_table(scores, metric, less, unit))
-
-    def _chosen_metric(self, metrics: dict) -> tuple[str, bool | None]:
-        """Return the first metric of ``save_best`` that there is, and whether less is better."""
-        prefixes = [f'{self.prefix}/', *(f'{name}/' for name in self.weights)]
-        for hook in self.runner.hooks:
-            if isinstance(hook, CheckpointHook) and hook.save_best is not None:
-                for name, rule in zip(hook.key_indicators, hook.rules):
-                    prefix = next((p for p in prefixes if name.startswith(p)), '')
-                    for known in (name, name[len(prefix) :]):
-                        if known in metrics:
-                            return known, rule == 'less'
-        first = next(iter(metrics))
-        return first, less_is_better(first)
-
-
-def _raw_ahead(scores: dict, metric: str, less: bool) -> str:
-    """Return a line if the raw weights have been better for three validations by now, else ''."""
-    raw_at = dict(scores.get('raw', []))
-    pairs = [(ema, raw_at[at]) for at, ema in scores['ema'] if at in raw_at][-AHEAD - 1 :]
-    ahead = [raw < ema if less else raw > ema for ema, raw in pairs]
-    said_before = len(ahead) > AHEAD and ahead[0]
-    if len(ahead) < AHEAD or not all(ahead[-AHEAD:]) or said_before:
-        return ''
-    numbers = ', '.join(f'{ema:.4g} against {raw:.4g}' for ema, raw in pairs[-AHEAD:])
-    return (
-        f'the average has been worse than the raw weights for {AHEAD} validations in a row, '
-        f'{metric}: {numbers}. Its horizon may be too long for this stage: try a larger momentum '
-        'or smaller gamma, a restart where the data changes (mmema.EMARestartHook), or several '
-        'averages at once (also= of mmema.EMAHook).'
-    )
-
-
-def _table(scores: dict, metric: str, less: bool | None, unit: str) -> str:
-    """Return the best and the last score of all weights as lines of text."""
-    rows = [('weights', 'best', unit, 'last')]
-    for name, points in scores.items():
-        at, best = (min if less else max)(points, key=lambda point: point[1])
-        rows.append((name, f'{best:.4f}', str(at), f'{points[-1][1]:.4f}'))
-    if less is None:  # what would be the best is not known
-        rows = [(row[0], row[-1]) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows]
-    return '\n'.join([f'{metric} of all weights', *(line.rstrip() for line in lines)])
+            runner.logger.info(scores.table(unit))

@@ -15,7 +15,9 @@ from mmengine.registry import Registry
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmema', locations=['mmema'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmema', locations=['mmema'])
 LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope='mmema', locations=['mmema'])
-STRATEGIES = Registry('strategy', parent=MMENGINE_STRATEGIES, scope='mmema', locations=['mmema'])
+STRATEGIES = Registry(
+    'strategy', parent=MMENGINE_STRATEGIES, scope='mmema', locations=['mmema.sharded']
+)
 
 
 def register_everywhere(registry: Registry):
@@ -32,3 +34,9 @@ def register_everywhere(registry: Registry):
         return cls
 
     return decorate
+
+
+@MMENGINE_STRATEGIES.register_module(name='FullyShardStrategy')
+def fully_shard_strategy(**arguments):
+    """Build :class:`mmema.FullyShardStrategy` by its bare name, which so imports nothing before."""
+    return STRATEGIES.build(dict(type='FullyShardStrategy', **arguments))

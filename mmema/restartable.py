@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Sequence
+
 import torch
+from torch import nn
 
 from . import schedules
 from .arguments import check_integer
-from .averaged import ExpMomentumEMA, MomentumAveragedModel, state_keys
+from .averaged import Device, ExpMomentumEMA, LiveValue, MomentumAveragedModel, state_keys
 from .messages import warn
 from .registry import MODELS, register_everywhere
 
@@ -15,7 +18,7 @@ class Restartable(MomentumAveragedModel):
     """Base of the restartable averages: the restart, and live values in the state.
 
     The arguments of each class: the model, the fields of its schedule (whose docstring has source
-    and example), and those of :class:`ExpMomentumEMA` after ``gamma``. The fields are attributes of
+    and example), and those of `ExpMomentumEMA` after ``gamma``. The fields are attributes of
     the average, too: assigning one changes the next update.
 
     A live value that a restart or an assignment has set comes back with a state that is loaded. One
@@ -39,8 +42,8 @@ class Restartable(MomentumAveragedModel):
         """Raise an error if this average cannot be restarted so; change nothing.
 
         Args:
-            steps: As in :meth:`restart`.
-            **changes: As in :meth:`restart`.
+            steps: As in `restart`.
+            **changes: As in `restart`.
 
         Raises:
             TypeError: If a value has the wrong type.
@@ -74,7 +77,7 @@ class Restartable(MomentumAveragedModel):
             **changes: New live values by name; None leaves one as it is.
 
         Raises:
-            TypeError, ValueError: As :meth:`check_restart`.
+            TypeError, ValueError: As `check_restart`.
         """
         self.check_restart(steps, **changes)
         if steps is not None:
@@ -143,13 +146,13 @@ def _encoded(name: str) -> torch.Tensor:
 
 @register_everywhere(MODELS)
 class RestartableExpMomentumEMA(Restartable, ExpMomentumEMA):
-    """:class:`ExpMomentumEMA` whose schedule can be restarted while training goes on.
+    """`ExpMomentumEMA` whose schedule can be restarted while training goes on.
 
     ``momentum`` and ``gamma`` are live: assigning them changes the next update. The state holds
     them, and the number of ``restarts``, beside the average. Arguments and errors: those of
-    :class:`ExpMomentumEMA`.
+    `ExpMomentumEMA`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(1, 1)
         >>> ema = RestartableExpMomentumEMA(model, momentum=0.1, gamma=10)
@@ -165,10 +168,7 @@ class RestartableExpMomentumEMA(Restartable, ExpMomentumEMA):
     def restart(
         self, steps: int | None = 0, momentum: float | None = None, gamma: float | None = None
     ) -> None:
-        """Restart the schedule; ``momentum`` in (0, 1), ``gamma`` in updates.
-
-        The arguments, and errors, are those of :meth:`Restartable.restart`.
-        """
+        """Restart the schedule, as `Restartable.restart` says."""
         super().restart(steps, momentum=momentum, gamma=gamma)
 
 
@@ -180,6 +180,26 @@ class RestartableConstantEMA(Restartable):
     """
 
     schedule_type = schedules.ConstantSchedule
+    momentum: float = LiveValue()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        momentum: float = 0.0002,
+        interval: int = 1,
+        device: Device = None,
+        update_buffers: bool = False,
+        exclude: Sequence[str] = (),
+        skip_non_finite: bool = False,
+    ) -> None:
+        schedule = schedules.ConstantSchedule(momentum)
+        super().__init__(
+            model, schedule, interval, device, update_buffers, exclude, skip_non_finite
+        )
+
+    def restart(self, steps: int | None = 0, momentum: float | None = None) -> None:
+        """Restart the schedule, as `Restartable.restart` says."""
+        super().restart(steps, momentum=momentum)
 
 
 @register_everywhere(MODELS)
@@ -190,6 +210,26 @@ class RestartableDebiasedEMA(Restartable):
     """
 
     schedule_type = schedules.DebiasedSchedule
+    momentum: float = LiveValue()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        momentum: float = 0.0002,
+        interval: int = 1,
+        device: Device = None,
+        update_buffers: bool = False,
+        exclude: Sequence[str] = (),
+        skip_non_finite: bool = False,
+    ) -> None:
+        schedule = schedules.DebiasedSchedule(momentum)
+        super().__init__(
+            model, schedule, interval, device, update_buffers, exclude, skip_non_finite
+        )
+
+    def restart(self, steps: int | None = 0, momentum: float | None = None) -> None:
+        """Restart the schedule, as `Restartable.restart` says."""
+        super().restart(steps, momentum=momentum)
 
 
 @register_everywhere(MODELS)
@@ -200,6 +240,31 @@ class RestartableThresholdEMA(Restartable):
     """
 
     schedule_type = schedules.ThresholdSchedule
+    momentum: float = LiveValue()
+    factor: float = LiveValue()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        momentum: float = 0.0002,
+        factor: float = 10,
+        offset: int = 1,
+        interval: int = 1,
+        device: Device = None,
+        update_buffers: bool = False,
+        exclude: Sequence[str] = (),
+        skip_non_finite: bool = False,
+    ) -> None:
+        schedule = schedules.ThresholdSchedule(momentum, factor, offset)
+        super().__init__(
+            model, schedule, interval, device, update_buffers, exclude, skip_non_finite
+        )
+
+    def restart(
+        self, steps: int | None = 0, momentum: float | None = None, factor: float | None = None
+    ) -> None:
+        """Restart the schedule, as `Restartable.restart` says."""
+        super().restart(steps, momentum=momentum, factor=factor)
 
 
 @register_everywhere(MODELS)
@@ -210,6 +275,30 @@ class RestartableAnnealingEMA(Restartable):
     """
 
     schedule_type = schedules.AnnealingSchedule
+    momentum: float = LiveValue()
+    gamma: float = LiveValue()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        momentum: float = 0.0002,
+        gamma: float = 100,
+        interval: int = 1,
+        device: Device = None,
+        update_buffers: bool = False,
+        exclude: Sequence[str] = (),
+        skip_non_finite: bool = False,
+    ) -> None:
+        schedule = schedules.AnnealingSchedule(momentum, gamma)
+        super().__init__(
+            model, schedule, interval, device, update_buffers, exclude, skip_non_finite
+        )
+
+    def restart(
+        self, steps: int | None = 0, momentum: float | None = None, gamma: float | None = None
+    ) -> None:
+        """Restart the schedule, as `Restartable.restart` says."""
+        super().restart(steps, momentum=momentum, gamma=gamma)
 
 
 @register_everywhere(MODELS)
@@ -220,6 +309,41 @@ class RestartablePowerRampEMA(Restartable):
     """
 
     schedule_type = schedules.PowerRampSchedule
+    momentum: float = LiveValue()
+    gamma: float = LiveValue()
+    power: float = LiveValue()
+    max_momentum: float = LiveValue()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        momentum: float = 0.0001,
+        gamma: float = 1,
+        power: float = 2 / 3,
+        max_momentum: float = 1.0,
+        interval: int = 1,
+        device: Device = None,
+        update_buffers: bool = False,
+        exclude: Sequence[str] = (),
+        skip_non_finite: bool = False,
+    ) -> None:
+        schedule = schedules.PowerRampSchedule(momentum, gamma, power, max_momentum)
+        super().__init__(
+            model, schedule, interval, device, update_buffers, exclude, skip_non_finite
+        )
+
+    def restart(
+        self,
+        steps: int | None = 0,
+        momentum: float | None = None,
+        gamma: float | None = None,
+        power: float | None = None,
+        max_momentum: float | None = None,
+    ) -> None:
+        """Restart the schedule, as `Restartable.restart` says."""
+        super().restart(
+            steps, momentum=momentum, gamma=gamma, power=power, max_momentum=max_momentum
+        )
 
 
 @register_everywhere(MODELS)
@@ -231,6 +355,26 @@ class RestartablePowerFunctionEMA(Restartable):
     """
 
     schedule_type = schedules.PowerFunctionSchedule
+    sigma_rel: float = LiveValue()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sigma_rel: float = 0.10,
+        interval: int = 1,
+        device: Device = None,
+        update_buffers: bool = False,
+        exclude: Sequence[str] = (),
+        skip_non_finite: bool = False,
+    ) -> None:
+        schedule = schedules.PowerFunctionSchedule(sigma_rel)
+        super().__init__(
+            model, schedule, interval, device, update_buffers, exclude, skip_non_finite
+        )
+
+    def restart(self, steps: int | None = 0, sigma_rel: float | None = None) -> None:
+        """Restart the schedule, as `Restartable.restart` says."""
+        super().restart(steps, sigma_rel=sigma_rel)
 
 
 @register_everywhere(MODELS)
@@ -242,7 +386,7 @@ class RestartableUniformAverage(Restartable):
     Begun with a restart in the last part of a training, this is SWA. A soft restart lets the mean
     so far count as ``steps`` updates.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(1, 1, bias=False)
         >>> ema = RestartableUniformAverage(model)
@@ -252,14 +396,28 @@ class RestartableUniformAverage(Restartable):
         >>> ema.module.weight.item()
         3.0
 
-    Source: :class:`mmema.schedules.UniformSchedule`.
+    Source: `mmema.schedules.UniformSchedule`.
     """
 
     schedule_type = schedules.UniformSchedule
 
+    def __init__(
+        self,
+        model: nn.Module,
+        interval: int = 1,
+        device: Device = None,
+        update_buffers: bool = False,
+        exclude: Sequence[str] = (),
+        skip_non_finite: bool = False,
+    ) -> None:
+        schedule = schedules.UniformSchedule()
+        super().__init__(
+            model, schedule, interval, device, update_buffers, exclude, skip_non_finite
+        )
 
-# Averages of MMEngine, MMDetection and MMYOLO by name, and ours with the same schedule.
-TWINS = {
+
+# By the name of an average of MMEngine, MMDetection or MMYOLO, ours with the same schedule.
+STOCK_EQUIVALENTS = {
     'ExpMomentumEMA': RestartableExpMomentumEMA,
     'ExponentialMovingAverage': RestartableConstantEMA,
     'MomentumAnnealingEMA': RestartableAnnealingEMA,

@@ -56,7 +56,7 @@ class ExpSchedule(Schedule):
             ``gamma * ln(1 / momentum)`` updates, where its share falls below ``momentum``.
             Defaults to 2000.
 
-    Example:
+    Examples:
         >>> round(ExpSchedule(momentum=0.0002, gamma=2000)(0), 6)
         0.9995
         >>> ExpSchedule()(10**6)
@@ -84,7 +84,7 @@ class ConstantSchedule(Schedule):
     Args:
         momentum: The value, in (0, 1): one minus the decay of other libraries. Defaults to 0.0002.
 
-    Example:
+    Examples:
         >>> ConstantSchedule(momentum=0.0002)(500)
         0.0002
 
@@ -112,7 +112,7 @@ class DebiasedSchedule(Schedule):
     Args:
         momentum: Value at infinity, in (0, 1). Defaults to 0.0002.
 
-    Example:
+    Examples:
         >>> round(DebiasedSchedule(momentum=0.1)(1), 6)  # 0.1 / (1 - 0.81)
         0.526316
 
@@ -142,7 +142,7 @@ class ThresholdSchedule(Schedule):
         offset: n at the first update: 1 where the counter is raised before the decay is worked
             out (pytorch_ema, D2Go), 0 where after (PaddleDetection). Defaults to 1.
 
-    Example:
+    Examples:
         >>> round(ThresholdSchedule()(1), 6)  # 9 / 12
         0.75
         >>> ThresholdSchedule()(10**6)
@@ -182,7 +182,7 @@ class AnnealingSchedule(Schedule):
             updates. Defaults to 0.0002.
         gamma: How slowly it falls, in updates, above 0. Defaults to 100.
 
-    Example:
+    Examples:
         >>> AnnealingSchedule(gamma=100)(100)
         0.5
 
@@ -214,7 +214,7 @@ class PowerRampSchedule(Schedule):
         max_momentum: The greatest value, in (0, 1]: one minus the ``min_decay`` of other
             libraries. Defaults to 1.0.
 
-    Example:
+    Examples:
         >>> round(PowerRampSchedule()(7), 6)  # 8 ** (-2 / 3)
         0.25
 
@@ -250,10 +250,10 @@ class PowerFunctionSchedule(Schedule):
 
     Args:
         sigma_rel: Width as a share of the updates so far, above 0 and at most ``1 / sqrt(12)`` =
-            0.2887, which is the plain mean's; see :func:`power_function_gamma`. At 0.10 the last
+            0.2887, which is the plain mean's; see `power_function_gamma`. At 0.10 the last
             third of the updates has 96 % of the weight. Defaults to 0.10.
 
-    Example:
+    Examples:
         >>> round(PowerFunctionSchedule(sigma_rel=0.10)(99), 4)  # 1 - 0.99 ** 7.94
         0.0767
 
@@ -286,7 +286,7 @@ class UniformSchedule(Schedule):
 
     ``1 / (1 + steps)``
 
-    Example:
+    Examples:
         >>> UniformSchedule()(3)
         0.25
 
@@ -313,7 +313,7 @@ def power_function_sigma_rel(gamma: float) -> float:
     Returns:
         sigma_rel, at most ``1 / sqrt(12)`` = 0.2887, which is the plain mean's.
 
-    Example:
+    Examples:
         >>> round(power_function_sigma_rel(6.94), 3)
         0.1
 
@@ -325,7 +325,7 @@ def power_function_sigma_rel(gamma: float) -> float:
 def power_function_gamma(sigma_rel: float) -> float:
     """Exponent of the power-function average with a given relative width.
 
-    The inverse of :func:`power_function_sigma_rel`, found by bisection.
+    The inverse of `power_function_sigma_rel`, found by bisection.
 
     Args:
         sigma_rel: Standard deviation as a share of the training so far, above 0 and at most
@@ -334,7 +334,7 @@ def power_function_gamma(sigma_rel: float) -> float:
     Returns:
         gamma, at least 0.
 
-    Example:
+    Examples:
         >>> round(power_function_gamma(0.05), 2), round(power_function_gamma(0.10), 2)
         (16.97, 6.94)
 
@@ -361,7 +361,7 @@ def momentum_of_half_life(half_life: float) -> float:
     Returns:
         The momentum, in (0, 1).
 
-    Example:
+    Examples:
         >>> momentum_of_half_life(1)
         0.5
 

@@ -9,6 +9,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from .messages import listed
 from .update.pairs import Pair, copy_all, pairs_of, sides, unwrapped
 from .update.refusals import refuse_pieces
 from .update.sharded import Parts, followed, is_sharded
@@ -21,11 +22,13 @@ _swapped: WeakSet = WeakSet()
 def averaged_weights(model: nn.Module, ema: nn.Module):
     """Swap the averaged weights into ``model`` inside a ``with`` block.
 
-    The model's tensors point to the memory of the average meanwhile, parameters and buffers; only
-    those of another dtype, device or memory layout get a copy. So the average is not touched: its
-    state is right at any time, and a float32 average of 16-bit parameters is not rounded. Leaving
-    the block, through an exception too, restores the memory of every tensor. A model that is
-    sharded by FSDP2 gets copies, each rank of its own part.
+    The model's parameters share the memory of the average meanwhile; those of another dtype, device
+    or memory layout get a copy, as buffers do, which a BatchNorm in training mode writes into. So a
+    validation needs no second copy of the weights, the state of the average is right at any time,
+    and a float32 average of 16-bit parameters is not rounded. Parameters must not be written into:
+    to train from the averaged weights, copy them (`ema.copy_to`). Leaving the block, through an
+    exception too, restores the memory of every tensor. A model that is sharded by FSDP2 gets copies
+    of all tensors, each rank of its own part.
 
     If the layers were replaced inside the block, as a switch to deploy form does, no tensor is left
     to restore: the model keeps the averaged weights, in memory of its own.
@@ -38,11 +41,12 @@ def averaged_weights(model: nn.Module, ema: nn.Module):
         ``model``.
 
     Raises:
-        RuntimeError: If the average is swapped in already; updating it meanwhile raises it, too.
+        RuntimeError: If the average is swapped in already, or updated meanwhile; on leaving, if a
+            parameter was written into, by an optimizer's step or another operator in place.
         ValueError: If model and average do not have the same tensors, or the model is sharded by
             FSDP1 or ZeRO-3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mmema import ExpMomentumEMA, averaged_weights
         >>> model = torch.nn.Linear(1, 1)
@@ -75,19 +79,25 @@ def swap_in(model: nn.Module, ema: nn.Module) -> Swap | ShardedSwap:
 
 
 class Swap:
-    """A swap of the averaged weights into a model, until :meth:`undo` restores the trained ones."""
+    """A swap of the averaged weights into a model, until `undo` restores the trained ones."""
 
     def __init__(self, model: nn.Module, ema: nn.Module):
         refuse_while_swapped(ema, 'be given them a second time')
         refuse_pieces(model)
         self.model = unwrapped(model)
         self.ema = ema
-        pairs = [pair for pair, _ in pairs_of(ema.module, self.model)]
+        pairs = [*pairs_of(ema.module, self.model)]
         self.shapes = _shapes(self.model)
         dicts = [d for m in self.model.modules() for d in (m._parameters, m._buffers)]
         self.places = [(d, key, t) for d in dicts for key, t in d.items() if t is not None]
-        self.trained = [(pair.source, pair.source.data) for pair in pairs]
-        stand_ins = [_stand_in(pair) for pair in pairs]  # all copies before the first change
+        self.trained = [(pair.source, pair.source.data) for pair, _ in pairs]
+        # All copies before the first change.
+        stand_ins = [_stand_in(pair, is_buffer) for pair, is_buffer in pairs]
+        self.shared = [
+            (pair, _writes(pair.source))
+            for (pair, _), stand_in in zip(pairs, stand_ins)
+            if stand_in.data_ptr() == pair.average.data_ptr()
+        ]
         _swapped.add(ema)
         for (tensor, _), stand_in in zip(self.trained, stand_ins):
             tensor.data = stand_in
@@ -101,8 +111,23 @@ class Swap:
         return state
 
     def undo(self) -> bool:
-        """Restore all tensors; return False if new layers keep the model from it."""
+        """Restore all tensors; return False if new layers keep the model from it.
+
+        Raises:
+            RuntimeError: If the average was written into; the trained tensors are restored first.
+        """
         _swapped.discard(self.ema)
+        written = [pair.name for pair, writes in self.shared if _writes(pair.source) != writes]
+        restored = self._restore()
+        if written:
+            raise RuntimeError(
+                'parameters must not be written into while the model holds the averaged weights, '
+                f'but {listed(written)} were, and the average shares their memory. Write outside '
+                'of averaged_weights, or into copy.deepcopy(model).'
+            )
+        return restored
+
+    def _restore(self) -> bool:
         if _shapes(self.model) != self.shapes:
             for tensor, _ in self.trained:
                 tensor.data = tensor.data.clone()
@@ -153,9 +178,14 @@ def _shapes(model: nn.Module) -> dict:
     return {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
 
 
-def _stand_in(pair: Pair) -> Tensor:
+def _stand_in(pair: Pair, is_buffer: bool) -> Tensor:
     average, source = pair.average.data, pair.source.data
     same = (average.dtype, average.device) == (source.dtype, source.device)
-    if same and average.stride() == source.stride():
+    if same and average.stride() == source.stride() and not is_buffer:
         return average
     return torch.empty_like(source).copy_(average)
+
+
+def _writes(tensor: Tensor) -> int:
+    """Return torch's counter of writes in place; what is written through `.data` is not counted."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,8 +1,7 @@
-"""What the tests share: the folder of helpers, both ways through an update, and the log as text."""
+"""What the tests share: settings of torch and Hypothesis, the folder of helpers, the log."""
 
 import gc
 import os
-import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,10 +14,6 @@ import pytest
 import torch
 from marks import SEED
 from mmengine.logging import MMLogger
-
-from mmema.update import native
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 try:
     from hypothesis import settings
@@ -45,15 +40,6 @@ def warnings_seen(caplog):
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)
-
-
-@pytest.fixture(params=['python', 'native'])
-def both_ways(request, monkeypatch):
-    """Let the test run with and without the compiled part."""
-    if request.param == 'python':
-        monkeypatch.setattr(native, 'compiled', None)
-    elif native.compiled is None:
-        pytest.skip('needs `python -m mmema.build_native`')
 
 
 @pytest.fixture

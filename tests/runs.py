@@ -248,7 +248,7 @@ def state_of(runner):
     state = {f'raw.{name}': t.clone() for name, t in runner.model.state_dict().items()}
     for name, average in averages_of(ema_hook_of(runner)).items():
         tensors = average.state_dict().items()
-        state.update({f'{name or "ema"}.{key}': tensor.clone() for key, tensor in tensors})
+        state.update({f'{name}.{key}': tensor.clone() for key, tensor in tensors})
     for index, slots in runner.optim_wrapper.optimizer.state_dict()['state'].items():
         # SGD of torch 2.0 has None for the momentum of a parameter without a gradient.
         slots = {name: slot for name, slot in slots.items() if slot is not None}

@@ -44,7 +44,7 @@ def train(runner_class, folder, epochs=4, **settings):
     runner.model = getattr(runner.model, 'module', runner.model)
     state = state_of(runner)
     for name, ema in averages_of(ema_hook_of(runner)).items():
-        state.update({f'ema{name}.{key}': t.clone() for key, t in ema.state_dict().items()})
+        state.update({f'{name}.{key}': t.clone() for key, t in ema.state_dict().items()})
     return state
 
 

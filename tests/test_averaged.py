@@ -24,8 +24,6 @@ from toys import Toy, seeded, shake
 from mmema import ExpMomentumEMA, RestartableExpMomentumEMA, averaged_weights
 from mmema.update.pairs import pairs_of
 
-pytestmark = pytest.mark.usefixtures('both_ways')
-
 BOTH = pytest.mark.parametrize('cls', [ExpMomentumEMA, RestartableExpMomentumEMA])
 
 
@@ -118,7 +116,7 @@ def test_current_momentum_is_that_of_the_next_blend():
         assert ema.current_momentum == 0.9 * math.exp(-(1 + due) / 10) + 0.1
 
 
-def test_avg_func_is_the_plain_twin_of_the_update():
+def test_avg_func_is_the_plain_form_of_the_update():
     torch.manual_seed(0)
     model, generator = Toy(), seeded(0)
     ema = ExpMomentumEMA(model, 0.05, 7)
@@ -427,13 +425,13 @@ def test_wrappers_are_taken_off(process_group):
 
 
 def test_inside_another_module_the_whole_state_comes_back():
-    ema, twin = (RestartableExpMomentumEMA(one_weight(0.0), 0.1, 3) for _ in range(2))
+    ema, other = (RestartableExpMomentumEMA(one_weight(0.0), 0.1, 3) for _ in range(2))
     ema.update_parameters(one_weight(5.0))
     ema.restart(steps=7, momentum=0.05)
-    outer = nn.ModuleList([twin])
+    outer = nn.ModuleList([other])
     assert outer.load_state_dict(nn.ModuleList([ema]).state_dict()) == ([], [])
-    assert weight_of(twin) == 5.0
-    assert (int(twin.steps), twin.momentum, twin.gamma, twin.restarts) == (7, 0.05, 3, 1)
+    assert weight_of(other) == 5.0
+    assert (int(other.steps), other.momentum, other.gamma, other.restarts) == (7, 0.05, 3, 1)
     with pytest.raises(RuntimeError, match='Unexpected key.*"0.mommentum"'):
         outer.load_state_dict({**outer.state_dict(), '0.mommentum': torch.tensor(1.0)})
 
@@ -445,10 +443,10 @@ def test_a_copy_is_whole_and_independent(cls, copy):
     model = one_weight(0.0)
     ema = cls(model, momentum=0.25, gamma=0.01)
     ema.update_parameters(model)
-    twin = copy(ema)
+    other = copy(ema)
     nn.init.constant_(model.weight, 4.0)
-    twin.update_parameters(model)
-    assert (weight_of(twin), int(twin.steps)) == (1.0, 2)
+    other.update_parameters(model)
+    assert (weight_of(other), int(other.steps)) == (1.0, 2)
     assert (weight_of(ema), int(ema.steps)) == (0.0, 1)
 
 
@@ -463,17 +461,17 @@ def test_state_round_trip_is_exact_and_readable_with_weights_only():
     file = io.BytesIO()
     torch.save(ema.state_dict(), file)
     file.seek(0)
-    twin = RestartableExpMomentumEMA(Toy(), 0.1, 20)
-    twin.load_state_dict(torch.load(file, weights_only=True))
-    assert (twin.momentum, twin.gamma, twin.restarts, int(twin.steps)) == (0.3, 11, 1, 2)
+    other = RestartableExpMomentumEMA(Toy(), 0.1, 20)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert (other.momentum, other.gamma, other.restarts, int(other.steps)) == (0.3, 11, 1, 2)
     # The tied weight stands under two names, the cache is not persistent.
-    twin.module.cache.copy_(ema.module.cache)
+    other.module.cache.copy_(ema.module.cache)
     for _ in range(3):
         shake(model, generator)
         ema.update_parameters(model)
-        twin.update_parameters(model)
+        other.update_parameters(model)
     for name, tensor in tensors_of(ema.module).items():
-        assert torch.equal(tensor, tensors_of(twin.module)[name]), name
+        assert torch.equal(tensor, tensors_of(other.module)[name]), name
 
 
 def test_config_wins_over_a_state_that_no_restart_changed(warnings_seen):
@@ -690,7 +688,7 @@ def test_a_conversion_of_batch_norm_to_sync_batch_norm():
 @pytest.mark.parametrize('whole', [False, True])
 def test_a_compiled_model(whole):
     model, generator = Toy(), seeded(6)
-    ema, twin = ExpMomentumEMA(model, 0.1, 3), ExpMomentumEMA(model, 0.1, 3)
+    ema, other = ExpMomentumEMA(model, 0.1, 3), ExpMomentumEMA(model, 0.1, 3)
     if whole:
         compiled = torch.compile(model, backend='eager')
     else:
@@ -700,7 +698,7 @@ def test_a_compiled_model(whole):
         compiled(torch.ones(2, 2, 4, 4)).sum().backward()
         shake(model, generator)
         ema.update_parameters(compiled)
-    assert not torch.equal(ema.module.conv.weight, twin.module.conv.weight)
+    assert not torch.equal(ema.module.conv.weight, other.module.conv.weight)
     made_of_compiled = ExpMomentumEMA(compiled, 0.1, 3)
     made_of_compiled.update_parameters(compiled)
     made_of_compiled.update_parameters(model)

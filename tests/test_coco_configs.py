@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from mmengine.config import Config
 from mmengine.registry import HOOKS, MODELS, PARAM_SCHEDULERS, init_default_scope
 
 from mmema import EMARestartHook, RestartableExpMomentumEMA
-from mmema.restarts.facts import switches_of
+from mmema.run import switches_of
 
 mmyolo = pytest.importorskip('mmyolo')
 FOLDER = Path(__file__).parents[1] / 'configs' / 'coco'
@@ -41,10 +40,12 @@ def test_every_recipe_is_tested():
 @pytest.mark.parametrize('name, epochs, switch', RECIPES)
 def test_restart_at_the_switch(name, epochs, switch):
     config = Config.fromfile(FOLDER / f'{name}.py')
-    runner = SimpleNamespace(hooks=hooks_of(config), max_epochs=config.train_cfg.max_epochs)
-    restart = next(hook for hook in runner.hooks if isinstance(hook, EMARestartHook))
-    assert runner.max_epochs == epochs
-    assert switches_of(runner) == {restart.rule.follow: [switch]}
+    hooks = hooks_of(config)
+    restart = next(hook for hook in hooks if isinstance(hook, EMARestartHook))
+    assert config.train_cfg.max_epochs == epochs
+    for described in (hooks, config.custom_hooks):
+        ((name, switches),) = switches_of(described, epochs).items()
+        assert (name, [one.epoch for one in switches]) == (restart.rule.follow, [switch])
     assert config.train_dataloader.collate_fn == dict(type='yolov5_collate')
     ema = next(hook for hook in config.custom_hooks if hook.type == 'EMAHook')
     MODELS.get(ema.ema_type)

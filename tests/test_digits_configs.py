@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from mmema.run import ema_hook_of
 
 pytest.importorskip('mmyolo')
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / 'tools'))
 
 import make_digits  # noqa: E402
 

@@ -4,10 +4,11 @@ import importlib.util
 import json
 import re
 
+import make_digits
 import pytest
 import torch
 from runs import averages_of, ema_hook_of, log_of, points
-from tool_runs import ROOT, call_tool, refusal, tool
+from tool_runs import ROOT, call_tool, refusal
 
 import mmema
 
@@ -55,7 +56,7 @@ METRICS = {
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp('digits') / 'set'
-    tool('make_digits.py').make_digits(folder, train=8, val=4, test=4)
+    make_digits.make_digits(folder, train=8, val=4, test=4)
     return folder
 
 
@@ -76,7 +77,7 @@ def trained(name, data, folder):
     """Run tools/train.py; return its output, the scalars of its validation and its checkpoint."""
     pytest.importorskip(name.partition('_')[0])
     config = CONFIGS / f'{name}.py'
-    done = call_tool('train.py', config, '--work-dir', 'w', *options_of(name, data), folder=folder)
+    done = call_tool('train', config, '--work-dir', 'w', *options_of(name, data), folder=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = (folder / 'w').glob('*/vis_data/scalars.json')
     lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -124,12 +125,12 @@ def test_other_libraries_train_and_test(name, data, tmp_path):
         assert len(switched) == 3
         assert all(word in line for word, line in zip(words, switched))
     call = (CONFIGS / f'{name}.py', '--iters-per-epoch', 32, '-o', 'plan.png')
-    done = call_tool('plot_ema.py', *call, folder=tmp_path)
+    done = call_tool('plot', *call, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     # The test set is that of the validation here, and the file has the averaged weights.
     options = [*options_of(name, data), *as_validated(name)]
     call = (CONFIGS / f'{name}.py', file, '--work-dir', 't', '--out', 'p.pkl', *options)
-    done = call_tool('test.py', *call, folder=tmp_path)
+    done = call_tool('test', *call, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     metric = METRICS[name]
     (found,) = re.findall(rf'^ +{metric} +([\d.]+)$', done.stdout, re.M)
@@ -169,8 +170,6 @@ def test_mmengine_alone(tmp_path):
 def test_a_library_that_is_not_there_is_one_line(name, package, tmp_path):
     if importlib.util.find_spec(name.partition('_')[0]):
         pytest.skip(f'{package} is installed')
-    line = refusal('train.py', CONFIGS / f'{name}.py', folder=tmp_path)
-    assert line.startswith(f'train.py: {CONFIGS / name}.py needs {package}, which is not there (')
-    assert line.endswith(
-        f': install {package} beside mmcv; docs/stacks.md tells versions that work together'
-    )
+    line = refusal('train', CONFIGS / f'{name}.py', folder=tmp_path)
+    assert line.startswith(f'mmema train: {CONFIGS / name}.py cannot be read: ')
+    assert f'{package} is not installed' in line and 'docs/stacks.md' in line

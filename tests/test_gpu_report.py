@@ -1,4 +1,4 @@
-"""tools/gpu_report.py: without a GPU it goes the same way, and calls nothing measured."""
+"""benchmarks/gpu_report.py: without a GPU it goes the same way, and calls nothing measured."""
 
 import json
 import os
@@ -6,17 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu_report
 import pytest
 import torch
 
-TOOLS = Path(__file__).resolve().parent.parent / 'tools'
-sys.path.insert(0, str(TOOLS))
-
-import gpu_report  # noqa: E402
+FOLDER = Path(__file__).resolve().parent.parent / 'benchmarks'
 
 
 def run(*arguments, **environment):
-    command = [sys.executable, TOOLS / 'gpu_report.py', *arguments]
+    command = [sys.executable, FOLDER / 'gpu_report.py', *arguments]
     environment = {**os.environ, **environment}
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
 
@@ -45,7 +43,7 @@ def test_the_whole_way_on_a_cpu_without_any_detector_library(tmp_path):
     assert 'stand-ins with the tensors of its models' in text
     assert '| mmengine | ' in text and '| mmyolo | ' not in text
     tests = report['tests']
-    assert tests['failed'] == [] and tests['skipped'] > 100 * (not torch.cuda.is_available())
+    assert tests['failed'] == [] and tests['skipped'] > 60 * (not torch.cuda.is_available())
     assert all((figure, met) == ('not measured', None) for _, figure, met in report['aims'])
 
 

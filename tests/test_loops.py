@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import pytest
 import torch
 from mmengine.hooks import Hook
-from runs import Mean, NormModel, ema, log_of, plain_runner, points
+from runs import Mean, NormModel, Score, ema, log_of, make_runner, plain_runner, points
 
 from mmema.run import ema_hook_of
 
@@ -195,3 +197,83 @@ def test_the_table_of_a_metric_of_which_less_is_better(tmp_path, checkpoint, hea
         if checkpoint:
             assert float(cells[0]) == pytest.approx(min(values), abs=1e-4)
             assert values[int(cells[1]) - 1] == min(values)
+
+
+# --- the table after a resume ---------------------------------------------------------------------
+
+
+def rows_of(runner, metric):
+    """Return the last table in the log of a run, by the name of the weights."""
+    log = next(Path(runner._log_dir).glob('*.log')).read_text()  # not that of an earlier part
+    head, *table = log.split(f'{metric} of all weights\n')[-1].splitlines()
+    assert head.split() == ['weights', 'best', 'epoch', 'last']
+    return {cells[0]: cells[1:] for cells in map(str.split, table[:2])}
+
+
+class Time(Hook):
+    """Tells the scripted metric the epoch, also where the raw weights are evaluated."""
+
+    def after_train_epoch(self, runner):
+        Score.now = runner.epoch + 1
+
+
+def scored_run(folder, epochs, **settings):
+    script = [None, 0.1, 0.9, 0.2]
+    runner = make_runner(folder, Time(), epochs=epochs, val_cfg=BOTH, script=script, **settings)
+    runner.train()
+    return runner
+
+
+@pytest.mark.parametrize('elsewhere', [False, True])
+def test_the_table_of_a_resumed_run_has_the_validation_after_its_checkpoint(tmp_path, elsewhere):
+    # The checkpoint of an epoch is saved before the validation of that epoch.
+    scored_run(tmp_path / 'first', epochs=2)
+    folder, settings = tmp_path / 'first', {}
+    if elsewhere:
+        folder = tmp_path / 'second'
+        settings = dict(load_from=str(tmp_path / 'first/epoch_2.pth'))
+    runner = scored_run(folder, epochs=3, resume=True, **settings)
+    expected = ['0.9000', '2', '0.2000']
+    assert rows_of(runner, 'score') == {'ema': expected, 'raw': expected}
+
+
+def test_scores_that_do_not_name_their_metric_are_those_of_the_log(tmp_path):
+    scored_run(tmp_path, epochs=2)
+    checkpoint = torch.load(tmp_path / 'epoch_2.pth')
+    old = dict(ema=[(1, 0.7)], raw=[(1, 0.7)])  # as mmema 0.1.0 saved them
+    checkpoint['message_hub']['runtime_info']['ema_scores'] = old
+    torch.save(checkpoint, tmp_path / 'epoch_2.pth')
+    runner = scored_run(tmp_path, epochs=3, resume=True)
+    assert rows_of(runner, 'score')['ema'] == ['0.9000', '2', '0.2000']
+
+
+def test_the_table_has_no_validation_that_is_not_of_the_run(tmp_path):
+    # Resumed from the first epoch of three, whose second one is not validated again.
+    scored_run(tmp_path / 'first', epochs=3)
+    settings = dict(load_from=str(tmp_path / 'first/epoch_1.pth'), val_interval=3)
+    runner = scored_run(tmp_path / 'second', epochs=3, resume=True, **settings)
+    assert rows_of(runner, 'score')['ema'] == ['0.2000', '3', '0.2000']
+
+
+@pytest.mark.parametrize('rule', ['less', 'greater'])
+@pytest.mark.parametrize('logged', [True, False])
+def test_the_table_after_a_change_of_the_metric_has_scores_of_the_new_one(tmp_path, logged, rule):
+    keep = Keep()
+    for epochs, metric in ((2, 'toy/mean'), (3, 'toy/worst')):
+        checkpoint = dict(type='CheckpointHook', interval=1, save_best=metric, rule=rule)
+        runner = plain_runner(
+            tmp_path,
+            [ema(), keep],
+            epochs=epochs,
+            val_cfg=BOTH,
+            default_hooks=dict(checkpoint=checkpoint),
+            resume=epochs == 3,
+        )
+        runner.train()
+        if not logged:
+            for file in tmp_path.rglob('scalars.json'):
+                file.unlink()
+    values = [metrics['toy/worst'] for metrics in keep.metrics]
+    best = (min if rule == 'less' else max)(values if logged else values[2:])
+    rows = rows_of(runner, 'toy/worst')
+    assert rows['ema'] == [f'{best:.4f}', str(values.index(best) + 1), f'{values[2]:.4f}']

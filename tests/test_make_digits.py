@@ -17,7 +17,6 @@ pytest.importorskip('tqdm')
 from sklearn.datasets import load_digits, load_sample_images
 
 TOOLS = Path(__file__).resolve().parent.parent / 'tools'
-sys.path.insert(0, str(TOOLS))
 
 import make_digits as digits  # noqa: E402
 

@@ -1,13 +1,7 @@
 """The tables of the repository are those of the real models, and so are the stand-ins."""
 
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'tools'))
-
 import model_shapes
+import pytest
 
 
 @pytest.mark.parametrize('name', model_shapes.CONFIGS)

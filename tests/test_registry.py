@@ -74,3 +74,26 @@ def test_in_a_new_interpreter_that_imports_the_libraries_after_mmema():
     assert done.returncode == 0, done.stderr[-800:]
     built = [line for line in done.stdout.splitlines() if line.endswith('EMA')]
     assert built == [OURS, OURS, *THEIRS, OURS]
+
+
+STRATEGIES = """
+import mmema
+from mmengine.registry import STRATEGIES
+from mmengine._strategy import DeepSpeedStrategy
+
+assert not [name for name in sys.modules if name.startswith('mmema.sharded')]
+assert STRATEGIES.get('DeepSpeedStrategy') is DeepSpeedStrategy
+try:
+    STRATEGIES.build(dict(type={name!r}, shard=3))
+except TypeError as error:
+    print(error)
+assert STRATEGIES.get('mmema.FullyShardStrategy') is mmema.FullyShardStrategy
+assert STRATEGIES.get('mmema.DeepSpeedStrategy') is mmema.DeepSpeedStrategy
+assert mmema.DeepSpeedStrategy.__module__ == 'mmema.sharded.zero'
+"""
+
+
+@pytest.mark.parametrize('name', ['mmema.FullyShardStrategy', 'FullyShardStrategy'])
+def test_strategies_are_imported_where_a_run_names_one(tmp_path, name):
+    lines = run(tmp_path, STRATEGIES.format(name=name))
+    assert 'shard must be a list of strings, got 3' in lines[-1]

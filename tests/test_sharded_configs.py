@@ -7,7 +7,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-from mmema.strategy import FullyShardStrategy
+from mmema import FullyShardStrategy
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 FILES = [*(CONFIGS / 'sharded').glob('*.py'), CONFIGS / 'digits/yolov5_n_digits_sharded.py']

@@ -49,11 +49,58 @@ def test_the_model_has_all_of_the_average_inside_and_its_own_afterwards(cls, upd
     assert memory == {name: tensor.data_ptr() for name, tensor in tensors_of(model).items()}
 
 
-def test_nothing_is_copied_where_memory_can_be_shared():
+def test_parameters_share_the_memory_of_the_average_and_buffers_do_not():
     model, ema = trained()
     with averaged_weights(model, ema):
         for name, tensor in tensors_of(model).items():
-            assert tensor.data_ptr() == tensors_of(ema.module)[name].data_ptr(), name
+            shared = tensor.data_ptr() == tensors_of(ema.module)[name].data_ptr()
+            assert shared == isinstance(tensor, nn.Parameter), name
+
+
+@pytest.mark.parametrize('update_buffers', [False, True])
+def test_batch_norm_in_training_mode_does_not_write_into_the_average(update_buffers):
+    model, ema = trained(update_buffers=update_buffers)
+    own, average = values(model), values(ema.module)
+    with averaged_weights(model.train(), ema):
+        before = values(model)
+        model(torch.rand(2, 2, 4, 4))
+        assert not torch.equal(model.norm.running_mean, before['norm.running_mean'])
+    assert_equal(values(ema.module), average)
+    assert_equal(values(model), own)
+
+
+def step(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.rand(2, 2, 4, 4)).square().sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    'write',
+    [
+        step,
+        lambda model: model.load_state_dict(Toy().state_dict()),
+        lambda model: [nn.init.zeros_(p) for p in model.parameters()],
+    ],
+    ids=['step', 'load_state_dict', 'init'],
+)
+def test_a_write_into_the_averaged_weights_is_refused_and_the_trained_ones_are_restored(write):
+    model, ema = trained()
+    own = values(model)
+    refusal = r"must not be written .* but 'conv.weight', 'conv.bias', .* more were.*copy.deepcopy"
+    with pytest.raises(RuntimeError, match=refusal), averaged_weights(model, ema):
+        write(model)
+    assert_equal(values(model), own)
+    with averaged_weights(model, ema):  # nothing is left of it
+        pass
+
+
+def test_a_backward_pass_inside_is_no_write():
+    model, ema = trained()
+    average = values(ema.module)
+    with averaged_weights(model, ema):
+        model(torch.rand(2, 2, 4, 4)).sum().backward()
+    assert_equal(values(ema.module), average)
 
 
 def test_an_exception_puts_the_trained_weights_back():

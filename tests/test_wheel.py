@@ -8,14 +8,15 @@ import sys
 import zipfile
 from pathlib import Path
 
+import make_digits
 import pytest
 import runs
 import wheels
 from mmengine.config import Config
-from tool_runs import ROOT, tool
+from tool_runs import ROOT
 
 import mmema
-from mmema import __main__ as commands
+from mmema.cli import main as commands
 
 pytestmark = pytest.mark.slow
 
@@ -37,17 +38,15 @@ def installed(wheel, tmp_path_factory):
     return target
 
 
-def test_it_holds_configs_tools_source_of_the_update_and_mark_of_types(wheel):
+def test_it_holds_configs_tools_and_mark_of_types(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {'mmema/py.typed', 'mmema/update/native.cpp', 'mmema/__main__.py'} <= names
+    assert {'mmema/py.typed', 'mmema/cli/main.py'} <= names
     in_checkout = {
         f'mmema/.mim/{file.relative_to(ROOT)}'
         for folder in ('configs', 'tools')
         for file in (ROOT / folder).rglob('*.py')
     }
-    of_the_checkout = ['_docstrings', 'benchmark', 'benchmark_sharded', 'bootstrap', 'gpu_report']
-    of_the_checkout += ['model_shapes']
-    left_out = {f'mmema/.mim/tools/{name}.py' for name in of_the_checkout}
+    left_out = {f'mmema/.mim/tools/{name}.py' for name in ('bootstrap', 'make_digits')}
     assert {name for name in names if '/.mim/' in name} == in_checkout - left_out
     assert not [name for name in names if name.startswith('tests') or name.endswith('.pyc')]
 
@@ -68,8 +67,6 @@ def test_its_commands_are_those_of_the_checkout_and_run_without_it(installed, tm
     def run(*arguments):
         return wheels.python(*arguments, folder=tmp_path, PYTHONPATH=str(installed))
 
-    tools = run('-c', 'from mmema.__main__ import tools; print(tools())')
-    assert tools == f'{installed}/mmema/.mim/tools\n'
     shown = run('-m', 'mmema', 'inspect', file)
     assert 'made by          MMEngine' in shown
     out = run('-m', 'mmema', 'export', file, '-o', 'raw.pth', '--weights', 'raw', '--exact-name')
@@ -87,8 +84,7 @@ def test_its_digits_are_in_the_folder_of_the_run(installed, tmp_path):
 def test_openmim_trains_and_tests_with_it(installed, tmp_path):
     pytest.importorskip('mmyolo')
     mim = shutil.which('mim', path=Path(sys.executable).parent) or pytest.skip('needs openmim')
-    make_digits = tool('make_digits.py').make_digits
-    make_digits(tmp_path / 'data' / 'digits', train=8, val=4, test=4)
+    make_digits.make_digits(tmp_path / 'data' / 'digits', train=8, val=4, test=4)
     options = ['train_dataloader.batch_size=4', 'train_dataloader.num_workers=0']
     options += ['train_dataloader.persistent_workers=False', 'train_cfg.max_epochs=1']
     options += ['train_cfg.val_interval=1', 'default_hooks.checkpoint.interval=1']
@@ -121,12 +117,10 @@ def test_the_citation_is_of_this_version():
 @pytest.mark.parametrize('name', commands.COMMANDS)
 def test_every_command_has_a_tool_that_says_how_it_is_called(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['mmema', name, '--help'])
-    monkeypatch.setattr(sys, 'path', [*sys.path])
-    monkeypatch.setitem(sys.modules, '__main__', None)
     with pytest.raises(SystemExit) as end:
         commands.main()
     assert not end.value.code
-    assert capsys.readouterr().out.startswith(f'usage: python -m mmema {name} ')
+    assert capsys.readouterr().out.startswith(f'usage: mmema {name} ')
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,9 @@ def shake(model, generator):
 @torch.no_grad()
 def shake_on_cpu(model, generator):
     """The same change, by the same random numbers, wherever the model is."""
-    twin = deepcopy(model).cpu()
-    shake(twin, generator)
-    for mine, new in zip(tensors_of(model).values(), tensors_of(twin).values()):
+    shaken = deepcopy(model).cpu()
+    shake(shaken, generator)
+    for mine, new in zip(tensors_of(model).values(), tensors_of(shaken).values()):
         mine.copy_(new)
 
 

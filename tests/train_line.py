@@ -69,7 +69,6 @@ def main():
 
 
 if __name__ == '__main__':
-    sys.path.insert(0, str(Path(__file__).parents[1] / 'tools'))
-    import _cli
+    from mmema.cli.common import run
 
-    _cli.run(main)
+    run(main)

@@ -17,8 +17,7 @@ from mmengine.hooks import Hook
 from runs import loader
 from shard_line import BEST, DDP, OURS, Line, ShardModel, resumed, runner_of, train
 
-from mmema.restarts.facts import facts_of
-from mmema.run import ema_hook_of
+from mmema.run import ema_hook_of, facts_of
 
 # It would be compiled, for minutes.
 deepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False

@@ -86,12 +86,6 @@ def main():
     with steps.step('mmema, editable', 'seconds', str(ROOT), pyproject) as todo:
         if todo:
             pip_install(python, todo, '--no-deps', '--no-build-isolation', '-e', ROOT)
-    native = ''.join(
-        (ROOT / 'mmema' / 'update' / file).read_text() for file in ('native.cpp', 'native.py')
-    )
-    with steps.step("mmema's compiled part", 'under a minute', TORCH, native) as todo:
-        if todo and subprocess.call([str(python), '-m', 'mmema.build_native']):
-            say('    not compiled: mmema does the same in Python, more slowly')
 
 
 def check_python():
@@ -140,7 +134,7 @@ class Steps:
         if done.exists() and done.read_text() == key:
             yield ''
             return
-        say(f'{self.count}/9 {name} ({duration}) ...')
+        say(f'{self.count}/8 {name} ({duration}) ...')
         begin = time.monotonic()
         todo = 'again' if started.exists() or done.exists() else 'first'
         if self.count > 1:  # step 1 makes the folder that holds the marks
@@ -150,7 +144,7 @@ class Steps:
         self.folder.mkdir(exist_ok=True)
         done.write_text(key)
         started.unlink(missing_ok=True)
-        say(f'{self.count}/9 {name}: done in {time.monotonic() - begin:.0f} s')
+        say(f'{self.count}/8 {name}: done in {time.monotonic() - begin:.0f} s')
 
 
 def pip_install(python, todo, *what):

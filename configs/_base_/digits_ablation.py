@@ -59,15 +59,40 @@ digits_ablation_ema = dict(
         ),
     ),
 )
-# Two more, made at the evaluation: the BatchNorm statistics of another one measured anew.
-digits_ablation_recalibrated = dict(hard_4_bn='hard_4', hard_40_bn='hard_40')
+# The questions, named before the runs (docs/evidence.md), for `mmema ablate`.
+digits_ablation_held = dict(_0='0.1', _4='4', _20='20', _40='40', _60='60')
+ablation = dict(
+    # Two more averages, made at the evaluation: BatchNorm statistics of others measured anew.
+    recalibrate=dict(hard_4_bn='hard_4', hard_40_bn='hard_40'),
+    primary=('hard_40', 'none_40'),
+    contrasts=[
+        ('hard_4', 'none_4'),
+        ('range of hard', 'range of none'),
+        ('soft_40', 'none_40'),
+        ('soft_4', 'none_4'),
+        ('schedule_40', 'none_40'),
+        ('schedule_4', 'none_4'),
+        ('hard_40_bn', 'hard_40'),
+        ('hard_4_bn', 'hard_4'),
+        ('none_40', 'raw'),
+        ('none_4', 'raw'),
+        ('hard_4', 'raw'),
+        ('mean', 'raw'),
+        ('ema', 'raw'),
+    ],
+    ranges={
+        f'range of {kind}': {held: f'{kind}{share}' for share, held in digits_ablation_held.items()}
+        for kind in ('hard', 'none')
+    },
+    over='horizon, as % held from before the switch',
+)
 
 digits_ablation_switch = dict(
     type='mmdet.PipelineSwitchHook',
     switch_epoch=digits_ablation_epochs - digits_ablation_plain_epochs,
 )
 digits_ablation_train_cfg = dict(max_epochs=digits_ablation_epochs)
-# tools/ablate.py evaluates the checkpoints that are kept: of epochs 24, 27 and 30.
+# `mmema ablate` evaluates the checkpoints that are kept: of epochs 24, 27 and 30.
 digits_ablation_hooks = dict(
     logger=dict(interval=32), checkpoint=dict(interval=3, max_keep_ckpts=3, save_best=None)
 )

@@ -1,11 +1,6 @@
 _base_ = ['./yolov5_n_digits.py', '../_base_/digits_ablation.py']
 
-# For tools/ablate.py.
-ablation = dict(
-    family='YOLOv5-n',
-    schedule='to 1 %',
-    recalibrate=_base_.digits_ablation_recalibrated,
-)
+ablation = dict(family='YOLOv5-n', schedule='to 1 %')
 
 model = dict(test_cfg=_base_.digits_ablation_test_cfg)
 train_dataloader = _base_.digits_ablation_loader

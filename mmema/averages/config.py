@@ -65,14 +65,16 @@ def also_configs(also: dict | None, main: AverageConfig) -> dict:
         if not isinstance(given, dict):
             raise TypeError(f'also[{name!r}] must be a dict of arguments, got {given!r}')
         try:
-            configs[name] = _beside(main, **given)
+            configs[name] = _beside(main, given)
         except (TypeError, ValueError) as error:
             raise type(error)(f'also[{name!r}]: {error}') from None
     return configs
 
 
-def _beside(main: AverageConfig, ema_type=None, horizon=None, restart=None, **given):
-    """Return the config of an average of ``also``; what it is not given is the main one's."""
+def _beside(main: AverageConfig, settings: dict) -> AverageConfig:
+    """Return the config of an average of ``also``; what its settings lack is the main one's."""
+    given = dict(settings)
+    ema_type, horizon, restart = (given.pop(k, None) for k in ('ema_type', 'horizon', 'restart'))
     ema_type = main.ema_type if ema_type is None else ema_type
     cls = class_of(ema_type)
     if cls is None:

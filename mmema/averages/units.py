@@ -11,7 +11,7 @@ from mmengine.model import BaseAveragedModel
 from mmengine.runner import Runner
 
 from ..messages import RunError
-from ..restarts.facts import RunFacts
+from ..run import RunFacts
 
 
 def parsed_horizon(horizon: str | float) -> tuple[float, str]:
@@ -48,7 +48,13 @@ def momentum_of_horizon(horizon: str | float, interval: int, facts: RunFacts) ->
 def auto_scale_base(runner: Runner) -> int | None:
     """Return the batch size of ``auto_scale_lr``, if that is enabled."""
     strategy = getattr(runner, 'strategy', None)  # of FlexibleRunner
-    scale_lr = getattr(runner, 'auto_scale_lr', None) or getattr(strategy, '_auto_scale_lr', None)
+    return base_of(
+        getattr(runner, 'auto_scale_lr', None) or getattr(strategy, '_auto_scale_lr', None)
+    )
+
+
+def base_of(scale_lr: dict | None) -> int | None:
+    """Return the batch size of the settings of ``auto_scale_lr``, if that is enabled."""
     return scale_lr['base_batch_size'] if scale_lr and scale_lr.get('enable') else None
 
 
@@ -80,10 +86,15 @@ def scaled(values: dict, k: float) -> dict:
 
 
 def settle(
-    runner: Runner, ema: BaseAveragedModel, horizon: str | float | None, base: int | None, facts
+    ema: BaseAveragedModel,
+    horizon: str | float | None,
+    base: int | None,
+    batch: int | None,
+    facts: RunFacts,
 ) -> str:
     """Give an average the momentum and gamma of its run; return what changed, for the log.
 
+    ``batch`` is the size of a batch of one update, where there is a ``base`` to compare it with.
     They count as the constructor's; values that a restart has set stay. A horizon is one of this
     run: it is not scaled.
     """
@@ -94,7 +105,6 @@ def settle(
     own = {name: getattr(ema, name) for name in names}
     new, why = {}, []
     if base is not None:
-        batch = effective_batch(runner, facts)
         new = scaled(own, batch / base)
         why.append(f'a batch of {batch} with base_batch_size={base}')
     if horizon is not None and 'momentum' in own:

@@ -44,7 +44,7 @@ def convert(
     if steps is None:
         raise CheckpointError(
             f'{path} does not say how many updates its average has had, and the warm-up of the '
-            'schedule goes on from there: give steps=N (iterations trained, for most codes)'
+            'schedule goes on from there: give steps (--steps N), in most codes the iterations'
         )
     if steps < 0:
         raise CheckpointError(f'steps must be at least 0, got {steps}')

@@ -51,7 +51,11 @@ def named(path: str | Path) -> Iterator[None]:
 
 
 def content_of(path: str | Path, trust: bool = False):
-    """Return all that is in a file; see :func:`load` for arguments and errors."""
+    """Return all that is in a file; see :func:`load` for arguments and errors.
+
+    As for torch, TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment means trust in every file.
+    """
+    trust = trust or os.environ.get('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD') in ('1', 'y', 'yes', 'true')
     path = folders.zero_file(path) or Path(path)
     if not path.is_file() and not folders.is_folder(path):
         raise CheckpointError(f'{path} is no file (seen from {Path.cwd()})')
@@ -83,7 +87,8 @@ def _content(path: Path, trust: bool):
             old = '' if HAS_ALLOW_LIST else ' (before torch 2.6 all files of MMEngine need this)'
             raise CheckpointError(
                 f'it holds {unknown.group(1)}, and reading more than tensors and numbers can run '
-                f'code that is in the file. If you trust it: trust=True{old}'
+                f'code that is in the file. If you trust it: --trust (trust=True), or '
+                f'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment{old}'
             ) from error
         raise CheckpointError(
             f'it is damaged, cut short or no checkpoint at all ({path.stat().st_size} bytes; '
@@ -114,7 +119,7 @@ def write_whole(
             digest = hashlib.sha256(partial.read_bytes()).hexdigest()
             out = out.with_name(f'{out.stem}-{digest[:8]}{out.suffix}')
         if out.exists() and not force:
-            raise CheckpointError(f'{out} exists; force=True replaces it')
+            raise CheckpointError(f'{out} exists; --force (force=True) replaces it')
         os.replace(partial, out)
     except (OSError, RuntimeError, ImportError) as error:  # torch: RuntimeError for a full disk
         raise CheckpointError(f'{out} cannot be written: {error}') from error

@@ -12,21 +12,26 @@ from torch import nn
 
 from ..arguments import check_bool, check_integer
 from ..averages.config import AverageConfig, also_configs
-from ..averages.run_average import RunAverage
-from ..averages.units import auto_scale_base, settle
+from ..averages.tracked import TrackedAverage
+from ..averages.units import auto_scale_base, effective_batch, settle
 from ..checkpoints.resume import check_ema_state, exchange_weights
 from ..messages import RunError, listed, warn
 from ..registry import HOOKS
-from ..restarts.facts import facts_of
-from ..restarts.live import catch_up
-from ..run import choose_checkpoint, ema_hook_of, finish_saving, what_loads
-from ..strategy import FullyShardStrategy, to_save
+from ..run import (
+    MAIN,
+    choose_checkpoint,
+    ema_hook_of,
+    facts_of,
+    refuse_unsaved,
+    traits_of,
+    what_loads,
+)
+from ..run.metrics import prefixes_of
 from ..swap import ShardedSwap, Swap, swap_in
 from ..update.pairs import unwrapped
 from ..update.refusals import refuse_pieces
 from ..update.sharded import is_sharded
 from ..update.staging import staged_once
-from ..zero import DeepSpeedStrategy
 from .optimizer_steps import OptimizerSteps
 
 
@@ -106,9 +111,9 @@ class EMAHook(StockEMAHook):
         self.per_optimizer_step = per_optimizer_step
         self.base_batch_size = base_batch_size
         main = AverageConfig(ema_type, averaged_model, horizon)
-        self._configs = {'': main, **also_configs(also, main)}  # by name; the main one has none
+        self.configs = {MAIN: main, **also_configs(also, main)}
         self.src_model: nn.Module | None = None
-        self._averages: dict[str, RunAverage] = {}
+        self._averages: dict[str, TrackedAverage] = {}
         self._settled = False
         self._made_for: tuple = ()  # the run and the model
         self._optimizer_steps = OptimizerSteps()
@@ -119,13 +124,13 @@ class EMAHook(StockEMAHook):
     @property
     def ema_model(self) -> BaseAveragedModel | None:
         """The main averaged model; None before the run."""
-        return self._averages[''].ema_model if self._averages else None
+        return self._averages[MAIN].ema_model if self._averages else None
 
     @property
     def also(self) -> dict[str, BaseAveragedModel | None]:
         """The other averaged models by name; None before the run."""
-        averages = self._averages or dict.fromkeys(self._configs)
-        return {name: one and one.ema_model for name, one in averages.items() if name}
+        averages = self._averages or dict.fromkeys(self.configs)
+        return {name: one and one.ema_model for name, one in averages.items() if name != MAIN}
 
     def before_run(self, runner: Runner) -> None:
         """Make the averages, unless this run has those of this model already."""
@@ -136,7 +141,7 @@ class EMAHook(StockEMAHook):
         if self._made_for != (runner, source):
             refuse_pieces(runner.model)
             refuse_unsharded_runner(runner)
-            self._averages = {n: RunAverage(c, source, n) for n, c in self._configs.items()}
+            self._averages = {n: TrackedAverage(c, source, n) for n, c in self.configs.items()}
             self._made_for = (runner, source)
             self._settled = False
         if not self._settled and isinstance(runner._train_loop, BaseLoop):
@@ -145,7 +150,9 @@ class EMAHook(StockEMAHook):
             for average in self._averages.values():
                 ema, horizon = average.ema_model, average.config.horizon
                 if base or horizon:
-                    text = settle(runner, ema, horizon, base, facts_of(runner, self))
+                    facts = facts_of(runner, self)
+                    batch = base and effective_batch(runner, facts)
+                    text = settle(ema, horizon, base, batch, facts)
                     text = text or 'no momentum to scale'
                     runner.logger.info(f'EMAHook, {average.label}: {text}')
         for loop in (getattr(runner, '_val_loop', None), getattr(runner, '_test_loop', None)):
@@ -155,9 +162,9 @@ class EMAHook(StockEMAHook):
 
     def after_run(self, runner: Runner) -> None:
         """Wait for the last checkpoint: the process may end now."""
-        finish_saving(runner)
+        traits_of(runner).finish_saving()
 
-    def _averages_of(self, runner: Runner) -> list[RunAverage]:
+    def _averages_of(self, runner: Runner) -> list[TrackedAverage]:
         """Return the averages; make them if a loop, a load or a save came before the run."""
         if not self._averages:
             self.before_run(runner)
@@ -174,15 +181,18 @@ class EMAHook(StockEMAHook):
         """Copy the model; ``init_weights`` has run and the weights are loaded by now."""
         super().before_train(runner)
         refuse_unsaved(runner)
+        source = self._source(runner)
         for average in self._averages.values():
-            average.copy(self._source(runner))
-            average.begin(runner, self)
+            average.copy(source)
+        if any(average.config.rule for average in self._averages.values()):
+            facts, evaluated = facts_of(runner, self), prefixes_of(runner.val_loop)
+            for average in self._averages.values():
+                average.begin(facts, evaluated)
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Catch up on a validation that decides about a plateau, after a resume."""
         for average in self._averages.values():
-            if average.progress is not None:
-                catch_up(runner, average.progress)
+            average.restarts.catch_up(runner)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         """Copy weights that were loaded meanwhile; begin to count the optimizer's steps."""
@@ -190,7 +200,7 @@ class EMAHook(StockEMAHook):
         source = self._source(runner)
         for average in self._averages.values():
             average.copy(source)
-            average.restart_if_due(runner)
+            average.restarts.restart_if_due(runner)
         if self.per_optimizer_step:
             self._optimizer_steps.begin_iteration(runner.optim_wrapper)
 
@@ -220,8 +230,9 @@ class EMAHook(StockEMAHook):
         """Restore the trained weights; decide about restarts of averages of ``also``."""
         self._restore()
         if isinstance(runner._train_loop, BaseLoop):
-            for average in self._averages.values():
-                average.see_validation(runner)
+            results = getattr(runner.val_loop, 'results', {})  # of EMAValLoop
+            for name, average in self._averages.items():
+                average.restarts.see_validation(runner, results.get(name, {}))
 
     def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         """Restore the trained weights."""
@@ -254,7 +265,7 @@ class EMAHook(StockEMAHook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Save the averaged weights as ``state_dict``, the trained ones in ``ema_state_dict``."""
-        averages = self._averages_of(runner)
+        averages, to_save = self._averages_of(runner), traits_of(runner).to_save
         self._report()
         if hasattr(runner, 'strategy'):
             # FlexibleRunner of MMEngine 0.10.7 leaves the prefix of the DDP wrapper in the names,
@@ -274,7 +285,9 @@ class EMAHook(StockEMAHook):
         checkpoint['ema_state_dict'] = to_save(self.ema_model.state_dict())
         exchange_weights(checkpoint)
         if self.also:
-            checkpoint['ema_also'] = {average.name: average.state() for average in averages[1:]}
+            checkpoint['ema_also'] = {
+                average.name: average.state(to_save) for average in averages[1:]
+            }
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Resume the averages, or let them be copies of the loaded model."""
@@ -294,37 +307,23 @@ class EMAHook(StockEMAHook):
         check_ema_state(checkpoint, self.ema_model, file)
         exchange_weights(checkpoint)
         main = {'state_dict': checkpoint['ema_state_dict']}
-        saved = {'': main, **checkpoint.get('ema_also', {})}
+        saved = {MAIN: main, **checkpoint.get('ema_also', {})}
         for average in averages:
             if average.name in saved:
                 average.resume(saved[average.name], source, strict, file)
             else:
                 warn(f'{file} has no average {average.name!r}: it begins as a copy of the weights')
                 average.load(checkpoint, strict)
-        dropped = [name for name in saved if name not in self._configs]
+        dropped = [name for name in saved if name not in self.configs]
         if dropped:
             warn(f'{file} has averages that the config lacks; they are dropped: {listed(dropped)}')
 
 
-def refuse_unsaved(runner: Runner) -> None:
-    """Raise RunError for the two strategies of FlexibleRunner that save without calling hooks."""
-    strategy = getattr(runner, 'strategy', None)
-    names = [cls.__name__ for cls in type(strategy).__mro__]
-    ways_out = {'DeepSpeedStrategy': 'mmema.DeepSpeedStrategy', 'ColossalAIStrategy': 'DDPStrategy'}
-    for name, way_out in ways_out.items():
-        if name in names and not isinstance(strategy, DeepSpeedStrategy):
-            raise RunError(
-                f"an average must be saved to be resumed, but the checkpoints of MMEngine's {name} "
-                f"cannot hold it. Train with strategy=dict(type='{way_out}'), or without EMAHook."
-            )
-
-
 def refuse_unsharded_runner(runner: Runner) -> None:
     """Raise RunError if a model is sharded by FSDP2, but saved on rank 0 alone."""
-    strategy = getattr(runner, 'strategy', None)
-    if is_sharded(unwrapped(runner.model)) and not isinstance(strategy, FullyShardStrategy):
+    if is_sharded(unwrapped(runner.model)) and not traits_of(runner).saves_parts:
         raise RunError(
             'a model that is sharded by FSDP2 must be saved by all ranks, but '
-            f'{type(strategy or runner).__name__} saves on rank 0 alone. Let '
+            f'{type(getattr(runner, "strategy", runner)).__name__} saves on rank 0 alone. Let '
             "runner_type='FlexibleRunner', strategy=dict(type='mmema.FullyShardStrategy') shard it."
         )

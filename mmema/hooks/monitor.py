@@ -12,7 +12,7 @@ from torch import nn
 from ..arguments import check_integer
 from ..messages import RunError, listed, warn
 from ..registry import HOOKS, register_everywhere
-from ..run import averages_of, ema_hook_of
+from ..run import MAIN, averages_of, ema_hook_of, scalars_of
 from ..update.finite import is_number
 from ..update.pairs import pairs_of
 from ..update.replicas import names_that_differ
@@ -85,16 +85,15 @@ class EMAMonitorHook(Hook):
             if self.interval is not None or not (last and writes):
                 return
         for name, average in averages_of(self._ema_hook).items():
-            prefix = f'train/ema_{name}_' if name else 'train/ema_'
             distance = relative_distance(average.module, runner.model)
             for key, value in {**state_of(average), 'distance': distance}.items():
-                runner.message_hub.update_scalar(f'{prefix}{key}', value)
+                runner.message_hub.update_scalar(f'{scalars_of(name)}{key}', value)
 
     def _compare_ranks(self, runner: Runner) -> None:
         """Raise RunError if the ranks do not have the same numbers; warn of buffers."""
         compared = {'the model': followed(runner.model)}
         for name, average in averages_of(self._ema_hook).items():
-            label = f'the average {name!r}' if name else 'the average'
+            label = 'the average' if name == MAIN else f'the average {name!r}'
             compared[label] = average.module
             compared[f'the state of {label}'] = counters_of(average)
         for label, module in compared.items():

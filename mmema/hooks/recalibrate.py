@@ -18,10 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..arguments import check_integer
 from ..messages import RunError
 from ..registry import HOOKS, register_everywhere
-from ..run import averages_of, ema_hook_of, kept_rng, last_of, validation_follows
+from ..run import MAIN, averages_of, ema_hook_of, kept_rng, label_of, last_of, validation_follows
 from ..update.pairs import copy_all, unwrapped
 from ..update.sharded import is_sharded
-from ..zero import DeepSpeedStrategy
 
 
 @register_everywhere(HOOKS)
@@ -90,10 +89,11 @@ class EMARecalibrateHook(Hook):
                 'rank has the average of its part alone. Leave the hook out, or train with '
                 'DDPStrategy.'
             )
-        if isinstance(getattr(runner, 'strategy', None), DeepSpeedStrategy):
+        wrapper = runner.optim_wrapper
+        if not hasattr(wrapper, 'optim_context'):
             raise RunError(
                 'EMARecalibrateHook computes in the context of an OptimWrapper, but '
-                'DeepSpeedOptimWrapper has none. Leave the hook out, or train with DDPStrategy.'
+                f'{type(wrapper).__name__} has none. Leave the hook out, or train with DDPStrategy.'
             )
         if runner.val_loop is None:
             raise RunError(
@@ -167,7 +167,7 @@ class EMARecalibrateHook(Hook):
         if due:
             weights = getattr(runner.val_loop, 'weights', ())  # those that EMAValLoop evaluates
             for name, average in averages_of(self._ema_hook).items():
-                if not name or name in weights:
+                if name == MAIN or name in weights:
                     self._measure(runner, average.module, name)
             self._own = [tensor.clone() for tensor in statistics(self._source)]
 
@@ -176,10 +176,9 @@ class EMARecalibrateHook(Hook):
             batches = islice(self._build_loader(runner), self.batches)
             context = partial(runner.optim_wrapper.optim_context, average)
             number, measured, others = measure_statistics(average, batches, self.mode, context)
-        of = f'also[{name!r}]' if name else 'the average'
         runner.logger.info(
-            f'Measured the statistics of {measured} BatchNorm layers of {of} on {number} training '
-            'batches.'
+            f'Measured the statistics of {measured} BatchNorm layers of {label_of(name)} on '
+            f'{number} training batches.'
         )
         if others:
             runner.logger.warning(
@@ -208,18 +207,18 @@ def measure_statistics(
     All other buffers, and the layers that no finite data reached on every rank, stay as they are.
     Returns the number of batches, of layers that were measured, and of those that were not.
     """
-    twin = deepcopy(model).train()  # a forward may change more than the statistics
-    pairs = [(a, b) for a, b in zip(model.modules(), twin.modules()) if is_measured(b)]
+    copied = deepcopy(model).train()  # a forward may change more than the statistics
+    pairs = [(a, b) for a, b in zip(model.modules(), copied.modules()) if is_measured(b)]
     for _, norm in pairs:
         norm.reset_running_stats()
         norm.momentum = None  # torch: the plain mean over all batches
     number = 0
     for batch in batches:
         number += 1
-        batch = twin.data_preprocessor(batch, True)
+        batch = copied.data_preprocessor(batch, True)
         args, kwargs = ((), batch) if isinstance(batch, dict) else (batch, {})
         with context():
-            twin(*args, **kwargs, mode=mode)
+            copied(*args, **kwargs, mode=mode)
     measured = [(own, norm) for own, norm in pairs if _finish(norm)]
     for own, norm in measured:
         own.running_mean.copy_(norm.running_mean)

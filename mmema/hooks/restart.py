@@ -9,19 +9,15 @@ from mmengine.runner import Runner
 from mmengine.runner.base_loop import BaseLoop
 
 from ..checkpoints.resume import check_ema_state
-from ..messages import RunError
+from ..messages import RunError, warn
 from ..registry import HOOKS, register_everywhere
 from ..restartable import Restartable
-from ..restarts import rewind
 from ..restarts.advice import advice
-from ..restarts.facts import facts_of
-from ..restarts.live import catch_up, check_rule, log_restart, momentum_of, on_main, values_of
-from ..restarts.planner import Restart, plan
-from ..restarts.progress import RuleProgress, due_restart
+from ..restarts.controller import RestartController
+from ..restarts.planner import plan
+from ..restarts.progress import RuleProgress
 from ..restarts.rule import RestartRule
-from ..run import choose_checkpoint, ema_hook_of, now_of, what_loads
-from ..update.pairs import unwrapped
-from ..zero import DeepSpeedStrategy
+from ..run import choose_checkpoint, ema_hook_of, facts_of, traits_of, what_loads
 
 
 @register_everywhere(HOOKS)
@@ -84,8 +80,8 @@ class EMARestartHook(Hook):
             milestones, every, by_epoch, follow, on_plateau, steps, momentum, gamma, source
         )
         self.progress = RuleProgress(self.rule)
-        self._progresses: list = []  # of all restart hooks, in the first of them
-        self._best_files: list = []
+        # The first of several restart hooks acts for all of them; the others have none.
+        self._controller: RestartController | None = None
 
     def before_run(self, runner: Runner) -> None:
         """Choose the file to resume from, before MMEngine opens it."""
@@ -108,96 +104,55 @@ class EMARestartHook(Hook):
             self.progress.load_state_dict(own[0])
 
     def before_train(self, runner: Runner) -> None:
-        """Plan the run, check it, and give advice; the first restart hook acts for all of them."""
+        """Plan the run, check it, and give advice."""
         hooks = restart_hooks_of(runner)
         if self is not hooks[0]:
             return
         ema_hook = ema_hook_of(runner)
-        self._ema = ema = ema_hook.ema_model
+        ema, facts = ema_hook.ema_model, facts_of(runner, ema_hook)
         if not isinstance(ema, Restartable):
             raise RunError(
                 f'EMARestartHook needs a restartable average, got {type(ema).__name__}. Set '
                 "ema_type='mmema.RestartableExpMomentumEMA' in the EMAHook."
             )
-        rules, facts = [hook.rule for hook in hooks], facts_of(runner, ema_hook)
-        refuse_sources(runner, rules)
+        rules = [hook.rule for hook in hooks]
+        if traits_of(runner).trains_a_copy:
+            refuse_sources(rules, type(runner.strategy).__name__)
         planned = plan(rules, facts)
-        self._progresses = [hook.progress for hook in hooks]
-        for progress in self._progresses:
-            check_rule(progress.rule, ema)
-            progress.begin(facts)
-        self._best_files = rewind.best_files(runner)
+        self._controller = RestartController(ema, [hook.progress for hook in hooks])
+        self._controller.begin(facts)
         for line in advice(rules, planned, facts, ema):
-            runner.logger.warning(f'EMARestartHook: {line}')
+            warn(f'EMARestartHook: {line}')
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Catch up on a validation which the resumed checkpoint was saved before."""
-        catch_up(runner, self.progress)
+        if self._controller is not None:
+            self._controller.catch_up(runner)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         """Restart if a trigger of any hook is due and not yet done."""
-        now = {'epoch': runner.epoch, 'iter': runner.iter}
-        due = [progress for progress in self._progresses if progress.is_due(now)]
-        if due:
-            self._restart(runner, due, now)
+        if self._controller is not None:
+            self._controller.restart_if_due(runner)
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         """Decide about a plateau, unless the validation is outside of training."""
-        if isinstance(runner._train_loop, BaseLoop):
-            self.progress.see_validation(metrics or {}, now_of(runner))
+        if self._controller is not None and isinstance(runner._train_loop, BaseLoop):
+            self._controller.see_validation(runner, metrics or {})
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Save the state of the rule, and complete the best checkpoint."""
         checkpoint.setdefault('ema_restart', []).append(self.progress.state_dict())
-        # CheckpointHook notes the name of a new best file, then saves it before any other.
-        best_files = rewind.best_files(runner)
-        if best_files != self._best_files and any(p.rule.uses_best for p in self._progresses):
-            rewind.complete(runner, checkpoint)
-        self._best_files = best_files
-
-    def _restart(self, runner: Runner, progresses: list, now: dict) -> None:
-        ema, model, weights = self._ema, unwrapped(runner.model), None
-        before = values_of(ema)
-        restart = due_restart(progresses, now, momentum_of(ema))
-        source = restart.values.get('source')
-        if source == 'ema' and runner.iter > 0:  # before, the average is of no weights
-            ema.copy_to(model)
-            weights = 'the averaged weights'
-        elif source == 'best':
-            name = self._best_copy(runner, restart, progresses)
-            if name is None:
-                runner.logger.warning('EMARestartHook: there is no best checkpoint to go back to')
-            else:
-                rewind.go_back(runner, ema, name)
-                weights = f'the best checkpoint ({name})'
-        if weights is not None:
-            model.zero_grad()  # half accumulated, for weights that are gone
-        restart.apply(ema)
-        end = f'; training goes on from {weights or "the current weights"}'
-        log_restart(runner, ema, restart, before, end=end)
-
-    def _best_copy(self, runner: Runner, restart: Restart, progresses: list) -> str | None:
-        users = [progress for progress in progresses if progress.rule.uses_best]
-        # After a plateau the best one of the stage before, where a moment has ended one.
-        if restart.iteration < 0 and users[-1].kept and users[-1].done:
-            return users[-1].kept[-1]
-        name, still_named = on_main(lambda: rewind.keep_best(runner))
-        if name is not None:
-            for progress in users:
-                progress.kept.append(name)
-            rewind.drop_kept(runner, self._progresses, still_named)
-        return name
+        if self._controller is not None:
+            self._controller.complete_best(runner, checkpoint)
 
 
-def refuse_sources(runner: Runner, rules: list) -> None:
-    """Raise RunError if DeepSpeed trains weights that a restart is to replace."""
-    if not isinstance(getattr(runner, 'strategy', None), DeepSpeedStrategy):
-        return
+def refuse_sources(rules: list, strategy: str) -> None:
+    """Raise RunError if a restart is to replace weights of which the optimizer trains a copy."""
     for rule in rules:
         for source in {rule.source, rule.plateau and rule.plateau.source} - {None, 'model'}:
             raise RunError(
-                f"with DeepSpeedStrategy source must be 'model', got {source!r}: DeepSpeed trains "
-                'a copy of the weights that belongs to the optimizer.'
+                f"with {strategy} source must be 'model', got {source!r}: it trains a copy of the "
+                'weights that belongs to the optimizer.'
             )
 
 

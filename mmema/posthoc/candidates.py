@@ -6,10 +6,10 @@ from typing import NamedTuple, Sequence
 
 import numpy as np
 
-from . import averages
-from .facts import MAIN
-from .history import settings_of
-from .profiles import Stored, exponential, uniform
+from ..run import MAIN
+from . import derive
+from .history import average_config
+from .profiles import Fit, Stored, blends_of, exponential, uniform
 
 FACTORS = (0.5, 2, 4, 8)  # of the momentum of the run's main average
 LAST = (2, 3, 5, 10)  # checkpoints, of a mean of their raw weights
@@ -24,17 +24,20 @@ class Candidate(NamedTuple):
     stored: Sequence[Stored]
     wanted: np.ndarray | None = None  # None: the only stored one, as it is
     record: dict = {}
-    off: float | None = None  # relative error of the nearest profile
+    fit: Fit | None = None  # the mixture, once it is solved for
 
-    def nearest(self) -> float | None:
-        """Return how far the nearest profile is off; raise CheckpointError if it is too far."""
-        return None if self.wanted is None else averages.nearest(self.stored, self.wanted).error
+    def solved(self) -> Candidate:
+        """Return it with its mixture; raise CheckpointError if none is near enough."""
+        if self.wanted is None:
+            return self
+        return self._replace(fit=derive.nearest(self.stored, self.wanted))
 
-    def made(self, trust: bool = False) -> averages.Made:
+    def made(self, trust: bool = False) -> derive.Made:
         """Make the weights; raise CheckpointError if that cannot be."""
         if self.wanted is None:
-            return averages.taken(self.stored[0], trust)
-        return averages.fit(self.stored, self.wanted, self.record, trust=trust)[0]
+            return derive.taken(self.stored[0], trust)
+        made, _ = derive.fit(self.stored, self.wanted, self.record, trust=trust, found=self.fit)
+        return made
 
 
 def candidates(stored: Sequence[Stored], restarts: Sequence[int]) -> list[Candidate]:
@@ -42,18 +45,19 @@ def candidates(stored: Sequence[Stored], restarts: Sequence[int]) -> list[Candid
 
     These are all weights of the last checkpoint as they are; the main average with shorter and
     longer horizons, and each as if restarted at some epochs; the plain mean since each of these;
-    and the means of the raw weights of the last checkpoints.
+    and the means of the raw weights of the last checkpoints. All but the last are blended at the
+    updates at which the main average was, so that a momentum means the same for both.
 
     Args:
         stored: All weights of the run's checkpoints; see :func:`stored_profiles`.
         restarts: Epochs (iterations of a run by iterations), as milestones of EMARestartHook.
     """
     last, total = stored[-1].facts, stored[-1].total
-    run, momentum = last.run, _momentum(stored)
+    run, momentum, blends = last.run, _momentum(stored), blends_of(stored)
     found = [Candidate(one.weights, [one]) for one in stored if one.facts is last]
     for begin in (None, *restarts):
         start = 0 if begin is None else run.update_of(begin * (run.epoch_length or 1))
-        if not start < total:
+        if not (blends >= start).any():
             continue
         unit = 'epoch' if run.by_epoch else 'iteration'
         since = '' if begin is None else f', restarted at {unit} {begin}'
@@ -62,12 +66,12 @@ def candidates(stored: Sequence[Stored], restarts: Sequence[int]) -> list[Candid
             if value > LARGEST or begin is None and factor == 1:  # as it is
                 continue
             record = {'momentum': value, 'restart_at': begin}
-            wanted = exponential(value, None, start, total)
+            wanted = exponential(value, None, start, total, blends)
             found.append(Candidate(f'momentum {value:.4g}{since}', stored, wanted, record))
         if begin is not None:
             record = {'uniform': begin}
             label = f'mean of all updates from {unit} {begin} on'
-            found.append(Candidate(label, stored, uniform(start, total), record))
+            found.append(Candidate(label, stored, uniform(start, total, blends), record))
     raw = [one for one in stored if one.weights == 'raw']
     for number in LAST:
         if number <= len(raw):
@@ -82,8 +86,8 @@ def _momentum(stored: Sequence[Stored]) -> float:
     """Return the momentum of the main average; without one, that of a tenth of the run."""
     for one in reversed(stored):
         if one.weights == MAIN:
-            live, settings = one.facts.averages[MAIN].live, settings_of(one.facts, MAIN)
+            live, config = one.facts.averages[MAIN].live, average_config(one.facts, MAIN)
             # In the end, that of a schedule without one, such as a mean's, is as good.
             at_the_end = float(one.momenta[one.momenta > 0][-1])
-            return live.get('momentum', settings.get('momentum', at_the_end))
+            return live.get('momentum', config.get('momentum', at_the_end))
     return 1 / max(HORIZON * stored[-1].total, 1)

@@ -12,10 +12,8 @@ from ..averaged import schedule_name
 from ..checkpoints.files import content_of, named
 from ..checkpoints.formats import CheckpointError, Weights, read_weights
 from ..messages import listed
-from ..restarts.facts import RunFacts
-from .config_text import read_config
-
-MAIN = 'ema'
+from ..run import MAIN, RunFacts, facts_in_config
+from ..run.config import ema_hook_in, hooks_in, kind_of, read_config
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class FileFacts:
     seed: int | None
     losses: np.ndarray | None  # of all iterations, by which files of one run are known
     meta: dict
-    config: dict  # plain values of meta['cfg']; see read_config
+    config: dict  # plain values of meta['cfg']
     run: RunFacts
     averages: dict[str, AverageFacts]  # by name; the main one is 'ema'
     has_raw: bool
@@ -51,27 +49,12 @@ class FileFacts:
     @property
     def hook(self) -> dict:
         """The settings of the run's EMAHook, as far as the config tells them; else none."""
-        return _ema_hook(self.config)
+        return ema_hook_in(self.config)
 
     @property
     def recalibrates(self) -> bool:
         """Whether the run measured the BatchNorm statistics of its average."""
-        return any(_kind(hook) == 'EMARecalibrateHook' for hook in _hooks(self.config))
-
-    @property
-    def switches(self) -> list[int]:
-        """The epochs (0-based) before which hooks of the run switched the pipeline."""
-        epochs = []
-        for hook in _hooks(self.config):
-            if _kind(hook) == 'PipelineSwitchHook' and 'switch_epoch' in hook:
-                epochs.append(hook['switch_epoch'])
-            elif _kind(hook) == 'YOLOXModeSwitchHook' and self.run.by_epoch:
-                # It compares epoch + 1, so it switches one epoch earlier.
-                epochs.append(self.run.end('epoch') - hook.get('num_last_epochs', 15) - 1)
-            elif _kind(hook) == 'SwitchRecipeHook':  # by the number of the epoch, from 1
-                numbers = [recipe.get('action_epoch') for recipe in hook.get('schedule', ())]
-                epochs.extend(number - 1 for number in numbers if isinstance(number, int))
-        return [epoch for epoch in epochs if isinstance(epoch, int) and epoch > 0]
+        return any(kind_of(hook) == 'EMARecalibrateHook' for hook in hooks_in(self.config))
 
     @property
     def updates(self) -> int:
@@ -104,8 +87,10 @@ def _facts(path: Path, content: dict, weights: Weights) -> FileFacts:
             'it is not the checkpoint of an MMEngine run, which says after which iteration it was '
             'written' + (' (an exported file)' if weights.exported else '')
         )
-    config = read_config(str(meta.get('cfg', '')))
+    config, info = read_config(str(meta.get('cfg', ''))), hub.get('runtime_info') or {}
     iteration = int(meta['iter'])
+    iterations = int(info.get('max_iters') or iteration)
+    epoch_length = iterations // max(int(info.get('max_epochs') or 1), 1)
     state = weights.average if weights.average is not None else weights.raw
     averages = {}
     if weights.steps is not None and weights.raw is not None:
@@ -121,8 +106,8 @@ def _facts(path: Path, content: dict, weights: Weights) -> FileFacts:
         losses=_losses(hub, iteration),
         meta=meta,
         config=config,
-        run=_run_facts(
-            config, hub.get('runtime_info') or {}, iteration, content.get('ds_config') or {}
+        run=facts_in_config(
+            config, epoch_length, max(iterations, iteration), content.get('ds_config')
         ),
         averages=averages,
         has_raw=weights.raw is not None,
@@ -153,46 +138,6 @@ def _losses(hub: dict, iteration: int) -> np.ndarray | None:
     if history is None or len(history) != iteration:
         return None
     return np.array(history, dtype=float)
-
-
-def _run_facts(config: dict, info: dict, iteration: int, deepspeed: dict) -> RunFacts:
-    train, hook = config.get('train_cfg') or {}, _ema_hook(config)
-    by_epoch = train.get('by_epoch', 'IterBased' not in str(train.get('type', '')))
-    iterations = int(info.get('max_iters') or iteration)
-    length = iterations // max(int(info.get('max_epochs') or 1), 1)
-    accumulation = 1
-    if is_ours(hook) and hook.get('per_optimizer_step', True):
-        accumulation = deepspeed.get('gradient_accumulation_steps', 1)
-        wrapper = config.get('optim_wrapper') or {}
-        accumulation = int(wrapper.get('accumulative_counts', accumulation))
-    begin_epoch, begin_iter = (max(hook.get(f'begin_{u}', 0) - 1, 0) for u in ('epoch', 'iter'))
-    return RunFacts(
-        iterations=max(iterations, iteration),
-        epoch_length=length if by_epoch else None,
-        accumulation=accumulation,
-        last_step=not deepspeed,
-        begin=begin_epoch * length + begin_iter,
-    )
-
-
-def _hooks(config: dict) -> list[dict]:
-    hooks = config.get('custom_hooks') or []
-    return [hook for hook in hooks if isinstance(hook, dict)] if isinstance(hooks, list) else []
-
-
-def _ema_hook(config: dict) -> dict:
-    return next((hook for hook in _hooks(config) if _kind(hook) == 'EMAHook'), {})
-
-
-def _kind(hook: dict) -> str:
-    """Return the name of a hook's class without scope and module; any EMAHook is an 'EMAHook'."""
-    name = str(hook.get('type', '')).rsplit('.', 1)[-1]
-    return 'EMAHook' if name.endswith('EMAHook') else name
-
-
-def is_ours(hook: dict) -> bool:
-    """Return whether the settings are of mmema's EMAHook."""
-    return str(hook.get('type', '')).startswith('mmema.')
 
 
 def check_same_model(one: FileFacts, other: FileFacts) -> None:

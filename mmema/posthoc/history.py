@@ -16,13 +16,15 @@ from ..messages import listed
 from ..restartable import Restartable
 from ..restarts.planner import Restart, merged, restart_at
 from ..restarts.profile import momenta
-from ..restarts.rule import Moment, RestartRule
-from .facts import MAIN, AverageFacts, FileFacts, is_ours
+from ..restarts.rule import RestartRule
+from ..run import MAIN, Moment
+from ..run.config import is_ours
+from .facts import AverageFacts, FileFacts
 
 CLASSES = [cls for cls in vars(restartable).values() if isinstance(cls, type)]
 CLASSES = [cls for cls in CLASSES if issubclass(cls, Restartable) and cls is not Restartable]
 BY_SCHEDULE = {cls.schedule_type.name: cls for cls in CLASSES}
-BY_NAME = {**{cls.__name__: cls for cls in CLASSES}, **restartable.TWINS}
+BY_NAME = {**{cls.__name__: cls for cls in CLASSES}, **restartable.STOCK_EQUIVALENTS}
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def momenta_between(
     begin = average_in(before, name) if before else AverageFacts(0)
     if before:
         _check_settings(before, after, name)
-    twin = _twin(after, name, begin, given)
+    average = _build_average(after, name, begin, given)
     restarts = _restarts_between(before, after, name)
     first = before.updates if before else 0
     copied = 0  # of the updates, those before the average began
@@ -76,8 +78,8 @@ def momenta_between(
             f'{begin.steps} to {end.steps}, and no restart in the files explains it'
         )
     restarts = [replace(restart, update=restart.update - first) for restart in restarts]
-    values = momenta(twin, updates, restarts, copied)
-    _check_end(twin, end, name, after)
+    values = momenta(average, updates, restarts, copied)
+    _check_end(average, end, name, after)
     return values
 
 
@@ -89,7 +91,7 @@ def average_in(file: FileFacts, name: str) -> AverageFacts:
     return file.averages[name]
 
 
-def settings_of(file: FileFacts, name: str) -> dict:
+def average_config(file: FileFacts, name: str) -> dict:
     """Return the settings of an average in the EMAHook of the run's config; none if not there."""
     hook = dict(file.hook)
     if not hook:
@@ -111,7 +113,7 @@ def repeats_tied(file: FileFacts, name: str, given: Given = NOTHING) -> bool:
     The classes of MMEngine, MMDetection and MMYOLO do, with ``update_buffers=True``: they go
     through a ``state_dict``. Where the config does not tell, it is taken for given.
     """
-    settings, average = settings_of(file, name), average_in(file, name)
+    settings, average = average_config(file, name), average_in(file, name)
     kind = str(settings.get('ema_type') or given.ema_type)
     ours = average.schedule or kind.startswith('mmema.')
     return not ours and settings.get('update_buffers', not settings)
@@ -119,7 +121,7 @@ def repeats_tied(file: FileFacts, name: str, given: Given = NOTHING) -> bool:
 
 def _check_settings(before: FileFacts, after: FileFacts, name: str) -> None:
     """Raise CheckpointError if a resumed run had another average than before."""
-    one, other = settings_of(before, name), settings_of(after, name)
+    one, other = average_config(before, name), average_config(after, name)
     names = ['ema_type', 'interval', 'update_buffers', 'exclude']
     if not average_in(after, name).live:  # else live values are compared
         names += sorted({*one, *other} - {*names, 'type', 'priority', 'begin_iter', 'begin_epoch'})
@@ -131,9 +133,9 @@ def _check_settings(before: FileFacts, after: FileFacts, name: str) -> None:
             )
 
 
-def _twin(file: FileFacts, name: str, begin: AverageFacts, given: Given) -> Restartable:
+def _build_average(file: FileFacts, name: str, begin: AverageFacts, given: Given) -> Restartable:
     """Return an average of one layer with the schedule and the state that the real one had."""
-    settings, end = settings_of(file, name), average_in(file, name)
+    settings, end = average_config(file, name), average_in(file, name)
     kind = _class_of(file, name, settings, end.schedule, given)
     known = {f.name for f in fields(kind.schedule_type)}
     arguments = {key: value for key, value in settings.items() if key in known}
@@ -163,17 +165,17 @@ def _twin(file: FileFacts, name: str, begin: AverageFacts, given: Given) -> Rest
     if missing:
         raise CheckpointError(
             f'{file} does not say how its average {name} was updated; `restart` takes '
-            f'{" and ".join(f"{key}=" for key in missing)}'
+            f'{" and ".join(f"--{key}" for key in missing)} (in Python as fields of Given)'
         )
     interval = found.pop('interval')
     arguments.update({key: value for key, value in found.items() if value is not None})
     try:
-        twin = kind(nn.Linear(1, 1), interval=interval, **arguments)
+        average = kind(nn.Linear(1, 1), interval=interval, **arguments)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f'{name} in {file}: {error}') from None
-    twin.steps.fill_(begin.steps)
-    twin.restarts = begin.restarts
-    return twin
+    average.steps.fill_(begin.steps)
+    average.restarts = begin.restarts
+    return average
 
 
 def _class_of(file, name, settings, schedule, given: Given) -> type:
@@ -182,21 +184,24 @@ def _class_of(file, name, settings, schedule, given: Given) -> type:
     kind = BY_SCHEDULE.get(schedule) or BY_NAME.get(told)
     wanted = BY_NAME.get(asked)
     if asked and wanted is None:
-        raise CheckpointError(f'ema_type must be one of {", ".join(BY_NAME)}, got {asked!r}')
+        raise CheckpointError(
+            f'--ema-type (ema_type) must be one of {", ".join(BY_NAME)}, got {asked!r}'
+        )
     if kind and wanted not in (None, kind):
-        raise CheckpointError(f'{file} says that {name} is a {kind.__name__}, got ema_type={asked}')
+        raise CheckpointError(f'{file} says that {name} is a {kind.__name__}, got {asked}')
     if not (kind or wanted):
         what = f'its ema_type {told!r} is unknown' if told else 'its config has no EMAHook'
         raise CheckpointError(
             f'{file} does not say how its average {name} was updated ({what}); '
-            f'`restart` takes ema_type=, one of {", ".join(BY_NAME)}'
+            f'`restart` takes --ema-type (ema_type of Given), one of {", ".join(BY_NAME)}'
         )
     return kind or wanted
 
 
-def _check_end(twin: Restartable, end: AverageFacts, name: str, file: FileFacts) -> None:
-    """Raise CheckpointError unless the twin has come to the state of the real average."""
-    own = {'updates': int(twin.steps), 'restarts': twin.restarts, **twin.hyperparameters}
+def _check_end(average: Restartable, end: AverageFacts, name: str, file: FileFacts) -> None:
+    """Raise CheckpointError unless an average has come to the state of the one in a file."""
+    own = {'updates': int(average.steps), 'restarts': average.restarts}
+    own.update(average.hyperparameters)
     real = {'updates': end.steps, 'restarts': end.restarts, **end.live}
     if not end.live:  # a class that saves its counter alone
         own = {'updates': own['updates']}

@@ -15,8 +15,8 @@ from ..messages import listed
 STATISTICS = ('running_mean', 'running_var')
 
 
-class Part(NamedTuple):
-    """One set of weights in a file, and its coefficient."""
+class Term(NamedTuple):
+    """One set of weights in a file times a coefficient: a term of a weighted sum."""
 
     file: Path
     weights: str  # 'ema', 'raw' or the name of an average in also
@@ -36,11 +36,11 @@ class Pattern(NamedTuple):
 AS_IT_IS = Pattern({}, {}, [])
 
 
-def mix(parts: Sequence[Part], pattern: Pattern = AS_IT_IS, trust: bool = False) -> State:
-    """Return the sum of ``coefficient * weights``, each tensor in the widest dtype of its parts.
+def mix(terms: Sequence[Term], pattern: Pattern = AS_IT_IS, trust: bool = False) -> State:
+    """Return the sum of ``coefficient * weights``, each tensor in the widest dtype of its terms.
 
     Args:
-        parts: Their coefficients sum to one.
+        terms: Their coefficients sum to one.
         pattern: Defaults to one that sums all floating-point tensors.
         trust: As of :func:`mmema.checkpoints.files.load`.
 
@@ -49,14 +49,14 @@ def mix(parts: Sequence[Part], pattern: Pattern = AS_IT_IS, trust: bool = False)
             variance negative.
     """
     by_file: dict = {}
-    for part in parts:
-        by_file.setdefault(part.file, []).append(part)
+    for term in terms:
+        by_file.setdefault(term.file, []).append(term)
     copied, total = pattern.copied, _Sum(pattern.times)
     for file, own in by_file.items():
         found = load(file, trust)
-        for part in own:
-            state = weights_in(found, part)
-            total.add({n: t for n, t in _floats(state).items() if n not in copied}, part)
+        for term in own:
+            state = weights_in(found, term)
+            total.add({n: t for n, t in _floats(state).items() if n not in copied}, term)
     mixed = {n: copied[n] if n in copied else total.get(n, tensor) for n, tensor in state.items()}
     bad = [n for n, tensor in _floats(mixed).items() if not tensor.double().isfinite().all()]
     if bad:
@@ -64,14 +64,14 @@ def mix(parts: Sequence[Part], pattern: Pattern = AS_IT_IS, trust: bool = False)
     return with_metadata(state, mixed)
 
 
-def weights_in(found: Weights, part: Part) -> State:
+def weights_in(found: Weights, term: Term) -> State:
     """Return a set of weights; raise CheckpointError if the file does not have it."""
     sets = found.sets()
-    if part.weights not in sets:
+    if term.weights not in sets:
         raise CheckpointError(
-            f'{part.file} has no {part.weights} weights; it has {", ".join(sets) or "none"}'
+            f'{term.file} has no {term.weights} weights; it has {", ".join(sets) or "none"}'
         )
-    return sets[part.weights]
+    return sets[term.weights]
 
 
 def pattern_of(
@@ -121,7 +121,7 @@ def pattern_of(
             notes.append(
                 "BatchNorm's statistics are those of the raw weights, since the average did not "
                 'blend its own: EMARecalibrateHook measured them, or they are of the first update, '
-                "as in MMYOLO's ExpMomentumEMA. tools/recalibrate_bn.py measures them"
+                "as in MMYOLO's ExpMomentumEMA. mmema recalibrate measures them"
             )
     times = _numbers_of_names(averages[0], raw, blended) if repeats and update_buffers else {}
     if times:
@@ -164,10 +164,10 @@ class _Sum:
         self._sums: dict = {}
         self._dtypes: dict = {}
 
-    def add(self, state: State, part: Part) -> None:
+    def add(self, state: State, term: Term) -> None:
         if self._sums and set(state) != set(self._sums):
             names = listed(sorted(set(state) ^ set(self._sums)))
-            raise CheckpointError(f'{part.file} must have weights of one model, but {names} differ')
+            raise CheckpointError(f'{term.file} must have weights of one model, but {names} differ')
         for name, tensor in state.items():
             if name not in self._sums:
                 self._sums[name] = torch.zeros(tensor.shape, dtype=torch.float64)
@@ -175,10 +175,10 @@ class _Sum:
             total, dtype = self._sums[name], self._dtypes[name]
             if total.shape != tensor.shape:
                 raise CheckpointError(
-                    f'{part.file} must have weights of one model, but {name} is of shape '
+                    f'{term.file} must have weights of one model, but {name} is of shape '
                     f'{tuple(tensor.shape)} instead of {tuple(total.shape)}'
                 )
-            coefficient = part.coefficients[self._times.get(name, 1)]
+            coefficient = term.coefficients[self._times.get(name, 1)]
             total.add_(tensor.double(), alpha=coefficient)
             self._dtypes[name] = torch.promote_types(dtype, tensor.dtype)
 

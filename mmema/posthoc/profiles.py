@@ -11,13 +11,12 @@ import math
 from typing import NamedTuple, Sequence
 
 import numpy as np
-from torch import nn
 
 from ..arguments import check_integer
 from ..checkpoints.formats import CheckpointError
-from ..restartable import RestartableDebiasedEMA, RestartableExpMomentumEMA
-from ..restarts.profile import momenta, shares
-from .facts import FileFacts, check_same_run
+from ..restarts.profile import shares
+from ..schedules import DebiasedSchedule, ExpSchedule
+from .facts import MAIN, FileFacts, check_same_run
 from .history import average_in, momenta_between, repeats_tied
 
 
@@ -109,18 +108,40 @@ def single(update: int, total: int) -> np.ndarray:
     return profile
 
 
-def uniform(start: int, total: int) -> np.ndarray:
+def blends_of(stored: Sequence[Stored]) -> np.ndarray:
+    """Return the indices of the updates at which a run's main average was blended.
+
+    Those between them, which its ``interval`` leaves out, are in no average like it. Of a run
+    without a main average they are all updates.
+    """
+    of_main = [one.momenta for one in stored if one.weights == MAIN]
+    return np.flatnonzero(of_main[-1]) if of_main else np.arange(stored[-1].total)
+
+
+def uniform(start: int, total: int, blends: np.ndarray | None = None) -> np.ndarray:
     """Return the profile of the plain mean of all updates from index ``start`` (from 0) on.
+
+    Args:
+        start: Index of its first update.
+        total: Number of updates of the run.
+        blends: Indices of the updates that count. Defaults to all.
 
     Example:
         >>> uniform(1, 3)
         array([0. , 0.5, 0.5])
     """
-    _check_start(start, total)
-    return np.where(np.arange(total) >= start, 1 / (total - start), 0.0)
+    at, profile = _blends_from(start, total, blends), np.zeros(total)
+    profile[at] = 1 / len(at)
+    return profile
 
 
-def exponential(momentum: float, gamma: float | None, start: int, total: int) -> np.ndarray:
+def exponential(
+    momentum: float,
+    gamma: float | None,
+    start: int,
+    total: int,
+    blends: np.ndarray | None = None,
+) -> np.ndarray:
     """Return the profile of an exponential average that begins with the update of index ``start``.
 
     Args:
@@ -128,23 +149,27 @@ def exponential(momentum: float, gamma: float | None, start: int, total: int) ->
         gamma: Time constant of the warm-up in updates; None for the debiased average, without one.
         start: Index of its first update, from 0: where a hard restart would be.
         total: Number of updates of the run.
+        blends: Indices of the updates at which it is blended. Defaults to all.
 
     Example:
         >>> exponential(0.5, None, 1, 4).round(4)  # 1/4, 1/2 and 1, divided by their sum
         array([0.    , 0.1429, 0.2857, 0.5714])
     """
-    _check_start(start, total)
+    at, profile = _blends_from(start, total, blends), np.zeros(total)
     if gamma is None:
-        twin = RestartableDebiasedEMA(nn.Linear(1, 1), momentum=momentum)
+        schedule, steps = DebiasedSchedule(momentum), np.arange(len(at))
     else:
-        twin = RestartableExpMomentumEMA(nn.Linear(1, 1), momentum=momentum, gamma=gamma)
-    return np.concatenate([np.zeros(start), shares(momenta(twin, total - start))])
+        schedule, steps = ExpSchedule(momentum, gamma), at - at[0]
+    profile[at] = shares(np.array([1.0, *(schedule(int(step)) for step in steps[1:])]))
+    return profile
 
 
-def _check_start(start: int, total: int) -> None:
+def _blends_from(start: int, total: int, blends: np.ndarray | None) -> np.ndarray:
     check_integer('the first update', start, least=0)
-    if start >= total:
+    at = np.arange(start, total) if blends is None else blends[blends >= start]
+    if not len(at):
         raise ValueError(f'the first update must be below the {total} of the run, got {start}')
+    return at
 
 
 def fit(profiles: Sequence[np.ndarray], wanted: np.ndarray, most: float = math.inf) -> Fit:

@@ -7,8 +7,8 @@ from typing import Sequence
 
 from ..averaged import MomentumAveragedModel
 from ..messages import listed
+from ..run.facts import RunFacts
 from ..schedules import ConstantSchedule, ExpSchedule
-from .facts import RunFacts
 from .planner import Restart, explicit_moments
 from .rule import RestartRule
 

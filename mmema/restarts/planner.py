@@ -8,8 +8,8 @@ from typing import Sequence
 
 from ..messages import RunError
 from ..restartable import Restartable
-from .facts import RunFacts
-from .rule import Moment, RestartRule
+from ..run.facts import Moment, RunFacts
+from .rule import RestartRule
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from dataclasses import asdict
 from itertools import repeat
 from typing import Sequence
 
-from .facts import RunFacts
-from .live import on_main
+from ..run.facts import Moment, RunFacts
 from .planner import Restart, explicit_moments, merged, restart_at
 from .plateau import PlateauWatch
+from .ranks import on_main
 from .rewind import kept_names
-from .rule import Moment, RestartRule
+from .rule import RestartRule
 
 
 class RuleProgress:

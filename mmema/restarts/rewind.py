@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 from mmengine.dist import is_main_process
-from mmengine.hooks import CheckpointHook
 from mmengine.model import BaseAveragedModel
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import _load_checkpoint
@@ -18,13 +17,9 @@ from ..checkpoints import folders
 from ..checkpoints.probe import structure
 from ..checkpoints.resume import KEPT, exchange_weights
 from ..messages import RunError, warn
-from ..run import finish_saving
+from ..run import checkpoint_hooks, traits_of
 from ..update.pairs import unwrapped
 from ..update.sharded import own_optimizer_state, own_state
-
-
-def checkpoint_hooks(runner: Runner) -> list:
-    return [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
 
 
 def best_files(runner: Runner) -> list:
@@ -67,7 +62,7 @@ def keep_best(runner: Runner) -> tuple:
     work_dir = Path(runner.work_dir)
     kept = work_dir / f'{KEPT}iter_{runner.iter}.pth'
     places = (Path(best), work_dir / Path(best).name, kept)  # the folder may have been moved
-    finish_saving(runner)
+    traits_of(runner).finish_saving()
     file = next((file for file in places if file.exists()), None)
     if file is None:
         raise RunError(

@@ -1,4 +1,4 @@
-"""Moments of a run, and the rule of one restart hook: when it restarts, and with which values."""
+"""The rule of one restart hook: when it restarts, and with which values."""
 
 from __future__ import annotations
 
@@ -6,26 +6,9 @@ from dataclasses import dataclass
 from typing import Sequence
 
 from ..arguments import check_bool, check_choice, check_integer, check_momentum, check_positive
+from ..run.facts import Moment
+from ..run.switches import SWITCH_HOOKS
 from .plateau import SOURCES, Plateau
-
-FOLLOWED = ('PipelineSwitchHook', 'YOLOXModeSwitchHook', 'SwitchRecipeHook')
-
-
-@dataclass(frozen=True)
-class Moment:
-    """A time in a run: the beginning of the epoch, or the iteration, with a 0-based index."""
-
-    unit: str  # 'epoch' or 'iter'
-    at: int
-
-    def __str__(self) -> str:
-        return f'{self.unit} {self.at}'
-
-    @classmethod
-    def parse(cls, text: str) -> Moment:
-        """Return the moment that ``str`` of one has written, as checkpoints keep it."""
-        unit, at = text.split()
-        return cls(unit, int(at))
 
 
 @dataclass(frozen=True)
@@ -57,7 +40,7 @@ class RestartRule:
             check_integer('every', self.every)
         check_bool('by_epoch', self.by_epoch)
         if self.follow is not None:
-            check_choice('follow', self.follow, FOLLOWED)
+            check_choice('follow', self.follow, SWITCH_HOOKS)
         plateau, planned = self.plateau, bool(milestones or self.every or self.follow)
         if not planned and plateau is None:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Dict, List, Tuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .pairs import Pair, copy_all, sides
 
@@ -13,31 +13,25 @@ from .pairs import Pair, copy_all, sides
 class BlendPlan:
     """Pairs, grouped for the fewest operators.
 
-    Contiguous tensors in main memory go to the compiled part where it is built. Pairs of one dtype
-    on one device go to torch's fused operators. Pairs that need a conversion go one by one.
+    Pairs of one dtype on one device go to torch's fused operators. Pairs that need a conversion go
+    one by one.
     """
 
-    def __init__(self, pairs: List[Pair], compiled=None):
-        rows: Dict[torch.dtype, List[Pair]] = {}
+    def __init__(self, pairs: List[Pair]):
         fused: Dict[tuple, List[Pair]] = {}
         self.single: List[Pair] = []
         for pair in pairs:
             average, source = pair.average, pair.source
-            if hasattr(compiled, 'ContiguousPairs') and _is_contiguous(pair):
-                rows.setdefault(average.dtype, []).append(pair)
-            elif (average.dtype, average.device) == (source.dtype, source.device):
+            if (average.dtype, average.device) == (source.dtype, source.device):
                 # A fused kernel takes a list only if all pairs have one memory layout.
                 same_layout = average.stride() == source.stride()
                 fused.setdefault((average.dtype, average.device, same_layout), []).append(pair)
             else:
                 self.single.append(pair)
-        self.compiled = [compiled.ContiguousPairs(*sides(group)) for group in rows.values()]
         self.fused: List[Tuple[List[Tensor], List[Tensor]]] = [*map(sides, fused.values())]
 
     def lerp(self, momentum: float) -> None:
         """``avg <- (1 - momentum) avg + momentum src`` for every pair."""
-        for group in self.compiled:
-            group.lerp(momentum)
         for averages, sources in self.fused:
             torch._foreach_lerp_(averages, sources, momentum)
         for pair in self.single:
@@ -46,22 +40,7 @@ class BlendPlan:
 
     def copy(self) -> None:
         """``avg <- src`` for every pair."""
-        for group in self.compiled:
-            group.copy()
         for averages, sources in self.fused:
             copy_all(averages, sources)
         for pair in self.single:
             pair.average.copy_(pair.source)
-
-
-def _is_contiguous(pair: Pair) -> bool:
-    """Return whether both tensors are plain numbers, one behind the other, in main memory."""
-    return pair.average.dtype == pair.source.dtype and all(
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.device.type == 'cpu'
-        and tensor.layout == torch.strided
-        and tensor.is_contiguous()
-        and not (tensor.is_complex() or tensor.is_neg() or tensor.is_quantized)
-        and not tensor._is_zerotensor()
-        for tensor in (pair.average, pair.source)
-    )

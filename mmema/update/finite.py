@@ -32,7 +32,7 @@ def names_of_non_finite(model: nn.Module, reduced: Callable | None = None) -> li
 
     Args:
         model: The model.
-        reduced: The method of :class:`mmema.update.sharded.Parts`, to look at the parts of all
+        reduced: The method of `mmema.update.sharded.Parts`, to look at the parts of all
             ranks. Defaults to None.
     """
     groups: dict = {}

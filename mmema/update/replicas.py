@@ -17,7 +17,7 @@ def names_that_differ(module: nn.Module) -> tuple[list[str], list[str]]:
     those of all ranks.
 
     Args:
-        module: A model without wrappers, or :class:`mmema.update.sharded.Parts`.
+        module: A model without wrappers, or `mmema.update.sharded.Parts`.
     """
     tensors = [*named_tensors(module)]
     sums = [checksum(tensor) for _, tensor, _ in tensors]

@@ -1,4 +1,4 @@
-"""Sharded models: the part that this rank has of each tensor, and a follower of such a source.
+"""Sharded models: the part that this rank has of each tensor, and a view of such a source.
 
 torch's FSDP2 keeps a parameter as a DTensor: a rank has some of its rows. Averaging goes element by
 element, so each rank keeps and blends the average of its part: no communication in an update.
@@ -7,14 +7,13 @@ element, so each rank keeps and blends the average of its part: no communication
 from __future__ import annotations
 
 from operator import attrgetter, is_
-from typing import Callable
 
 import torch
 from torch import Tensor, nn
 
 from .pairs import named_tensors, unwrapped
-from .selection import Selection
 from .staleness import Snapshot, Unchanged
+from .views import View
 
 _MARK = 'set_reshard_after_backward'  # of a module that fully_shard has taken
 
@@ -35,7 +34,7 @@ def is_sharded(model: nn.Module) -> bool:
 def followed(model: nn.Module) -> nn.Module:
     """Return the module whose tensors an average follows.
 
-    That is the model without wrappers; of a sharded one this rank's :class:`Parts`.
+    That is the model without wrappers; of a sharded one this rank's `Parts`.
     """
     model = unwrapped(model)
     return Parts(model) if is_sharded(model) else model
@@ -82,7 +81,7 @@ class Layout:
         return empty(self.shape, dtype=dtype, device_mesh=self.mesh, placements=self.placements)
 
     def fits(self, tensor: Tensor) -> bool:
-        """Return whether :meth:`part` takes a tensor."""
+        """Return whether `part` takes a tensor."""
         if tensor.shape != self.shape:
             return False
         return not is_dtensor(tensor) or (
@@ -168,10 +167,10 @@ def _take_parts(bare: nn.Module, module: nn.Module, modules: dict, parameters: d
     bare._version = module._version
     bare._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
     for key, tensor in module._parameters.items():
-        if tensor is not None and id(tensor) not in parameters:
-            part = _local(tensor) if is_dtensor(tensor) else tensor
-            parameters[id(tensor)] = nn.Parameter(part.detach(), tensor.requires_grad)
-        bare._parameters[key] = parameters.get(id(tensor))
+        if is_dtensor(tensor) and id(tensor) not in parameters:
+            part = _local(tensor).detach()
+            parameters[id(tensor)] = nn.Parameter(part, tensor.requires_grad)
+        bare._parameters[key] = parameters.get(id(tensor), tensor)
     bare._buffers.update(module._buffers)
     for key, child in module._modules.items():
         if child is not None and id(child) not in modules:
@@ -192,45 +191,26 @@ def reshard(modules) -> None:
             module.reshard()
 
 
-class ShardedFollower:
-    """An average of this rank's parts that follows a sharded source.
+class PartsView(View):
+    """View of a source that is sharded by FSDP2: this rank's part of each of its tensors."""
 
-    ``follow_parts`` makes the follower of the average and the :class:`Parts` of the source.
-    """
-
-    def __init__(
-        self,
-        average: nn.Module,
-        source: nn.Module,
-        selection: Selection,
-        follow_parts: Callable,
-    ):
-        self.average = average
+    def __init__(self, source: nn.Module):
         self.source = source
+        self.module = Parts(source)
+        self.reduced = self.module.reduced
         self._groups = [module for module in source.modules() if hasattr(module, _MARK)]
-        self._parts = Parts(source)
-        self._inner = follow_parts(average, self._parts, selection)
-        self._snapshot = Snapshot(average, source)
+        self._objects = Snapshot(source)
         self._tensors = [*{id(t): t for _, t, _ in named_tensors(source) if is_dtensor(t)}.values()]
         self._locals = [*map(_local, self._tensors)]
         self._trained = Unchanged(attrgetter('requires_grad'), self._tensors)
 
-    def holds(self, average: nn.Module, source: nn.Module) -> bool:
+    def holds(self) -> bool:
         reshard(self._groups)
         return (
-            average is self.average
-            and source is self.source
-            and self._snapshot.holds()
+            self._objects.holds()
             and all(map(is_, map(_local, self._tensors), self._locals))
             and self._trained.holds()
-            and self._inner.holds(average, self._parts)
         )
-
-    def update(self, momentum: float | None) -> None:
-        self._inner.update(momentum)
-
-    def finish(self) -> None:
-        self._inner.finish()
 
 
 def own_state(state: dict, model: nn.Module) -> dict:

@@ -1,9 +1,9 @@
-"""Staged follower: a source on a GPU reaches an average in main memory through pinned memory."""
+"""Staging: a source on a GPU reaches an average in main memory through pinned memory."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import Callable, Dict, Iterator, List, NamedTuple
+from typing import Dict, Iterator, List, NamedTuple
 from weakref import WeakSet, WeakValueDictionary
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .pairs import named_tensors, pairs_of
 from .selection import Selection
-from .staleness import Snapshot, Unchanged
+from .staleness import Unchanged
+from .views import View
 
 _SMALL = 2**12  # numbers up to which tensors are copied together
 
@@ -24,80 +25,41 @@ def is_far(average: nn.Module, source: nn.Module) -> bool:
     )
 
 
-class StagedFollower:
-    """An average that takes in a source one update late, so that the program need not wait.
+class StagedView(View):
+    """View of a copy in pinned memory of what another view has, one update late.
 
-    :meth:`update` puts copies into the stream of the GPU: they read the weights as they are at that
-    point, whatever training makes of them next. :meth:`finish` waits until they have arrived, and
-    blends.
-    ``follow_staged`` makes the follower of the average and the staged copy.
+    `fetch` puts copies into the stream of the GPU: they read the weights as they are at that
+    point, whatever training makes of them next. The program need not wait for them until it fetches
+    again, or reads the average.
     """
 
-    def __init__(
-        self,
-        average: nn.Module,
-        source: nn.Module,
-        selection: Selection,
-        follow_staged: Callable,
-    ):
-        self.average = average
-        self.source = source
-        self._follow_staged = lambda staged: follow_staged(average, staged, selection)
-        self.stage = _stage_for(source, selection.blended_in(source))
-        self.stage.followers.add(self)
-        self._inner = self._follow_staged(self.stage.copy)
-        self._pending: list = []  # the momentum of the update that is on its way, if one is
-        self._average_changed = False
+    is_late = True
 
-    def holds(self, average: nn.Module, source: nn.Module) -> bool:
-        return (
-            average is self.average
-            and source is self.source
-            and not self._average_changed
-            and self.stage.holds()
-        )
-
-    def update(self, momentum: float | None) -> None:
-        self.stage.send(with_blended=momentum is not None)
-        self._pending.append(momentum)
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        if not self._pending:
-            return
-        self.stage.wait()  # where Ctrl-C arrives: nothing has changed yet
-        momentum = self._pending.pop()
-        if not self._inner.holds(self.average, self.stage.copy):  # the average was converted, say
-            self._average_changed = True
-            self._inner = self._follow_staged(self.stage.copy)
-        self._inner.update(momentum)
-
-
-class Stage:
-    """A copy of a source in pinned memory, and the transfers that fill it."""
-
-    def __init__(self, source: nn.Module, blended: set):
-        tensors = [*{id(t): t for _, t, _ in named_tensors(source)}.values()]
-        self.followers: WeakSet = WeakSet()
-        self._transfers = _transfers_of(tensors, blended)
-        self.copy = _staged_copy(source, self._transfers)
-        self._snapshot = Snapshot(self.copy, source)
+    def __init__(self, below: View, blended: set):
+        tensors = [*{id(t): t for _, t, _ in named_tensors(below.module)}.values()]
+        self.source = below.source
+        self.reduced = below.reduced
+        self._below = below
         self._kinds = Unchanged(_kind, tensors)
+        self._transfers = _transfers_of(tensors, blended)
+        self.module = _staged_copy(below.module, self._transfers)
         self._devices = {tensor.device for tensor in tensors if tensor.is_cuda}
         self._arrivals: list = []
+        self._unfinished: WeakSet = WeakSet()  # followers that have fetched and not blended yet
         self._round = None
         self._sent: set = set()  # kinds of transfers that this round has sent
 
     def holds(self) -> bool:
-        """Return whether none of the tensors is stale."""
-        return self._snapshot.holds() and self._kinds.holds()
+        return self._below.holds() and self._kinds.holds()
 
-    def send(self, with_blended: bool) -> None:
+    def fetch(self, follower, with_blended: bool) -> None:
         """Send the source on its way, unless the round has; blended tensors only if wanted."""
         if _round is None or _round is not self._round:
-            for follower in list(self.followers):
-                follower.finish()  # before its numbers are written over
+            for unfinished in list(self._unfinished):
+                unfinished.finish()  # before its numbers are written over
+            self._unfinished.clear()
             self._round, self._sent = _round, set()
+        self._unfinished.add(follower)
         wanted = {False, with_blended} - self._sent
         for transfer in self._transfers:
             if transfer.is_blended in wanted:
@@ -106,13 +68,12 @@ class Stage:
         self._arrivals = [torch.cuda.current_stream(d).record_event() for d in self._devices]
 
     def wait(self) -> None:
-        """Wait until all that was sent has arrived."""
         for arrival in self._arrivals:
             arrival.synchronize()
 
 
 _round = None
-_shared: WeakValueDictionary = WeakValueDictionary()  # stages by source and blended tensors
+_shared: WeakValueDictionary = WeakValueDictionary()  # views by source and blended tensors
 
 
 @contextmanager
@@ -126,14 +87,16 @@ def staged_once() -> Iterator[None]:
         _round = None
 
 
-def _stage_for(source: nn.Module, blended: set) -> Stage:
+def staged(below: View, selection: Selection) -> StagedView:
+    """Return a staged view that stands on another one; inside ``staged_once`` a shared one."""
+    blended = selection.blended_in(below.module)
     if _round is None:
-        return Stage(source, blended)
-    key = id(source), frozenset(blended)
-    stage = _shared.get(key)
-    if stage is None or not stage.holds():
-        stage = _shared[key] = Stage(source, blended)
-    return stage
+        return StagedView(below, blended)
+    names = frozenset(name for name, t, _ in named_tensors(below.module) if id(t) in blended)
+    view = _shared.get((id(below.source), names))
+    if view is None or not view.holds():
+        view = _shared[id(below.source), names] = StagedView(below, blended)
+    return view
 
 
 class Transfer(NamedTuple):

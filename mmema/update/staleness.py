@@ -12,24 +12,22 @@ from typing import Callable, List
 
 from torch import Tensor, nn
 
-
-def _dicts_of(model: nn.Module) -> List[dict]:
-    return [d for m in model.modules() for d in (m._parameters, m._buffers, m._modules)]
+from .pairs import Pair, sides
 
 
 class Snapshot:
-    """The objects in the modules of two models.
+    """The objects in all modules of a model.
 
     Re-assigned buffers, a new ``nn.Parameter``, ``load_state_dict(assign=True)`` and a replaced
-    submodule all change the identity of an object in one of the dicts.
+    submodule all change the identity of an object in one of the dicts. The objects are kept here:
+    a new one could have the address of one that is gone, and pass for it.
     """
 
-    def __init__(self, average: nn.Module, source: nn.Module):
-        of_source = _dicts_of(source)
-        self.filled = [d for d in of_source + _dicts_of(average) if d]
+    def __init__(self, model: nn.Module):
+        dicts = [d for m in model.modules() for d in (m._parameters, m._buffers, m._modules)]
+        self.filled = [d for d in dicts if d]
         self.objects = get_referents(*self.filled)
-        # Where the source may get a tensor more. One more in the average has nothing to follow.
-        self.empty = [d for d in of_source if not d]
+        self.empty = [d for d in dicts if not d]  # which may get a tensor
 
     def holds(self) -> bool:
         # The referents of a dict are its values: one call for all dicts takes a third of the time
@@ -55,20 +53,26 @@ class Unchanged:
 
 
 class StalenessCheck:
-    """Staleness check in Python: identities, and the properties that tensors keep while paired.
+    """Whether an average has the same tensors as when it was paired, and all pairs still match.
 
     A tensor can be converted or re-pointed through ``.data`` and stay the same object. A memory
     address would not do: freed memory is used again.
+
+    Args:
+        average: The average. The objects of the source are checked by its view.
+        pairs: All pairs, blended or copied.
+        trained: The parameters of the source; one that is frozen is copied.
     """
 
-    def __init__(self, snapshot: Snapshot, averages: List[Tensor], sources: List[Tensor]):
+    def __init__(self, average: nn.Module, pairs: List[Pair], trained: List[Tensor]):
+        averages, sources = sides(pairs)
         both = averages + sources
         self.checks = [
-            snapshot,
+            Snapshot(average),
             Unchanged(Tensor.numel, both),
             Unchanged(attrgetter('dtype'), both),
             Unchanged(Tensor.get_device, both),
-            Unchanged(attrgetter('requires_grad'), sources),
+            Unchanged(attrgetter('requires_grad'), trained),
         ]
 
     def holds(self) -> bool:

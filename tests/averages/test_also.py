@@ -225,6 +225,12 @@ def test_a_state_that_does_not_fit_is_refused_by_name(tmp_path, change, message)
             TypeError,
             r"also\['short'\]: .*got 'momentun'",
         ),
+        (
+            dict(also=dict(short=dict(main=3))),
+            TypeError,
+            r"also\['short'\]: EMAHook passes its other .*, got 'main'",
+        ),
+        (dict(also=dict(short={3: 4})), TypeError, r"also\['short'\]: .*, got 3$"),
         (dict(also=dict(short=dict(momentum=2))), ValueError, r"also\['short'\]: momentum .*got 2"),
         (dict(also=dict(short=dict(begin_iter=2))), TypeError, r"'short'.*got 'begin_iter'"),
         (
@@ -443,5 +449,5 @@ def test_averages_in_main_memory_are_staged_once(tmp_path, monkeypatch):
     far = make_runner(tmp_path / 'far', ema=dict(ours, also=also))
     far.train()
     averages = averages_of(ema_hook_of(far)).values()
-    assert len({id(ema._follower.stage) for ema in averages}) == 1
+    assert len({id(ema._follower.view) for ema in averages}) == 1
     assert_same(state_of(whole), state_of(far))

@@ -110,7 +110,7 @@ def test_an_average_that_lacks_a_tensor_is_left_out_and_said(run_of_several, tmp
 def test_export_is_the_same_file_each_time(run, tmp_path):
     one = export(run[2], tmp_path / 'model.pth')
     content = one.read_bytes()
-    with pytest.raises(CheckpointError, match='exists; force=True replaces it'):
+    with pytest.raises(CheckpointError, match='exists; --force .force=True. replaces it'):
         export(run[2], tmp_path / 'model.pth')
     assert export(run[2], tmp_path / 'model.pth', force=True) == one
     assert one.read_bytes() == content
@@ -177,9 +177,9 @@ def test_places_that_cannot_be_written(run, tmp_path):
         with pytest.raises(CheckpointError, match=match):
             export(run[2], out)
     (tmp_path / 'x.pth').write_text('mine')
-    with pytest.raises(CheckpointError, match='exists; force=True'):
+    with pytest.raises(CheckpointError, match='exists; --force'):
         export(run[2], tmp_path / 'x.pth', named_by_hash=False)
-    with pytest.raises(CheckpointError, match='exists; force=True'):
+    with pytest.raises(CheckpointError, match='exists; --force'):
         convert(run[2], tmp_path / 'x.pth')
     assert (tmp_path / 'x.pth').read_text() == 'mine'
     with pytest.raises(CheckpointError, match='no both weights; it has ema, raw'):

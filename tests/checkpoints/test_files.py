@@ -77,15 +77,19 @@ def test_hostile_pickle_is_not_run(tmp_path):
     assert not (tmp_path / 'owned').exists()
 
 
-def test_yolov5_with_pickled_models_needs_trust(tmp_path):
+def test_yolov5_with_pickled_models_needs_trust(tmp_path, monkeypatch):
     model = Toy()
     content = dict(files_of_others()['yolov5'], model=None, ema=model)
     torch.save(content, tmp_path / 'x.pt')
-    with pytest.raises(CheckpointError, match=r'holds toys\.Toy.*If you trust it: trust=True'):
+    with pytest.raises(
+        CheckpointError, match=r'toys\.Toy.*If you trust it: --trust \(trust=True\)'
+    ):
         load(tmp_path / 'x.pt')
     found = load(tmp_path / 'x.pt', trust=True)
     same(found.average, model.state_dict())
     assert found.raw is None
+    monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
+    same(load(tmp_path / 'x.pt').average, model.state_dict())
 
 
 def test_missing_package_is_named(tmp_path):

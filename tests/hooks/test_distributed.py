@@ -110,16 +110,15 @@ def config(tmp_path):
     return ['line.py', '--launcher', 'pytorch', '--work-dir', 'run']
 
 
-def run_tool(name, *arguments, folder):
-    tool = [ROOT / 'tools' / name, *arguments]
-    job = forks.start_ranks(2, TESTS / 'tool_rank.py', *tool, folder=folder)
+def run_command(*words, folder):
+    job = forks.start_ranks(2, TESTS / 'command_rank.py', *words, folder=folder)
     return ended(job, folder)
 
 
 @pytest.mark.slow
 def test_a_tool_ends_without_its_process_group(config, tmp_path):
-    for tool in (['train.py', *config], ['test.py', *config[:1], 'run/epoch_2.pth', *config[1:]]):
-        status, output = run_tool(*tool, folder=tmp_path)
+    for words in (['train', *config], ['test', *config[:1], 'run/epoch_2.pth', *config[1:]]):
+        status, output = run_command(*words, folder=tmp_path)
         assert status == [0, 0], '\n'.join(output)[-6000:]
         assert all(text.endswith('process group at exit: False\n') for text in output)
         (tmp_path / 'group').unlink(missing_ok=True)
@@ -130,7 +129,7 @@ def test_a_tool_ends_without_its_process_group(config, tmp_path):
 def test_torchs_launcher_sees_success(config, tmp_path, again):
     launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
     done = subprocess.run(
-        [sys.executable, *launcher, TESTS / 'tool_rank.py', ROOT / 'tools' / 'train.py', *config],
+        [sys.executable, *launcher, TESTS / 'command_rank.py', 'train', *config],
         cwd=tmp_path,
         env={**os.environ, 'PYTHONPATH': str(TESTS), 'OMP_NUM_THREADS': '1'},
         capture_output=True,
@@ -166,7 +165,7 @@ def test_two_agents_of_torchrun_meet_as_two_machines_do(config, tmp_path):
 @pytest.mark.parametrize('how, status_of_1', [('die', -signal.SIGKILL), ('fail', 1)])
 def test_a_tool_whose_other_rank_ended_ends_with_an_error(config, tmp_path, how, status_of_1):
     options = ['--cfg-options', f'custom_hooks.1.{how}=[1,2]']
-    status, output = run_tool('train.py', *config, *options, folder=tmp_path)
+    status, output = run_command('train', *config, *options, folder=tmp_path)
     assert status == [1, status_of_1]
     assert 'Traceback' in output[0]
     assert not any('terminate called' in text for text in output)

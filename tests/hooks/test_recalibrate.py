@@ -1,6 +1,5 @@
 import copy
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -291,11 +290,10 @@ def test_arguments(arguments, error, message):
 
 @pytest.mark.slow
 def test_a_real_detector(tmp_path):
+    import make_digits
     from mmengine.config import Config
 
     root = Path(__file__).resolve().parents[2]
-    sys.path.append(str(root / 'tools'))
-    import make_digits
 
     make_digits.make_digits(tmp_path / 'set', train=8, val=4, test=1)
     config = Config.fromfile(root / 'configs' / 'digits' / 'yolov5_n_digits.py')

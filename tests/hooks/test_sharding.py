@@ -17,9 +17,9 @@ from mmengine.runner import FlexibleRunner, Runner
 from runs import EMA, Crash, assert_same, ema_of, loader, make_runner, state_of
 from torch import nn
 
-from mmema.hooks.ema import EMAHook, refuse_unsaved
+from mmema import EMAHook
 from mmema.messages import RunError
-from mmema.run import ema_hook_of
+from mmema.run import ema_hook_of, refuse_unsaved
 from mmema.update.refusals import refuse_pieces
 
 TESTS = Path(__file__).parents[1]
@@ -64,9 +64,9 @@ def test_ddp_strategy_ends_with_the_bits_of_the_plain_runner(two_ranks, case):
     expected = torch.load(two_ranks / 'ddp_runner.pth')
     assert expected['ema.steps'] == 8  # 4 epochs of 24 samples, 6 for each of two ranks
     assert expected['ema.momentum'].item() == pytest.approx(1 - 0.9**2)
-    assert expected['emarecent.momentum'] == 1 / 4 and expected['emarecent.gamma'] == 5 / 2
-    assert expected['emashort.restarts'] == 1 and expected['emashort.gamma'] == 3
-    assert expected['emaplateau.restarts'] > 0
+    assert expected['recent.momentum'] == 1 / 4 and expected['recent.gamma'] == 5 / 2
+    assert expected['short.restarts'] == 1 and expected['short.gamma'] == 3
+    assert expected['plateau.restarts'] > 0
     assert_same(expected, torch.load(two_ranks / f'{case}.pth'))
 
 

@@ -2,6 +2,7 @@
 
 import re
 
+import make_digits
 import pytest
 import torch
 from mmengine.config import Config
@@ -9,13 +10,13 @@ from mmengine.runner import Runner, load_checkpoint
 from recorded import Record, Recorded, shares_of
 from reference import assert_close, exp_momentum
 from runs import ema_of
-from tool_runs import CONFIG, ROOT, call_here, call_tool, tool
+from tool_runs import CONFIG, ROOT, call_here, call_tool
 
 import mmema  # noqa: F401
 
 pytestmark = pytest.mark.slow
 LENGTH = 4  # iterations of an epoch
-TOOL = 'ema_posthoc.py'
+TOOL = 'posthoc'
 STOCK = '[dict(type="EMAHook", ema_type="ExpMomentumEMA", momentum=0.1, gamma=5, priority=49, {})]'
 OURS = """[
     dict(
@@ -33,7 +34,7 @@ OURS = """[
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp('digits') / 'set'
-    tool('make_digits.py').make_digits(folder, train=16, val=8, test=8)
+    make_digits.make_digits(folder, train=16, val=8, test=8)
     return folder
 
 
@@ -117,10 +118,10 @@ def test_what_is_written_is_loaded_by_mmengine_and_the_test_tool(stock, pair):
     state = torch.load(folder / 'restarted.pth', weights_only=True)['state_dict']
     assert all(torch.equal(tensor, state[n]) for n, tensor in model.state_dict().items())
     model.load_state_dict(before)
-    done = call_tool('test.py', file, folder / 'restarted.pth', folder=folder)
+    done = call_tool('test', file, folder / 'restarted.pth', folder=folder)
     assert done.returncode == 0, done.stderr[-2000:]
     assert 'restarted.pth:' in done.stdout
-    done = call_tool('ema_checkpoint.py', 'inspect', 'restarted.pth', folder=folder)
+    done = call_tool('inspect', 'restarted.pth', folder=folder)
     assert (
         'exported by mmema: weights ema, made restart, after epoch 1, at epoch 2, kept 0.1'
         in done.stdout
@@ -135,7 +136,7 @@ def test_onnx_runtime_gives_what_the_average_gives(stock, tmp_path, monkeypatch)
     run, file = stock
     monkeypatch.chdir(tmp_path)
     call = ['export', run.file(2), '-o', 'digits.pth', '--exact-name']
-    call_here('ema_checkpoint.py', *call, folder=tmp_path)
+    call_here(*call, folder=tmp_path)
     page = (ROOT / 'docs' / 'checkpoints.md').read_text()
     (block,) = re.findall(r'```python\n([^`]*torch\.onnx[^`]*)```', page)
     block = block.replace('configs/digits/yolov5_n_digits.py', str(file))
@@ -161,7 +162,7 @@ def largest_difference(first, second):
     return max((one - other).abs().max().item() for one, other in zip(first, second))
 
 
-@pytest.mark.extensive  # test_averages.py has the same with a toy
+@pytest.mark.extensive  # test_derive.py has the same with a toy
 def test_restart_equals_the_average_that_was_restarted_in_the_run(data, tmp_path):
     run, _ = train(tmp_path, data, OURS)
     call_here(TOOL, 'restart', run.file(1), run.file(2), '-o', 'made.pth', folder=tmp_path)
@@ -177,7 +178,7 @@ def test_restart_equals_the_average_that_was_restarted_in_the_run(data, tmp_path
     assert apart > 1e-3
 
 
-@pytest.mark.extensive  # test_ema_posthoc_tool.py has the same with a toy
+@pytest.mark.extensive  # cli/test_posthoc.py has the same with a toy
 def test_choose(stock, tmp_path, capsys):
     run, file = stock
     call = [TOOL, 'choose', run.folder, '--config', file, '-o', 'best.pth', '--restart-at', 1]
@@ -194,5 +195,5 @@ def test_choose(stock, tmp_path, capsys):
     assert re.search(
         r'coco/bbox_mAP on the test set of config.py: \d\.\d{4}  ema as stored', printed
     )
-    done = call_tool('test.py', file, 'best.pth', folder=tmp_path)
+    done = call_tool('test', file, 'best.pth', folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

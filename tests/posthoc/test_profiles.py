@@ -1,7 +1,5 @@
 """Profiles of stored averages and their fit, against numbers worked out by hand."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,7 @@ from recorded import STOCK, parameters, record, shares_of
 from reference import assert_close, exp_momentum
 
 from mmema.checkpoints.formats import CheckpointError
-from mmema.posthoc import averages
+from mmema.posthoc import derive
 from mmema.posthoc.facts import facts_in
 from mmema.posthoc.profiles import exponential, fit, single, stored_profiles, uniform
 
@@ -93,7 +91,7 @@ def test_an_average_that_cannot_be_followed_is_left_out(tmp_path):
     stored, (note,) = stored_profiles(facts_of(run, 1, 2))
     assert {one.weights for one in stored} == {'ema', 'raw'}
     assert note.startswith('lost is left out: ')
-    assert 'does not say how its average lost was updated; `restart` takes momentum=' in note
+    assert 'does not say how its average lost was updated; `restart` takes --momentum ' in note
 
 
 # --- the fit ---------------------------------------------------------------------------------
@@ -122,7 +120,7 @@ def test_a_restart_is_in_the_span_of_its_two_files(tmp_path):
     files = facts_of(run, 3, 6)
     stored, _ = stored_profiles(files)
     wanted = exponential(0.1, None, 12, 24)
-    made, found = averages.fit(stored, wanted, dict(momentum=0.1))
+    made, found = derive.fit(stored, wanted, dict(momentum=0.1))
     kept = 0.9**12
     np.testing.assert_allclose(
         found.coefficients, [-kept / (1 - kept), 1 / (1 - kept), 0, 0], atol=1e-9
@@ -145,7 +143,7 @@ def test_another_horizon_from_averages_of_two(tmp_path):
     run = record(tmp_path, hook)
     stored, _ = stored_profiles(facts_of(run))
     wanted = exponential(0.15, None, 0, 24)
-    made, found = averages.fit(stored, wanted)
+    made, found = derive.fit(stored, wanted)
     assert 1e-9 < found.error < 0.1
     state = {n: t for n, t in made.state.items() if t.is_floating_point()}
     expected = {n: t for n, t in run.sum(found.profile).items() if n in state}
@@ -156,7 +154,7 @@ def test_another_horizon_from_averages_of_two(tmp_path):
 def test_the_mean_of_raw_weights_has_the_others_of_the_last_file(stock):
     stored = [one for one in stored_profiles(facts_of(stock))[0] if one.weights == 'raw']
     wanted = sum(one.profile() for one in stored[3:]) / 3
-    made, found = averages.fit(stored, wanted)
+    made, found = derive.fit(stored, wanted)
     np.testing.assert_allclose(found.coefficients, [0, 0, 0, 1 / 3, 1 / 3, 1 / 3], atol=1e-9)
     state = made.state
     assert state['calls'] == 24
@@ -169,10 +167,10 @@ def test_a_bad_fit_is_refused_unless_forced(stock):
     stored, _ = stored_profiles(facts_of(stock, 1, 6))
     wanted = uniform(12, 24)
     with pytest.raises(CheckpointError, match=r'is \d\d\.\d% off the wanted profile, more than 10'):
-        averages.fit(stored, wanted)
-    assert averages.fit(stored, wanted, force=True)[1].error > 0.1
+        derive.fit(stored, wanted)
+    assert derive.fit(stored, wanted, force=True)[1].error > 0.1
     with pytest.raises(CheckpointError, match='there are no averages and no raw weights to mix'):
-        averages.fit([], wanted)
+        derive.fit([], wanted)
 
 
 def test_large_coefficients_are_avoided_where_that_is_possible():
@@ -196,19 +194,5 @@ def test_huge_coefficients_are_refused_unless_forced(stock):
     difference = near.profile() - one.profile()
     wanted = one.profile() + 2000 * difference
     with pytest.raises(CheckpointError, match='sum to 3,999 without their signs, more than 1,000'):
-        averages.fit([one, near], wanted)
-    assert averages.fit([one, near], wanted, force=True)[1].size == pytest.approx(3999, rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ('hook', 'epochs'),
-    [
-        (dict(type='mmdet.PipelineSwitchHook', switch_epoch=4), [4]),
-        (dict(type='YOLOXModeSwitchHook', num_last_epochs=2), [3]),  # of 6 epochs, one earlier
-        (dict(type='SwitchRecipeHook', schedule=[dict(action_epoch=n) for n in (5, 2)]), [4, 1]),
-        (dict(type='SwitchRecipeHook', schedule=[dict(action_epoch=None)]), []),
-    ],
-)
-def test_switches_that_a_config_names(stock, hook, epochs):
-    (last,) = facts_of(stock, 6)
-    assert replace(last, config=dict(custom_hooks=[hook])).switches == epochs
+        derive.fit([one, near], wanted)
+    assert derive.fit([one, near], wanted, force=True)[1].size == pytest.approx(3999, rel=1e-3)

@@ -6,9 +6,9 @@ from torch import nn
 
 from mmema import RestartableConstantEMA, RestartableExpMomentumEMA, RestartableUniformAverage
 from mmema.restarts import advice as module
-from mmema.restarts.facts import RunFacts
 from mmema.restarts.planner import plan
 from mmema.restarts.rule import RestartRule
+from mmema.run import RunFacts
 
 
 def advice(facts, *rules, cls=RestartableExpMomentumEMA, **ema):

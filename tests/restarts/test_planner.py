@@ -3,9 +3,9 @@
 import pytest
 
 from mmema.messages import RunError
-from mmema.restarts.facts import RunFacts
 from mmema.restarts.planner import Restart, merged, plan
 from mmema.restarts.rule import RestartRule
+from mmema.run import RunFacts
 
 EPOCHS = RunFacts(iterations=24, epoch_length=4)
 

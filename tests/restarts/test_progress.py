@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from mmema.restarts.facts import RunFacts
 from mmema.restarts.progress import RuleProgress, due_restart
-from mmema.restarts.rule import Moment, RestartRule
+from mmema.restarts.rule import RestartRule
+from mmema.run import Moment, RunFacts
 
 FACTS = RunFacts(iterations=400, epoch_length=4)
 

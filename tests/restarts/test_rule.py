@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from mmema.restarts.rule import Moment, RestartRule
+from mmema.restarts.rule import RestartRule
+from mmema.run import Moment
 
 
 def test_a_moment_in_words_and_back():

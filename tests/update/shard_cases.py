@@ -6,16 +6,13 @@ Each case is a function with assertions; the last line that rank 0 prints names 
 import copy
 import sys
 import traceback
-from pathlib import Path
-
-import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from unittest.mock import patch
 
 import forks
 import pytest
+import torch
 from reference import ReferenceEMA, blended_names, tensors_of
+from torch import nn
 
 from mmema import (
     ExpMomentumEMA,
@@ -25,7 +22,8 @@ from mmema import (
 from mmema.hooks.monitor import relative_distance
 from mmema.update.finite import names_of_non_finite
 from mmema.update.replicas import names_that_differ
-from mmema.update.sharded import Parts, ShardedFollower, followed, own_state
+from mmema.update.sharded import Parts, PartsView, followed, own_state
+from mmema.update.staging import StagedView
 
 
 class Net(nn.Module):
@@ -95,7 +93,7 @@ def trained(cls=ExpMomentumEMA, updates=4, **arguments):
 def the_average_has_the_bits_of_one_without_sharding():
     for arguments in ({}, {'update_buffers': True}, {'exclude': ['body.*'], 'interval': 2}):
         model, ema, plain, expected = trained(**arguments)
-        assert isinstance(ema._follower, ShardedFollower)
+        assert isinstance(ema._follower.view, PartsView)
         assert_same(expected.state_dict(), whole(ema.state_dict()))
         assert_same(plain.state_dict(), whole(model.state_dict()))
 
@@ -112,6 +110,16 @@ def the_average_is_that_of_the_slow_reference():
     for name, value in whole(ema.module.state_dict()).items():
         expected = reference.average[name].to(value.dtype)
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+
+
+def parts_can_be_staged():
+    with patch('mmema.update.follower.is_far', lambda average, source: isinstance(source, Parts)):
+        model, ema, plain, expected = trained(skip_non_finite=True, interval=2, updates=5)
+    assert isinstance(ema._follower.view, StagedView)
+    assert_same(expected.state_dict(), whole(ema.state_dict()))
+    follower = ema._follower
+    model.first.weight.requires_grad_(False)
+    assert not follower.holds(ema.module, model)
 
 
 def an_update_has_no_collective_and_a_rank_keeps_its_part():

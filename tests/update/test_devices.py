@@ -66,6 +66,15 @@ def test_an_unknown_device_is_refused():
         ExpMomentumEMA(Toy(), device='cupid')
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without CUDA')
+@pytest.mark.parametrize('device', ['cuda', 'cuda:1', torch.device('cuda')])
+def test_cuda_is_refused_where_there_is_none(device):
+    # torch raises an AssertionError, or one of several lines.
+    with pytest.raises(ValueError, match='device must name .* Leave it out') as refused:
+        ExpMomentumEMA(Toy(), device=device)
+    assert '\n' not in str(refused.value)
+
+
 @fused_everywhere
 @pytest.mark.parametrize('skip_non_finite', [False, True])
 @BUFFERS
@@ -196,11 +205,11 @@ def test_a_compiled_model_on_the_gpu_is_the_model(source):
     pytest.importorskip('triton')
     model = detector_like(blocks=2).to(source)
     compiled, generator = torch.compile(model), seeded(0)
-    ours, twin = ExpMomentumEMA(model, 0.1, 3), ExpMomentumEMA(compiled, 0.1, 3)
+    ours, other = ExpMomentumEMA(model, 0.1, 3), ExpMomentumEMA(compiled, 0.1, 3)
     for _ in range(3):
         compiled(torch.rand(2, 8, 16, 16, device=source)).sum().backward()
         shake_on_cpu(model, generator)
         ours.update_parameters(model)
-        twin.update_parameters(compiled)
+        other.update_parameters(compiled)
     expected = {name: t.cpu() for name, t in tensors_of(ours.module).items()}
-    assert all(torch.equal(t.cpu(), expected[n]) for n, t in tensors_of(twin.module).items())
+    assert all(torch.equal(t.cpu(), expected[n]) for n, t in tensors_of(other.module).items())

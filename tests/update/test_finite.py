@@ -12,7 +12,7 @@ from torch import nn
 from toys import Toy, seeded, shake
 
 from mmema import RestartableExpMomentumEMA
-from mmema.update import guarded
+from mmema.update import guard
 from mmema.update.finite import are_finite, names_of_non_finite
 
 BAD = pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
@@ -75,6 +75,19 @@ def test_the_guard_skips_a_poisoned_tensor_for_that_update(
     assert int(ema.steps) == 6
 
 
+@pytest.mark.parametrize('in_main_memory', [True, False])
+def test_a_tensor_that_is_not_due_is_not_left_out(in_main_memory):
+    model = Toy()
+    ema = RestartableExpMomentumEMA(model, interval=3, skip_non_finite=True)
+    ema.update_parameters(model)
+    ema._follower._guard._in_main_memory = in_main_memory
+    for tensor in (model.norm.weight, model.norm.running_var):  # blended, and copied
+        nn.init.constant_(tensor, math.nan)
+    for _ in range(3):  # the third is due
+        ema.update_parameters(model)
+    assert ema.skipped == {'norm.weight': 1, 'norm.running_var': 3}
+
+
 def test_counts_outlive_a_changed_model():
     model = Toy()
     ema = RestartableExpMomentumEMA(model, skip_non_finite=True)
@@ -100,24 +113,24 @@ def test_the_guard_changes_no_bit_where_all_is_finite():
 @pytest.mark.parametrize('when', [0, 3])
 def test_the_choice_on_a_device_gives_the_same_average(when, update_buffers, monkeypatch):
     # On an accelerator every tensor is chosen there, and no number is read.
-    monkeypatch.setattr(guarded, '_MOST', 8)  # so that there are several groups
+    monkeypatch.setattr(guard, '_MOST', 8)  # so that there are several groups
     model, generator = Toy(), seeded(1)
     settings = dict(update_buffers=update_buffers, skip_non_finite=True)
-    ema, twin = (RestartableExpMomentumEMA(model, 0.1, 3, **settings) for _ in range(2))
-    twin.update_parameters(model)
-    assert len(twin._follower._groups) > 2
-    twin._follower._in_main_memory = False
-    twin.restart()
+    ema, on_device = (RestartableExpMomentumEMA(model, 0.1, 3, **settings) for _ in range(2))
+    on_device.update_parameters(model)
+    assert len(on_device._follower._guard._groups) > 2
+    on_device._follower._guard._in_main_memory = False
+    on_device.restart()
     for step in range(5):
         shake(model, generator)
         if step == when:
             nn.init.constant_(model.norm.bias, math.nan)
-        for average in (ema, twin):
+        for average in (ema, on_device):
             average.update_parameters(model)
         nn.init.zeros_(model.norm.bias)
-    assert twin.skipped == ema.skipped == {'norm.bias': 1}
+    assert on_device.skipped == ema.skipped == {'norm.bias': 1}
     for name, tensor in tensors_of(ema.module).items():
-        torch.testing.assert_close(tensor, tensors_of(twin.module)[name])
+        torch.testing.assert_close(tensor, tensors_of(on_device.module)[name])
 
 
 @since_torch_2_1('has no fused norm for the device of this test, meta')

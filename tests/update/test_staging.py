@@ -15,9 +15,7 @@ from toys import Toy, seeded, shake_on_cpu
 
 from mmema import ExpMomentumEMA, RestartableExpMomentumEMA, averaged_weights
 from mmema.update import follower
-from mmema.update.staging import StagedFollower, Transfer, staged_once
-
-pytestmark = pytest.mark.usefixtures('both_ways')
+from mmema.update.staging import StagedView, Transfer, staged_once
 
 
 @pytest.fixture(params=['cpu', pytest.param('cuda', marks=GPU)])
@@ -63,7 +61,7 @@ def test_it_follows_the_reference(far, reads, interval, update_buffers):
         reference.update(on_cpu(tensors_of(model)))
         if reads:
             assert_close(tensors_of(ema.module), reference.average, rtol=2e-6)
-    assert isinstance(ema._follower, StagedFollower)
+    assert isinstance(ema._follower.view, StagedView)
     assert_close(tensors_of(ema.module), reference.average, rtol=2e-6)
     assert int(ema.steps) == reference.steps
 
@@ -72,15 +70,15 @@ def test_it_follows_the_reference(far, reads, interval, update_buffers):
 def test_it_is_bit_for_bit_the_average_of_a_near_source(far, update_buffers):
     layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)]
     model, late = make(far, nn.Sequential(*layers), update_buffers=update_buffers)
-    twin = deepcopy(model).cpu()
-    twin.near = True
-    near = ExpMomentumEMA(twin, 0.1, 3, update_buffers=update_buffers)
+    other = deepcopy(model).cpu()
+    other.near = True
+    near = ExpMomentumEMA(other, 0.1, 3, update_buffers=update_buffers)
     generator = seeded(1)
     for _ in range(4):
         shake_on_cpu(model, generator)
-        twin.load_state_dict(model.state_dict())
+        other.load_state_dict(model.state_dict())
         late.update_parameters(model)
-        near.update_parameters(twin)
+        near.update_parameters(other)
     for name, tensor in tensors_of(late.module).items():
         assert torch.equal(tensor, tensors_of(near.module)[name]), name
 
@@ -172,22 +170,22 @@ def test_whatever_reads_the_average_sees_the_last_update(far, read):
 
 
 def restored(ema, model, inside=None):
-    """A twin with an update on its way that loads a state: the state wins."""
+    """Another average with an update on its way that loads a state: the state wins."""
     model = deepcopy(model)
     nn.init.zeros_(model.conv.weight)
-    twin = RestartableExpMomentumEMA(model, device='cpu')
-    twin.update_parameters(model)
-    outer, state = (twin, ema) if inside is None else (inside([twin]), inside([ema]))
+    other = RestartableExpMomentumEMA(model, device='cpu')
+    other.update_parameters(model)
+    outer, state = (other, ema) if inside is None else (inside([other]), inside([ema]))
     outer.load_state_dict(state.state_dict())
-    return twin.module
+    return other.module
 
 
 def test_a_copy_takes_neither_follower_nor_source_along(far):
     model, ema = make(far)
     ema.update_parameters(model)
-    for twin in (deepcopy(ema), pickle.loads(pickle.dumps(ema))):
-        assert twin._follower is None
-    assert ema._follower.source is model
+    for other in (deepcopy(ema), pickle.loads(pickle.dumps(ema))):
+        assert other._follower is None
+    assert ema._follower.view.source is model
 
 
 def test_an_update_that_blends_nothing_fetches_nothing_to_blend(far):
@@ -197,8 +195,8 @@ def test_an_update_that_blends_nothing_fetches_nothing_to_blend(far):
     nn.init.constant_(model.conv.weight, 7)
     nn.init.constant_(model.anchors, 7)
     ema.update_parameters(model)
-    ema._follower.stage.wait()
-    near = tensors_of(ema._follower.stage.copy)
+    ema._follower.view.wait()
+    near = tensors_of(ema._follower.view.module)
     assert torch.equal(near['anchors'], torch.full((2, 2), 7.0))
     assert not torch.equal(near['conv.weight'], torch.full((3, 2, 1, 1), 7.0))
 
@@ -297,7 +295,7 @@ def test_another_layout_gets_another_follower(far):
     other_layout(model, ema)
     ema.update_parameters(model)
     assert ema._follower is not before
-    near = tensors_of(ema._follower.stage.copy)['conv.weight']
+    near = tensors_of(ema._follower.view.module)['conv.weight']
     assert near.stride() == model.conv.weight.stride()
 
 
@@ -319,7 +317,7 @@ def test_an_interrupted_wait_forgets_nothing(far, monkeypatch):
         monkeypatch.undo()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ema._follower.stage, 'wait', interrupted)
+    monkeypatch.setattr(ema._follower.view, 'wait', interrupted)
     with pytest.raises(KeyboardInterrupt):
         ema.module  # noqa: B018
     assert torch.equal(ema.module.conv.weight, torch.full((3, 2, 1, 1), 3.0))
@@ -374,7 +372,7 @@ def test_an_update_does_not_wait_for_the_gpu(source):
 def test_the_memory_in_between_is_pinned(source):
     model, ema = make(source)
     ema.update_parameters(model)
-    assert all(transfer.target.is_pinned() for transfer in ema._follower.stage._transfers)
+    assert all(transfer.target.is_pinned() for transfer in ema._follower.view._transfers)
 
 
 # --- several averages of one source ---------------------------------------------------------------
@@ -408,14 +406,14 @@ def test_staged_once_for_several_averages(far, monkeypatch, reads):
         with staged_once():
             for ema in together:
                 ema.update_parameters(model)
-        stages = {id(ema._follower.stage) for ema in together}
-        assert len(stages) == 2  # one for each set of blended tensors
+        views = {id(ema._follower.view) for ema in together}
+        assert len(views) == 2  # one for each set of blended tensors
         assert len(sent) == len({id(transfer) for transfer in sent})
         for ema in alone:
             ema.update_parameters(model)
         if reads:
             assert together[1].module.conv.weight.isfinite().all()
-    assert len({id(ema._follower.stage) for ema in alone}) == len(alone)
+    assert len({id(ema._follower.view) for ema in alone}) == len(alone)
     for one, other in zip(together, alone):
         for (name, tensor), expected in zip(one.state_dict().items(), other.state_dict().values()):
             assert torch.equal(tensor, expected), name

@@ -1,0 +1,431 @@
+"""Measure what one update of an averaged model costs, beside its limit and other libraries.
+
+    python benchmarks/update_cost.py                # docs/performance.md, about 4 minutes
+    python benchmarks/update_cost.py --quick        # the smallest model, some seconds
+    python benchmarks/update_cost.py --device cuda  # on a GPU; `make gpu` runs the tests, too
+
+The limit is one flat ``lerp_`` over all weights: two are read, one is written. Every round runs
+all contenders in a new order, so that whatever else the machine does hits all alike; a figure is
+the median of the rounds, a ratio the median of the ratios within a round. On the CPU each model is
+measured twice: 'warm', right after another update of the same contender, and 'cold', after 96 MB
+of other memory were visited; a training iteration lies between the two. On a GPU 'device' is the
+time between two events in a stream that has enough to do for the program to run ahead (where one
+waits for the GPU, its program's time is in it), and 'host' what the program itself spends. Before
+anything is timed each contender's result is compared with the formula in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import platform
+import random
+import re
+import subprocess
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from clocks import (
+    cold,
+    in_ms,
+    measured,
+    on_both,
+    on_cpu,
+    on_device,
+    on_host,
+    ratio,
+    seconds_of,
+    table,
+    warm,
+    with_spread,
+)
+from contenders import CONTENDERS, COPY, LIMIT, MOMENTUM, ON_GPU, OURS, checked, floats, limits
+from model_shapes import CONFIGS, LARGE, build, has_mmyolo
+from torch import nn
+
+import mmema
+from mmema.update.staging import staged_once
+
+YOLO = tuple(CONFIGS)
+SEVERAL = (1, 2, 4, 8, 16)  # averages in one run
+
+
+def measure_models(names, rounds, device):
+    """Return {(model, state of the caches): seconds by contender}."""
+    evict = torch.zeros(24_000_000)
+    found = {}
+    for name in names:
+        model = build(name, device)
+        makes = CONTENDERS
+        if name == LARGE:  # each is another 1.2 GB
+            makes = {k: CONTENDERS[k] for k in (OURS[0], 'mmyolo', 'mmdet')}
+        clocks = {'warm': warm, 'cold': cold(evict)}
+        if device != 'cpu':
+            makes = {**makes, **ON_GPU}
+            clocks = {'device': on_device, 'host': on_host}
+        works = {**limits(model), **checked(model, makes)}
+        count = max(5, rounds // {'YOLOv5-l': 4, LARGE: 10}.get(name, 1))
+        for state, seconds in measured(works, count, clocks).items():
+            found[name, state] = seconds
+        if COPY in works:
+            found[name, 'device'][COPY] = [1.5 * each for each in found[name, 'device'][COPY]]
+        weights = sum(tensor.numel() for tensor in floats(model))
+        print(
+            f'{name}: {weights / 1e6:.1f} M weights, {len(model.state_dict())} tensors', flush=True
+        )
+    return found
+
+
+def measure_launches(names, device):
+    """Return {model: {contender: (kernels and copies, waits) of one update}}."""
+    from torch.autograd import DeviceType
+
+    found = {}
+    for name in names:
+        model = build(name, device)
+        found[name] = {}
+        for contender, work in checked(model, {**CONTENDERS, **ON_GPU}).items():
+            work()
+            torch.cuda.synchronize()
+            with torch.profiler.profile() as profile:
+                work()
+            events = profile.events()
+            on_gpu = [e.name for e in events if e.device_type == DeviceType.CUDA]
+            launches = sum('Sync' not in each for each in on_gpu)
+            # A copy to pageable memory waits, too, without a call that says so.
+            pageable = sum('Pageable' in each for each in on_gpu)
+            waits = sum('Synchronize' in e.name for e in events if e.device_type == DeviceType.CPU)
+            waits -= 1  # of the profiler's own end
+            found[name][contender] = (launches, max(waits, 0) + pageable)
+    return found
+
+
+def measure_swap(name, rounds, device):
+    """Return seconds to give a model its averaged weights and to take them away again."""
+    from mmengine.hooks import EMAHook
+    from mmengine.model import ExponentialMovingAverage
+
+    model = build(name, device)
+    ours, stock = mmema.ExpMomentumEMA(model, MOMENTUM), EMAHook()
+    stock.src_model, stock.ema_model = model, ExponentialMovingAverage(model, MOMENTUM)
+
+    def swapped():
+        with mmema.averaged_weights(model, ours):
+            pass
+
+    def exchanged():
+        stock._swap_ema_parameters()
+        stock._swap_ema_parameters()
+
+    works = {'mmema': swapped, 'mmengine': exchanged}
+    return seconds_of(works, rounds, on_cpu if device == 'cpu' else on_both)
+
+
+def measure_iteration(rounds, device):
+    """Return seconds of a training iteration, alone and with averages.
+
+    On a CPU of YOLOv5-n with 4 pictures of 128 pixels; on a GPU of YOLOv5-s with 16 of 640, with
+    mixed precision.
+    """
+    name, pixels, batch = ('YOLOv5-n', 128, 4) if device == 'cpu' else ('YOLOv5-s', 640, 16)
+    model = build(name, device)
+    amp = device != 'cpu'
+    scaler = getattr(torch.amp, 'GradScaler', torch.cuda.amp.GradScaler)(enabled=amp)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+    pictures = torch.rand(batch, 3, pixels, pixels, device=device)
+    boxes = torch.tensor([[i, 1, 16, 16, 80, 96] for i in range(batch)], device=device).float()
+    meta = {'batch_input_shape': (pixels, pixels)}
+    samples = {'bboxes_labels': boxes, 'img_metas': [meta] * batch}
+
+    def step():
+        with torch.autocast(device, torch.float16 if amp else torch.bfloat16, enabled=amp):
+            losses = model.loss(pictures, samples)
+        loss = sum(sum(v) if isinstance(v, (list, tuple)) else v.sum() for v in losses.values())
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    def with_update(update):
+        def work():
+            step()
+            update()
+
+        return work
+
+    makes = {name: CONTENDERS[name] for name in (OURS[0], 'mmyolo', 'mmdet')}
+    works = {'no average': step}
+    works.update({name: with_update(u) for name, u in checked(model, makes).items()})
+    return seconds_of(works, rounds, on_cpu if device == 'cpu' else on_both)
+
+
+def measure_growth(rounds, device):
+    """Return {(tensors, weights): seconds} where one of the two grows."""
+    sizes = [(n, 4_000_000) for n in (10, 100, 1000, 3000)]
+    sizes += [(300, n) for n in (300_000, 3_000_000, 30_000_000)]
+    found = {}
+    for tensors, weights in sizes:
+        side = max(2, weights // tensors // 8)
+        model = nn.ParameterList([nn.Parameter(torch.rand(side, 8)) for _ in range(tensors)])
+        model = model.to(device)
+        works = limits(model)
+        works.update(checked(model, {k: CONTENDERS[k] for k in (OURS[0], 'mmyolo', 'mmdet')}))
+        clock = on_cpu if device == 'cpu' else on_device
+        found[tensors, weights] = seconds_of(works, rounds, clock)
+    return found
+
+
+def measure_parts(names, rounds):
+    """Return {model: seconds} of the parts of an update of mmema, and of a whole one."""
+    found = {}
+    for name in names:
+        model = build(name, 'cpu')
+        average = mmema.ExpMomentumEMA(model, MOMENTUM, 1e-3)
+        for _ in range(3):
+            average.update_parameters(model)
+        follower = average._follower
+        parts = {
+            'staleness check': partial(follower.holds, average.module, model),
+            'blend': lambda f=follower: f._blended.lerp(MOMENTUM),
+            'copy': follower._copied.copy,
+            'a whole update': lambda a=average, m=model: a.update_parameters(m),
+        }
+        found[name] = seconds = {part: [] for part in parts}
+        with torch.no_grad():
+            for _ in range(rounds):
+                for part, work in parts.items():
+                    seconds[part].append(on_cpu(work))
+    return found
+
+
+def update_of_several(model, count):
+    """Return an update of several averages of a model, as those in `also` of mmema.EMAHook."""
+    averages = [mmema.ExpMomentumEMA(model, MOMENTUM * (k + 1), 1e-3) for k in range(count)]
+
+    def update():
+        with staged_once():
+            for average in averages:
+                average.update_parameters(model)
+
+    return update
+
+
+def measure_several(name, rounds, device):
+    """Return {number of averages: (seconds of an update of all, bytes that they take)}."""
+    model = build(name, device)
+    works = {count: update_of_several(model, count) for count in SEVERAL}
+    for work in works.values():
+        work()  # copies
+    seconds = seconds_of(works, rounds, on_cpu if device == 'cpu' else on_device)
+    # In new processes: memory that was freed in this one would be used again.
+    spawn = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
+        taken = pool.map(partial(memory_of_several, name, device=device), SEVERAL)
+        return {count: (seconds[count], size) for count, size in zip(SEVERAL, taken)}
+
+
+def memory_of_several(name, count, device):
+    """Return the bytes that a process needs for several averages and their updates."""
+    model = build(name, device)
+    before = memory_used(device)
+    update = update_of_several(model, count)
+    for _ in range(3):
+        update()
+    gc.collect()
+    return memory_used(device) - before
+
+
+def memory_used(device):
+    """Return the bytes in use: of a GPU by torch, else all that this process has."""
+    if device != 'cpu':
+        return torch.cuda.memory_allocated()
+    return 1024 * int(re.search(r'VmRSS:\s+(\d+)', Path('/proc/self/status').read_text())[1])
+
+
+# --- tables and picture -------------------------------------------------------------------------
+
+
+def models_table(found):
+    heads = [f'{name}, {state}' for name, state in found]
+    names = list(dict.fromkeys(name for seconds in found.values() for name in seconds))
+    rows = [[name, *(cell_of(s, name, at) for (_, at), s in found.items())] for name in names]
+    return table(['ms (x limit)', *heads], *rows)
+
+
+def cell_of(seconds, name, state):
+    if name not in seconds or (state == 'host' and name in (LIMIT, COPY)):
+        return '-'
+    text = with_spread(seconds[name])
+    return text if state == 'host' else f'{text} ({ratio(seconds, name, LIMIT):.2f})'
+
+
+def iteration_table(seconds, device):
+    model = 'YOLOv5-n' if device == 'cpu' else 'YOLOv5-s with mixed precision'
+    rows = [
+        [name, with_spread(own), f'{100 * (ratio(seconds, name, "no average") - 1):+.1f} %']
+        for name, own in seconds.items()
+    ]
+    return table([f'{model}, one training iteration', 'ms', 'more than none'], *rows)
+
+
+def swap_table(name, seconds):
+    rows = [[who, with_spread(own)] for who, own in seconds.items()]
+    return table([f'averaged weights into {name} and out again', 'ms'], *rows)
+
+
+def launches_table(found):
+    heads = [f'{name}, {what}' for name in found for what in ('launches', 'waits')]
+    contenders = dict.fromkeys(each for counts in found.values() for each in counts)
+    rows = [
+        [one, *(n for counts in found.values() for n in counts.get(one, ('-', '-')))]
+        for one in contenders
+    ]
+    return table(['one update', *heads], *rows)
+
+
+def parts_table(found):
+    parts = next(iter(found.values()))
+    rows = [[part, *(in_ms(seconds[part]) for seconds in found.values())] for part in parts]
+    return table(['ms of an update', *found], *rows)
+
+
+def several_table(name, found):
+    one, _ = found[SEVERAL[0]]
+    rows = [
+        [count, in_ms(own), f'{median(a / b for a, b in zip(own, one)):.2f}', f'{size / 1e6:.1f}']
+        for count, (own, size) in found.items()
+    ]
+    return table([f'averages of {name}', 'ms of an update of all', 'x one', 'MB'], *rows)
+
+
+def growth_table(found):
+    names = list(next(iter(found.values())))
+    rows = [
+        [tensors, f'{weights / 1e6:g} M', *(in_ms(seconds[name]) for name in names)]
+        for (tensors, weights), seconds in found.items()
+    ]
+    return table(['tensors', 'weights', *names], *rows)
+
+
+def draw(found, growth, path):
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout='constrained')
+    right.set_visible(bool(growth))
+    warm = {name: s for (name, state), s in found.items() if state in ('warm', 'device')}
+    names = [
+        n for n in dict.fromkeys(n for s in warm.values() for n in s) if n not in (LIMIT, COPY)
+    ]
+    colours = {name: plt.cm.tab20(i) for i, name in enumerate(names)}
+    colours[LIMIT] = 'black'
+    for i, name in enumerate(names):
+        at = [(k, ratio(s, name, LIMIT)) for k, s in enumerate(warm.values()) if name in s]
+        width = 0.8 / len(names)
+        places = [k - 0.4 + (i + 0.5) * width for k, _ in at]
+        left.bar(places, [r for _, r in at], width, label=name, color=colours[name])
+    left.axhline(1, color='black', linewidth=1)
+    left.set_xticks(range(len(warm)), list(warm))
+    left.set_yscale('log')
+    left.set_yticks([1, 2, 3, 5, 10, 20, 30], [1, 2, 3, 5, 10, 20, 30])
+    left.minorticks_off()
+    left.set_ylabel('time of an update / limit')
+    left.set_title('Cost of one update (1 = one flat lerp_)')
+    left.legend(fontsize=8)
+    tensors = [key for key in growth if key[1] == 4_000_000]
+    for name in next(iter(growth.values()), {}):
+        values = [median(growth[key][name]) * 1e3 for key in tensors]
+        right.plot(
+            [key[0] for key in tensors], values, marker='o', label=name, color=colours.get(name)
+        )
+    right.set(xscale='log', yscale='log', xlabel='tensors', ylabel='ms')
+    right.set_yticks([1, 2, 5, 10, 20, 50], [1, 2, 5, 10, 20, 50])
+    right.minorticks_off()
+    right.set_title('4 M weights in more and more tensors')
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def driver():
+    query = ['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader']
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return 'unknown'
+    return answer.split()[0]
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--quick', action='store_true', help='YOLOv5-n alone, few rounds')
+    parser.add_argument('--models', nargs='+', choices=[*YOLO, LARGE], default=[*YOLO, LARGE])
+    parser.add_argument('--rounds', type=int, default=100, help='of the smallest model')
+    parser.add_argument('--threads', type=int, help="torch's; default: torch's own choice")
+    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'], help='default: cpu')
+    parser.add_argument(
+        '--out',
+        type=Path,
+        help='folder for performance.md, .json (seconds of every round) and .png',
+    )
+    args = parser.parse_args()
+    if args.rounds < 3:
+        parser.error(f'--rounds must be at least 3, got {args.rounds}')
+    if args.device != 'cpu' and not torch.cuda.is_available():
+        parser.error(f'--device {args.device} needs a CUDA device, and torch sees none')
+    if args.quick:
+        args.models, args.rounds = ['YOLOv5-n'], min(args.rounds, 20)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    random.seed(0)
+    torch.manual_seed(0)
+    where = f'{platform.machine()}, {torch.get_num_threads()} threads'
+    if args.device != 'cpu':
+        where = f'{torch.cuda.get_device_name()}, driver {driver()}, CUDA {torch.version.cuda}'
+    if not has_mmyolo():
+        where += '; mmyolo is not installed: stand-ins with the tensors of its models'
+    text = [f'{where}; Python {platform.python_version()}, torch {torch.__version__}']
+    found = measure_models(args.models, args.rounds, args.device)
+    text.append(models_table(found))
+    figures, growth, yolos = {}, {}, [name for name in args.models if name in YOLO]
+    if args.device == 'cpu':
+        text.append('Launches and waits of a GPU: not measured.')
+    else:
+        figures['launches'] = measure_launches(yolos, args.device)
+        text.append(launches_table(figures['launches']))
+    figures['swap'] = measure_swap(args.models[0], args.rounds, args.device)
+    text.append(swap_table(args.models[0], figures['swap']))
+    if not args.quick:
+        if args.device == 'cpu':
+            text.append(parts_table(measure_parts(yolos, args.rounds)))
+        figures['several'] = measure_several('YOLOv5-s', args.rounds, args.device)
+        text.append(several_table('YOLOv5-s', figures['several']))
+        if has_mmyolo():
+            figures['iteration'] = measure_iteration(args.rounds, args.device)
+            text.append(iteration_table(figures['iteration'], args.device))
+        else:
+            text.append('A training iteration: not measured, mmyolo is not installed.')
+        growth = measure_growth(max(3, args.rounds // 4), args.device)
+        text.append(growth_table(growth))
+    print('\n\n'.join(['', *text]))
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / 'performance.md').write_text('\n\n'.join(text) + '\n')
+        updates = {}
+        for (model, state), seconds in found.items():
+            updates.setdefault(model, {})[state] = seconds
+        figures = {'where': text[0], 'device': args.device, 'updates': updates, **figures}
+        (args.out / 'performance.json').write_text(json.dumps(figures, indent=1))
+        draw(found, growth, args.out / 'performance.png')
+
+
+if __name__ == '__main__':
+    main()

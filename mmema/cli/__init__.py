@@ -1,0 +1,1 @@
+"""The commands of mmema: parse, call, print."""

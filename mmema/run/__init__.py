@@ -1,0 +1,19 @@
+"""The one description of a run: its facts, switches, metric, scalars and checkpoints."""
+
+from .facts import Moment, RunFacts, facts_in_config, facts_of
+from .live import (
+    averages_of,
+    checkpoint_hooks,
+    choose_checkpoint,
+    ema_hook_of,
+    kept_rng,
+    last_of,
+    now_of,
+    the_ema_hook,
+    validation_follows,
+    what_loads,
+)
+from .metrics import less_is_better, watched_metric
+from .names import MAIN, label_of, scalars_of
+from .strategies import StrategyTraits, refuse_unsaved, traits_of
+from .switches import SWITCH_HOOKS, switches_of

@@ -1,0 +1,5 @@
+"""``mmema COMMAND`` as a script, for a fork."""
+
+from mmema.cli.main import main
+
+main()
