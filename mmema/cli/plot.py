@@ -24,10 +24,10 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, PARAM_SCHEDULERS, init_default_scope
 from mmengine.runner import Runner
 
-from .. import EMARestartHook
 from ..averaged import MomentumAveragedModel
 from ..averages.config import AverageConfig, class_of
 from ..averages.units import settle
+from ..hooks.restart import EMARestartHook
 from ..messages import RunError
 from ..restartable import STOCK_EQUIVALENTS, Restartable
 from ..restarts import profile
