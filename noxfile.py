@@ -13,14 +13,14 @@ import json
 import os
 import shutil
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from xml.etree import ElementTree
 
 import nox
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / 'tools'))
-import bootstrap  # noqa: E402
+bootstrap = SourceFileLoader('bootstrap', str(ROOT / 'tools' / 'bootstrap.py')).load_module()
 
 STACKS = ['pinned', 'old', 'fork', 'alone', 'others', 'newest', 'deepspeed']
 LIBRARIES = ['torch', 'mmengine', 'onedl-mmengine', 'mmcv', 'mmdet', 'mmyolo']

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write tables of the tensors of stock models, from which stand-ins are built without mmyolo.
+"""Models to measure: tables of the tensors of stock ones, and stand-ins built from these.
 
     python benchmarks/model_shapes.py    (writes tests/shapes/*.json; needs mmyolo)
 
@@ -10,12 +10,14 @@ that it can be tested and timed on machines where mmyolo and mmcv are not instal
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import torch
 from torch import nn
 
 FOLDER = Path(__file__).resolve().parents[1] / 'tests' / 'shapes'
+LARGE = '300 M'
 CONFIGS = {  # of mmyolo
     'YOLOv5-n': 'yolov5/yolov5_n-v61_syncbn_fast_8xb16-300e_coco.py',
     'YOLOv5-s': 'yolov5/yolov5_s-v61_syncbn_fast_8xb16-300e_coco.py',
@@ -33,6 +35,23 @@ def real_model(name: str) -> nn.Module:
     register_all_modules()
     path = f'{get_installed_path("mmyolo")}/.mim/configs/{CONFIGS[name]}'
     return MODELS.build(Config.fromfile(path).model)
+
+
+def has_mmyolo() -> bool:
+    try:
+        import mmyolo.models  # noqa: F401
+    except (ImportError, AssertionError):  # it asserts mmcv's version
+        return False
+    return True
+
+
+def build(name: str, device: str) -> nn.Module:
+    """Return a model to measure, in training mode: a stock one, its stand-in, or the large one."""
+    if name == LARGE:
+        # 24 blocks of a transformer 1024 wide: 12 tensors each.
+        layer = nn.TransformerEncoderLayer(1024, 16, 4096, batch_first=True)
+        return nn.Sequential(*(deepcopy(layer) for _ in range(24))).to(device)
+    return (real_model(name) if has_mmyolo() else stand_in(name)).train().to(device)
 
 
 def table_of(model: nn.Module) -> dict:

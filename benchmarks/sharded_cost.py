@@ -15,10 +15,11 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
+from contenders import MOMENTUM
+from model_shapes import CONFIGS, build
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from update_cost import MOMENTUM, YOLO, build
 
 import mmema
 from mmema.update.sharded import followed
@@ -30,7 +31,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('models', nargs='*', default=['YOLOv5-n'], help=', '.join(YOLO))
+    parser.add_argument('models', nargs='*', default=['YOLOv5-n'], help=', '.join(CONFIGS))
     parser.add_argument('--rounds', type=int, default=60, metavar='N')
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -24,271 +24,35 @@ import platform
 import random
 import re
 import subprocess
-import time
 from concurrent.futures import ProcessPoolExecutor
-from copy import deepcopy
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
-import model_shapes
 import torch
+from clocks import (
+    cold,
+    in_ms,
+    measured,
+    on_both,
+    on_cpu,
+    on_device,
+    on_host,
+    ratio,
+    seconds_of,
+    table,
+    warm,
+    with_spread,
+)
+from contenders import CONTENDERS, COPY, LIMIT, MOMENTUM, ON_GPU, OURS, checked, floats, limits
+from model_shapes import CONFIGS, LARGE, build, has_mmyolo
 from torch import nn
 
 import mmema
 from mmema.update.staging import staged_once
 
-MOMENTUM = 0.0002
-YOLO = tuple(model_shapes.CONFIGS)
-LARGE = '300 M'
-LIMIT = 'limit: one flat lerp_'
-COPY = '3 passes at the speed of a copy'
-AHEAD = 20_000_000  # clock cycles for the program to run ahead: about 10 ms
+YOLO = tuple(CONFIGS)
 SEVERAL = (1, 2, 4, 8, 16)  # averages in one run
-OURS = ('mmema', 'mmema, update_buffers')
-
-
-# --- contenders: each a function model -> (what returns the averaged module, update) ------------
-
-
-def with_updates(average):
-    return lambda: average.module, average.update_parameters
-
-
-def mmema_class(model, **kwargs):
-    return with_updates(mmema.ExpMomentumEMA(model, MOMENTUM, 1e-3, **kwargs))
-
-
-def openmmlab(path):
-    def make(model):
-        module, name = path.rsplit('.', 1)
-        cls = getattr(import_module(module), name)
-        gamma = {} if name == 'ExponentialMovingAverage' else {'gamma': 1e-3}
-        return with_updates(cls(model, momentum=MOMENTUM, update_buffers=True, **gamma))
-
-    return make
-
-
-def torch_averaged_model(model):
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-    multi_avg_fn = get_ema_multi_avg_fn(1 - MOMENTUM)
-    return with_updates(AveragedModel(model, multi_avg_fn=multi_avg_fn, use_buffers=True))
-
-
-def timm_v3(model):
-    from timm.utils import ModelEmaV3
-
-    average = ModelEmaV3(model, decay=1 - MOMENTUM)
-    return lambda: average.module, average.update
-
-
-def ema_pytorch(model):
-    from ema_pytorch import EMA
-
-    average = EMA(model, beta=1 - MOMENTUM, update_after_step=0, update_every=1, power=1e9)
-    return lambda: average.ema_model, lambda model: average.update()
-
-
-def torch_ema(model):
-    from torch_ema import ExponentialMovingAverage
-
-    average = ExponentialMovingAverage(model.parameters(), 1 - MOMENTUM, use_num_updates=False)
-    module = deepcopy(model)
-    for parameter, shadow in zip(module.parameters(), average.shadow_params):
-        parameter.data = shadow
-    return lambda: module, lambda model: average.update()
-
-
-def lists_made_once(model):
-    """One operator for all parameters, and nothing that sees whether they are still the same."""
-    average = deepcopy(model)
-    averages, sources = ([p.detach() for p in m.parameters()] for m in (average, model))
-    return lambda: average, lambda model: torch._foreach_lerp_(averages, sources, MOMENTUM)
-
-
-def plain_loop(model):
-    """YOLOv5, YOLOX, RT-DETR and D-FINE: state_dict, then two operators for each tensor."""
-    average = deepcopy(model).eval()
-
-    @torch.no_grad()
-    def update(model):
-        source = model.state_dict()
-        for name, tensor in average.state_dict().items():
-            if tensor.dtype.is_floating_point:
-                tensor.mul_(1 - MOMENTUM).add_(source[name].detach(), alpha=MOMENTUM)
-
-    return lambda: average, update
-
-
-CONTENDERS = {
-    OURS[0]: mmema_class,
-    OURS[1]: lambda model: mmema_class(model, update_buffers=True),
-    'mmyolo': openmmlab('mmyolo.models.ExpMomentumEMA'),
-    'mmdet': openmmlab('mmdet.models.layers.ExpMomentumEMA'),
-    'mmengine': openmmlab('mmengine.model.ExponentialMovingAverage'),
-    'torch AveragedModel': torch_averaged_model,
-    'timm ModelEmaV3': timm_v3,
-    'ema-pytorch': ema_pytorch,
-    'torch-ema': torch_ema,
-    'YOLOv5 / D-FINE loop': plain_loop,
-    'torch._foreach_lerp_ alone': lists_made_once,
-}
-STAGED, SYNCHRONOUS = "mmema, device='cpu'", 'synchronous copies to main memory'
-
-
-def synchronous_copies(model):
-    """An average in main memory that waits for every tensor."""
-    average = deepcopy(model).cpu()
-
-    @torch.no_grad()
-    def update(model):
-        for own, source in zip(average.parameters(), model.parameters()):
-            own.lerp_(source.cpu(), MOMENTUM)
-        for own, source in zip(average.buffers(), model.buffers()):
-            own.copy_(source)
-
-    return lambda: average, update
-
-
-ON_GPU = {
-    STAGED: lambda model: mmema_class(model, device='cpu'),
-    SYNCHRONOUS: synchronous_copies,
-}
-
-
-def limits(model):
-    size = sum(tensor.numel() for tensor in floats(model))
-    device = next(model.parameters()).device
-    average, source = torch.zeros(size, device=device), torch.ones(size, device=device)
-    works = {LIMIT: lambda: average.lerp_(source, MOMENTUM)}
-    if device.type != 'cpu':
-        works[COPY] = lambda: average.copy_(source)  # two passes; the third is added to the figure
-    return works
-
-
-def floats(model):
-    return [t for t in model.state_dict().values() if t.is_floating_point()]
-
-
-class Update:
-    """An update to be timed; ``settle`` finishes what the one before has left for later."""
-
-    def __init__(self, update, model, module):
-        self.update = update
-        self.model = model
-        self.settle = module
-
-    def __call__(self):
-        self.update(self.model)
-
-
-def checked(model, makes):
-    """Return each contender's update, once its second one is seen to follow the formula."""
-    updates = {}
-    for name, make in makes.items():
-        try:
-            module, update = make(model)
-        except (ImportError, AssertionError):  # mmyolo asserts mmcv's version
-            continue
-        update(model)  # a first update copies, or finds both equal
-        before = [p.detach().clone() for p in list(module().parameters())[:50]]
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(1)
-        update(model)
-        for old, new, source in zip(before, module().parameters(), model.parameters()):
-            old, new, source = (t.detach().cpu().double() for t in (old, new, source))
-            exact = (1 - MOMENTUM) * old + MOMENTUM * source
-            torch.testing.assert_close(
-                new, exact, rtol=1e-6, atol=2e-7, msg=lambda m, n=name: f'{n} is off: {m}'
-            )
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.sub_(1)
-        updates[name] = Update(update, model, module)
-    return updates
-
-
-# --- clocks -------------------------------------------------------------------------------------
-
-
-def on_cpu(work):
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def on_host(work):
-    torch.cuda.synchronize()
-    return on_cpu(work)
-
-
-def on_device(work):
-    for ahead in (AHEAD, 10 * AHEAD):
-        getattr(work, 'settle', lambda: None)()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        torch.cuda._sleep(ahead)
-        start.record()
-        work()
-        end.record()
-        was_ahead = not start.query()
-        torch.cuda.synchronize()
-        if was_ahead:
-            break
-    return start.elapsed_time(end) / 1e3
-
-
-def on_both(work):
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def measured(works, rounds, states):
-    """Return {state: {work: its seconds in every round}}; the order is new in each."""
-    seconds = {state: {name: [] for name in works} for state in states}
-    order = [(state, name) for state in states for name in works]
-    gc.collect()
-    for _ in range(rounds):
-        random.shuffle(order)
-        for state, name in order:
-            before, clock = states[state]
-            before(works[name])
-            taken = clock(works[name])
-            passes = 3 / 2 if name == COPY and clock is on_device else 1
-            seconds[state][name].append(passes * taken)
-    return seconds
-
-
-def nothing(work):
-    pass
-
-
-def ratio(seconds, name, base):
-    return median(a / b for a, b in zip(seconds[name], seconds[base]))
-
-
-def build(name, device):
-    if name == LARGE:
-        # 24 blocks of a transformer 1024 wide: 12 tensors each.
-        layer = nn.TransformerEncoderLayer(1024, 16, 4096, batch_first=True)
-        return nn.Sequential(*(deepcopy(layer) for _ in range(24))).to(device)
-    if has_mmyolo():
-        return model_shapes.real_model(name).train().to(device)
-    return model_shapes.stand_in(name).train().to(device)
-
-
-def has_mmyolo():
-    try:
-        import mmyolo.models  # noqa: F401
-    except (ImportError, AssertionError):  # it asserts mmcv's version
-        return False
-    return True
 
 
 def measure_models(names, rounds, device):
@@ -300,17 +64,16 @@ def measure_models(names, rounds, device):
         makes = CONTENDERS
         if name == LARGE:  # each is another 1.2 GB
             makes = {k: CONTENDERS[k] for k in (OURS[0], 'mmyolo', 'mmdet')}
-        states = {
-            'warm': (lambda work: work(), on_cpu),
-            'cold': (lambda work: evict.add_(1), on_cpu),
-        }
+        clocks = {'warm': warm, 'cold': cold(evict)}
         if device != 'cpu':
             makes = {**makes, **ON_GPU}
-            states = {'device': (nothing, on_device), 'host': (nothing, on_host)}
+            clocks = {'device': on_device, 'host': on_host}
         works = {**limits(model), **checked(model, makes)}
         count = max(5, rounds // {'YOLOv5-l': 4, LARGE: 10}.get(name, 1))
-        for state, seconds in measured(works, count, states).items():
+        for state, seconds in measured(works, count, clocks).items():
             found[name, state] = seconds
+        if COPY in works:
+            found[name, 'device'][COPY] = [1.5 * each for each in found[name, 'device'][COPY]]
         weights = sum(tensor.numel() for tensor in floats(model))
         print(
             f'{name}: {weights / 1e6:.1f} M weights, {len(model.state_dict())} tensors', flush=True
@@ -360,8 +123,7 @@ def measure_swap(name, rounds, device):
         stock._swap_ema_parameters()
 
     works = {'mmema': swapped, 'mmengine': exchanged}
-    clock = on_cpu if device == 'cpu' else on_both
-    return measured(works, rounds, {'': (nothing, clock)})['']
+    return seconds_of(works, rounds, on_cpu if device == 'cpu' else on_both)
 
 
 def measure_iteration(rounds, device):
@@ -399,8 +161,7 @@ def measure_iteration(rounds, device):
     makes = {name: CONTENDERS[name] for name in (OURS[0], 'mmyolo', 'mmdet')}
     works = {'no average': step}
     works.update({name: with_update(u) for name, u in checked(model, makes).items()})
-    clock = on_cpu if device == 'cpu' else on_both
-    return measured(works, rounds, {'': (nothing, clock)})['']
+    return seconds_of(works, rounds, on_cpu if device == 'cpu' else on_both)
 
 
 def measure_growth(rounds, device):
@@ -415,7 +176,7 @@ def measure_growth(rounds, device):
         works = limits(model)
         works.update(checked(model, {k: CONTENDERS[k] for k in (OURS[0], 'mmyolo', 'mmdet')}))
         clock = on_cpu if device == 'cpu' else on_device
-        found[tensors, weights] = measured(works, rounds, {'': (nothing, clock)})['']
+        found[tensors, weights] = seconds_of(works, rounds, clock)
     return found
 
 
@@ -460,8 +221,7 @@ def measure_several(name, rounds, device):
     works = {count: update_of_several(model, count) for count in SEVERAL}
     for work in works.values():
         work()  # copies
-    states = {'': (nothing, on_cpu if device == 'cpu' else on_device)}
-    seconds = measured(works, rounds, states)['']
+    seconds = seconds_of(works, rounds, on_cpu if device == 'cpu' else on_device)
     # In new processes: memory that was freed in this one would be used again.
     spawn = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
@@ -493,11 +253,8 @@ def memory_used(device):
 def models_table(found):
     heads = [f'{name}, {state}' for name, state in found]
     names = list(dict.fromkeys(name for seconds in found.values() for name in seconds))
-    lines = [f'| ms (x limit) | {" | ".join(heads)} |', '| --- |' + ' --- |' * len(heads)]
-    for name in names:
-        cells = [cell_of(s, name, state) for (_, state), s in found.items()]
-        lines.append(f'| {name} | {" | ".join(cells)} |')
-    return '\n'.join(lines)
+    rows = [[name, *(cell_of(s, name, at) for (_, at), s in found.items())] for name in names]
+    return table(['ms (x limit)', *heads], *rows)
 
 
 def cell_of(seconds, name, state):
@@ -507,63 +264,52 @@ def cell_of(seconds, name, state):
     return text if state == 'host' else f'{text} ({ratio(seconds, name, LIMIT):.2f})'
 
 
-def with_spread(seconds):
-    """Return the median in ms, and half the distance between the quartiles."""
-    low, middle, high = quantiles(seconds, n=4, method='inclusive')
-    return f'{middle * 1e3:.2f} ± {(high - low) / 2 * 1e3:.2f}'
-
-
 def iteration_table(seconds, device):
     model = 'YOLOv5-n' if device == 'cpu' else 'YOLOv5-s with mixed precision'
-    lines = [f'| {model}, one training iteration | ms | more than none |', '| --- | --- | --- |']
-    for name, values in seconds.items():
-        more = 100 * (ratio(seconds, name, 'no average') - 1)
-        lines.append(f'| {name} | {with_spread(values)} | {more:+.1f} % |')
-    return '\n'.join(lines)
+    rows = [
+        [name, with_spread(own), f'{100 * (ratio(seconds, name, "no average") - 1):+.1f} %']
+        for name, own in seconds.items()
+    ]
+    return table([f'{model}, one training iteration', 'ms', 'more than none'], *rows)
 
 
 def swap_table(name, seconds):
-    lines = [f'| averaged weights into {name} and out again | ms |', '| --- | --- |']
-    lines += [f'| {who} | {with_spread(values)} |' for who, values in seconds.items()]
-    return '\n'.join(lines)
+    rows = [[who, with_spread(own)] for who, own in seconds.items()]
+    return table([f'averaged weights into {name} and out again', 'ms'], *rows)
 
 
 def launches_table(found):
     heads = [f'{name}, {what}' for name in found for what in ('launches', 'waits')]
-    lines = [f'| one update | {" | ".join(heads)} |', '| --- |' + ' --- |' * len(heads)]
-    for contender in dict.fromkeys(each for counts in found.values() for each in counts):
-        cells = [n for counts in found.values() for n in counts.get(contender, ('-', '-'))]
-        lines.append(f'| {contender} | {" | ".join(map(str, cells))} |')
-    return '\n'.join(lines)
+    contenders = dict.fromkeys(each for counts in found.values() for each in counts)
+    rows = [
+        [one, *(n for counts in found.values() for n in counts.get(one, ('-', '-')))]
+        for one in contenders
+    ]
+    return table(['one update', *heads], *rows)
 
 
 def parts_table(found):
-    lines = [f'| ms of an update | {" | ".join(found)} |', '| --- |' + ' --- |' * len(found)]
-    for part in next(iter(found.values())):
-        cells = [f'{median(seconds[part]) * 1e3:.2f}' for seconds in found.values()]
-        lines.append(f'| {part} | {" | ".join(cells)} |')
-    return '\n'.join(lines)
+    parts = next(iter(found.values()))
+    rows = [[part, *(in_ms(seconds[part]) for seconds in found.values())] for part in parts]
+    return table(['ms of an update', *found], *rows)
 
 
 def several_table(name, found):
     one, _ = found[SEVERAL[0]]
-    lines = [f'| averages of {name} | ms of an update of all | x one | MB |', '| --- ' * 4 + '|']
-    for count, (seconds, size) in found.items():
-        times = median(a / b for a, b in zip(seconds, one))
-        lines.append(f'| {count} | {median(seconds) * 1e3:.2f} | {times:.2f} | {size / 1e6:.1f} |')
-    return '\n'.join(lines)
+    rows = [
+        [count, in_ms(own), f'{median(a / b for a, b in zip(own, one)):.2f}', f'{size / 1e6:.1f}']
+        for count, (own, size) in found.items()
+    ]
+    return table([f'averages of {name}', 'ms of an update of all', 'x one', 'MB'], *rows)
 
 
 def growth_table(found):
     names = list(next(iter(found.values())))
-    lines = [
-        f'| tensors | weights | {" | ".join(names)} |',
-        '| --- |' + ' --- |' * (len(names) + 1),
+    rows = [
+        [tensors, f'{weights / 1e6:g} M', *(in_ms(seconds[name]) for name in names)]
+        for (tensors, weights), seconds in found.items()
     ]
-    for (tensors, weights), s in found.items():
-        cells = [f'{median(s[name]) * 1e3:.2f}' for name in names]
-        lines.append(f'| {tensors} | {weights / 1e6:g} M | {" | ".join(cells)} |')
-    return '\n'.join(lines)
+    return table(['tensors', 'weights', *names], *rows)
 
 
 def draw(found, growth, path):

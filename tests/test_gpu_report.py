@@ -6,12 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu_report
 import pytest
 import torch
 
 FOLDER = Path(__file__).resolve().parent.parent / 'benchmarks'
-
-import gpu_report  # noqa: E402
 
 
 def run(*arguments, **environment):
@@ -44,7 +43,7 @@ def test_the_whole_way_on_a_cpu_without_any_detector_library(tmp_path):
     assert 'stand-ins with the tensors of its models' in text
     assert '| mmengine | ' in text and '| mmyolo | ' not in text
     tests = report['tests']
-    assert tests['failed'] == [] and tests['skipped'] > 100 * (not torch.cuda.is_available())
+    assert tests['failed'] == [] and tests['skipped'] > 60 * (not torch.cuda.is_available())
     assert all((figure, met) == ('not measured', None) for _, figure, met in report['aims'])
 
 

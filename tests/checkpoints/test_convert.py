@@ -168,7 +168,7 @@ def test_numbers_that_are_missing_or_wrong(tmp_path):
             convert(tmp_path / 'x.pth', tmp_path / 'y.pth', **kwargs)
         assert not (tmp_path / 'y.pth').exists()
 
-    refused('does not say how many updates .*give steps=N')
+    refused('does not say how many updates .*give steps .--steps N.')
     refused('steps must be at least 0, got -1', steps=-1)
 
 

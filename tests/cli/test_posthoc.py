@@ -54,7 +54,7 @@ def test_a_bad_fit_is_taken_by_force_alone(run, tmp_path, capsys):
     call = ['fit', folder, '--momentum', 0.45, '-o', 'short.pth']
     text = refusal(TOOL, *call, folder=tmp_path)
     assert re.search(r'the nearest mixture is \d+\.\d% off the wanted profile, more than 10%', text)
-    assert text.endswith('--force takes it all the same')
+    assert text.endswith('--force (force=True) takes it all the same')
     call_here(TOOL, *call, '--force', folder=tmp_path)
     assert record_in(tmp_path / 'short.pth')['momentum'] == 0.45
     call_here(TOOL, 'fit', folder, '--uniform', 2, '-o', 'mean.pth', folder=tmp_path)
@@ -103,7 +103,7 @@ def test_what_the_files_do_not_say_is_an_option(run, tmp_path):
         torch.save(content, tmp_path / f'{epoch}.pth')
     call = ['restart', '2.pth', '6.pth', '-o', 'out.pth']
     reason = refusal(TOOL, *call, folder=tmp_path)
-    assert '`restart` takes --ema-type , one of' in reason
+    assert '`restart` takes --ema-type (ema_type of Given), one of' in reason
     given = ['--ema-type', 'ExponentialMovingAverage', '--momentum', 0.1, '--interval', 1]
     call_here(TOOL, *call, *given, folder=tmp_path)
     assert record_in(tmp_path / 'out.pth')['kept'] == pytest.approx(0.9**16)

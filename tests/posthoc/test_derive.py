@@ -267,9 +267,11 @@ def test_what_the_files_do_not_say_has_to_be_given(stock, tmp_path):
         content['meta']['cfg'] = ''
         files.append(tmp_path / f'{epoch}.pth')
         torch.save(content, files[-1])
-    with refuses(r'its config has no EMAHook\); `restart` takes ema_type=, one of '):
+    with refuses(
+        r'its config has no EMAHook\); `restart` takes --ema-type .ema_type of Given., one of '
+    ):
         restart(*files)
-    with refuses('`restart` takes momentum= and gamma= and interval='):
+    with refuses('`restart` takes --momentum and --gamma and --interval'):
         restart(*files, given=Given('ExpMomentumEMA'))
     made = restart(*files, given=Given('mmdet.ExpMomentumEMA', 0.1, 8, 1))
     expected = stock.sum(window(exp_momenta(24, 0.1, 8), 8))
@@ -346,7 +348,7 @@ def test_a_momentum_scaled_by_the_batch_is_not_the_configs(tmp_path):
     rule = dict(type='mmema.EMARestartHook', milestones=[2], steps=None, momentum=0.4)
     run = record(tmp_path, hook, rule, epochs=3)  # batches of 6
     assert len(momenta_between(facts_in(run.file(1)), facts_in(run.file(3)))) == 2 * LENGTH
-    with refuses('does not say how its average ema was updated; `restart` takes momentum='):
+    with refuses('does not say how its average ema was updated; `restart` takes --momentum '):
         momenta_between(None, facts_in(run.file(3)))
     scaled = 1 - 0.9**2
     momenta = momenta_between(None, facts_in(run.file(3)), given=Given(momentum=scaled))

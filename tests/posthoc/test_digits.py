@@ -178,7 +178,7 @@ def test_restart_equals_the_average_that_was_restarted_in_the_run(data, tmp_path
     assert apart > 1e-3
 
 
-@pytest.mark.extensive  # test_ema_posthoc_tool.py has the same with a toy
+@pytest.mark.extensive  # cli/test_posthoc.py has the same with a toy
 def test_choose(stock, tmp_path, capsys):
     run, file = stock
     call = [TOOL, 'choose', run.folder, '--config', file, '-o', 'best.pth', '--restart-at', 1]

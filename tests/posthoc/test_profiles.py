@@ -91,7 +91,7 @@ def test_an_average_that_cannot_be_followed_is_left_out(tmp_path):
     stored, (note,) = stored_profiles(facts_of(run, 1, 2))
     assert {one.weights for one in stored} == {'ema', 'raw'}
     assert note.startswith('lost is left out: ')
-    assert 'does not say how its average lost was updated; `restart` takes --momentum' in note
+    assert 'does not say how its average lost was updated; `restart` takes --momentum ' in note
 
 
 # --- the fit ---------------------------------------------------------------------------------

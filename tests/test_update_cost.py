@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import update_cost
 from torch import nn
 
 FOLDER = Path(__file__).resolve().parent.parent / 'benchmarks'
-
-import update_cost  # noqa: E402
 
 
 def run(*arguments):
