@@ -147,7 +147,8 @@ def become(request):
     os.chdir(request['folder'])
     sys.argv = request['argv']
     path = os.environ.get('PYTHONPATH')
-    sys.path[:1] = [str(Path(sys.argv[0]).parent), *(path.split(os.pathsep) if path else ())]
+    # The folder of this file stays, after the two: scripts in other folders import the helpers.
+    sys.path[:0] = [str(Path(sys.argv[0]).parent), *(path.split(os.pathsep) if path else ())]
     import numpy
 
     numpy.random.seed(random.SystemRandom().randrange(2**32))
