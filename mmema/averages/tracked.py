@@ -10,7 +10,7 @@ from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch import nn
 
 from ..checkpoints.resume import check_ema_state
-from ..messages import RunError, listed, warn
+from ..messages import RunError, inform, listed, warn
 from ..restarts.advice import beyond_the_end
 from ..restarts.controller import RestartController
 from ..restarts.progress import RuleProgress
@@ -19,6 +19,7 @@ from ..swap import copy_weights
 from ..update.finite import names_of_non_finite
 from ..update.sharded import Parts
 from .config import AverageConfig
+from .units import settle
 
 
 class TrackedAverage:
@@ -37,8 +38,17 @@ class TrackedAverage:
         self.has_own_weights = False
         self.progress = None if config.rule is None else RuleProgress(config.rule)
         progresses = [] if self.progress is None else [self.progress]
-        self.restarts = RestartController(self.ema_model, progresses, name)
+        self.restarts = RestartController(progresses, name)
+        self._settled = False
         self._non_finite = set(self._names_of_non_finite())  # masks, for example
+
+    def settle(self, base: int | None, batch: int | None, facts: RunFacts) -> None:
+        """Give the average the momentum and gamma of its run, once; see :func:`.units.settle`."""
+        if self._settled or base is None and self.config.horizon is None:
+            return
+        self._settled = True
+        text = settle(self.ema_model, self.config.horizon, base, batch, facts)
+        inform(f'EMAHook, {self.label}: {text or "no momentum to scale"}')
 
     def copy(self, source: nn.Module) -> None:
         if not self.has_own_weights:
@@ -80,7 +90,7 @@ class TrackedAverage:
         if rule is None:
             return
         try:
-            self.restarts.begin(facts)
+            self.restarts.begin(self.ema_model, facts)
         except RunError as error:
             raise RunError(f'{self.label}: {error}') from None
         if rule.plateau and self.name not in evaluated:

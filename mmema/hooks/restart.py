@@ -119,8 +119,8 @@ class EMARestartHook(Hook):
         if traits_of(runner).trains_a_copy:
             refuse_sources(rules, type(runner.strategy).__name__)
         planned = plan(rules, facts)
-        self._controller = RestartController(ema, [hook.progress for hook in hooks])
-        self._controller.begin(facts)
+        self._controller = RestartController([hook.progress for hook in hooks])
+        self._controller.begin(ema, facts)
         for line in advice(rules, planned, facts, ema):
             warn(f'EMARestartHook: {line}')
 
