@@ -15,7 +15,7 @@ from .arguments import check_bool, check_integer, check_strings
 from .messages import listed, warn
 from .registry import MODELS
 from .schedules import ExpSchedule, Schedule
-from .swap import refuse_while_swapped
+from .swap import finish_copies, note_owed, refuse_while_swapped
 from .update.follower import follow
 from .update.guard import SkipCounts
 from .update.model_copy import averaged_copy
@@ -92,6 +92,10 @@ class MomentumAveragedModel(BaseAveragedModel):
         # accelerator would wait for all that the device has to do.
         self.register_buffer('steps', torch.tensor(0, device='cpu'))
         self._follower = None  # see update/follower.py; made at the first update
+        # Whether tensors that are only copied wait for the next blend, or until the average is read.
+        # Only for one whose source keeps its tensors meanwhile, as EMAHook sees to.
+        self.defers_copies = False
+        self._owed: tuple = ()  # the source of the copies that wait; no submodule of the average
         self._skip_counts = SkipCounts()
         _question_decay(schedule)
 
@@ -128,14 +132,24 @@ class MomentumAveragedModel(BaseAveragedModel):
             RuntimeError: If the model holds the averaged weights now.
         """
         refuse_while_swapped(self, 'update them')
+        momentum = self._momentum_due()
+        if momentum is None and self.defers_copies and not self.skip_non_finite:
+            if not self._owed:
+                note_owed(self)
+            self._owed = (model,)
+        else:
+            self._owed = ()
+            self._follow(model, momentum)
+        self.steps.add_(1)
+
+    def _follow(self, model: nn.Module, momentum: float | None) -> None:
         average, source = self.module, unwrapped(model)
         if self._follower is None or not self._follower.holds(average, source):
             self._follower = None  # frees the memory of the old one first
             selection = Selection(self.update_buffers, self.exclude)
             skip_counts = self._skip_counts if self.skip_non_finite else None
             self._follower = follow(average, source, selection, skip_counts)
-        self._follower.update(self._momentum_due())
-        self.steps.add_(1)
+        self._follower.update(momentum)
 
     def _momentum_due(self) -> float | None:
         """Return the momentum of this update: 1 if it copies, None if it does not blend."""
@@ -151,6 +165,11 @@ class MomentumAveragedModel(BaseAveragedModel):
     # --- reading the average: a staged update is finished first -----------------------------------
 
     def _finish(self) -> None:
+        owed = self.__dict__.get('_owed')
+        if owed:
+            self._owed = ()
+            with torch.no_grad():
+                self._follow(*owed, momentum=None)
         follower = self.__dict__.get('_follower')
         if follower is not None:
             follower.finish()
@@ -191,6 +210,7 @@ class MomentumAveragedModel(BaseAveragedModel):
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Give ``model`` the averaged weights."""
+        finish_copies()
         for pair, _ in pairs_of(self.module, followed(model)):
             pair.source.copy_(pair.average)
 
@@ -240,7 +260,7 @@ class MomentumAveragedModel(BaseAveragedModel):
     def __getstate__(self):
         # The follower holds the source; a copy or a pickle of the average must not take it along.
         self._finish()
-        return {**self.__dict__, '_follower': None}
+        return {**self.__dict__, '_follower': None, 'defers_copies': False}
 
 
 @MODELS.register_module()

@@ -9,17 +9,19 @@ from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch import nn
 
+from ..averaged import MomentumAveragedModel
 from ..checkpoints.resume import check_ema_state
 from ..messages import RunError, inform, listed, warn
 from ..restarts.advice import beyond_the_end
 from ..restarts.controller import RestartController
 from ..restarts.progress import RuleProgress
 from ..run import RunFacts, label_of
+from ..run.horizons import updates_of_horizon
 from ..swap import copy_weights
 from ..update.finite import names_of_non_finite
 from ..update.sharded import Parts
 from .config import AverageConfig
-from .units import settle
+from .units import blend_interval, settle
 
 
 class TrackedAverage:
@@ -32,9 +34,12 @@ class TrackedAverage:
     def __init__(self, config: AverageConfig, source: nn.Module, name: str):
         self.config = config
         self.name = name
-        self.label = label_of(name)
-        model = dict(config.arguments, type=config.ema_type)
-        self.ema_model: BaseAveragedModel = MODELS.build(model, default_args=dict(model=source))
+        is_rung = config.blends_of_gamma is not None
+        self.label = f'the average {name!r}' if is_rung else label_of(name)
+        given = dict(model=source)
+        self.ema_model: BaseAveragedModel = MODELS.build(config.of_model, default_args=given)
+        if config.auto_interval and isinstance(self.ema_model, MomentumAveragedModel):
+            self.ema_model.defers_copies = True
         self.has_own_weights = False
         self.progress = None if config.rule is None else RuleProgress(config.rule)
         progresses = [] if self.progress is None else [self.progress]
@@ -47,7 +52,13 @@ class TrackedAverage:
         if self._settled or base is None and self.config.horizon is None:
             return
         self._settled = True
-        text = settle(self.ema_model, self.config.horizon, base, batch, facts)
+        ema, config = self.ema_model, self.config
+        if config.auto_interval:
+            ema.interval = blend_interval(updates_of_horizon(config.horizon, facts))
+        of_gamma = config.blends_of_gamma
+        if of_gamma is not None:  # a rung: all of it is in units of this run
+            base = None
+        text = settle(ema, config.horizon, base, batch, facts, of_gamma)
         inform(f'EMAHook, {self.label}: {text or "no momentum to scale"}')
 
     def copy(self, source: nn.Module) -> None:
