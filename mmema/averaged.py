@@ -92,8 +92,8 @@ class MomentumAveragedModel(BaseAveragedModel):
         # accelerator would wait for all that the device has to do.
         self.register_buffer('steps', torch.tensor(0, device='cpu'))
         self._follower = None  # see update/follower.py; made at the first update
-        # Whether tensors that are only copied wait for the next blend, or until the average is read.
-        # Only for one whose source keeps its tensors meanwhile, as EMAHook sees to.
+        # Whether tensors that are only copied wait for the next blend, or for the next read.
+        # Not for a source that may have other numbers by then; EMAHook asks for it.
         self.defers_copies = False
         self._owed: tuple = ()  # the source of the copies that wait; no submodule of the average
         self._skip_counts = SkipCounts()

@@ -45,8 +45,8 @@ class EMAValLoop(ValLoop):
     Args:
         runner, dataloader, evaluator, fp16: As of MMEngine's loop.
         prefix: Prefix of the raw metrics' names, before a slash. Defaults to 'raw'.
-        weights: Weights to evaluate beside the main average: 'raw' and names in ``also``. Defaults
-            to None, all.
+        weights: Weights to evaluate beside the main average: 'raw', names in ``also`` and rungs of
+            a ladder. Defaults to None, all but the rungs, which ``horizon='auto'`` evaluates.
 
     Raises:
         TypeError: If ``prefix`` is no string.
@@ -67,7 +67,8 @@ class EMAValLoop(ValLoop):
         weights: Sequence[str] | None = None,
     ):
         try:
-            others = [name for name in averages_of(ema_hook_of(runner)) if name != MAIN]
+            ema_hook = ema_hook_of(runner)
+            others = [name for name in averages_of(ema_hook) if name != MAIN]
         except RunError as error:
             raise RunError(f'EMAValLoop evaluates several weights: {error}') from None
         if not isinstance(prefix, str):
@@ -80,7 +81,9 @@ class EMAValLoop(ValLoop):
             raise ValueError(f'weights must be a list of names out of {known}, got {weights!r}')
         super().__init__(runner, dataloader, evaluator, fp16)
         self.prefix = prefix.strip('/')
-        self.weights = known if weights is None else list(weights)
+        rungs = getattr(ema_hook, 'rungs', {})  # of a ladder, which evaluates them itself
+        default = [name for name in known if name not in rungs]
+        self.weights = default if weights is None else list(weights)
         self.results: dict[str, dict] = {}  # metrics of the last validation by name of the weights
         # A checkpoint is saved before the validation of its epoch, so it lacks those scores.
         self._lacks_scores = bool(runner._resume)

@@ -21,6 +21,7 @@ from ..registry import HOOKS, register_everywhere
 from ..run import MAIN, averages_of, ema_hook_of, kept_rng, label_of, last_of, validation_follows
 from ..update.pairs import copy_all, unwrapped
 from ..update.sharded import is_sharded
+from .ema import EMAHook
 
 
 @register_everywhere(HOOKS)
@@ -145,8 +146,8 @@ class EMARecalibrateHook(Hook):
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Give the model, which has the averaged weights now, their statistics too."""
-        if self._own is not None and not self._ema_hook.ema_model.update_buffers:
-            # With update_buffers EMAHook has swapped them already.
+        swaps_all = isinstance(self._ema_hook, EMAHook) or self._ema_hook.ema_model.update_buffers
+        if self._own is not None and not swaps_all:  # else EMAHook has swapped them already
             copy_all(statistics(self._source), statistics(self._ema_hook.ema_model.module))
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
@@ -160,24 +161,28 @@ class EMARecalibrateHook(Hook):
         loop = runner.train_loop
         if not validation_follows(loop, now):
             return
-        due = now == last_of(loop)
+        due = last = now == last_of(loop)
         if self.interval and not due:
             done = sum(validation_follows(loop, step) for step in range(1, now + 1))
             due = done % self.interval == 0
         if due:
             weights = getattr(runner.val_loop, 'weights', ())  # those that EMAValLoop evaluates
+            rungs = getattr(self._ema_hook, 'rungs', {})  # of a ladder; the main one is a rung
+            wanted = [*weights, *getattr(self._ema_hook, 'candidates', lambda last: ())(last)]
+            wanted += [] if rungs else [MAIN]
             for name, average in averages_of(self._ema_hook).items():
-                if name == MAIN or name in weights:
-                    self._measure(runner, average.module, name)
+                if name in wanted:
+                    label = f'the average {name!r}' if name in rungs else label_of(name)
+                    self._measure(runner, average.module, label)
             self._own = [tensor.clone() for tensor in statistics(self._source)]
 
-    def _measure(self, runner: Runner, average: nn.Module, name: str) -> None:
+    def _measure(self, runner: Runner, average: nn.Module, label: str) -> None:
         with kept_rng():
             batches = islice(self._build_loader(runner), self.batches)
             context = partial(runner.optim_wrapper.optim_context, average)
             number, measured, others = measure_statistics(average, batches, self.mode, context)
         runner.logger.info(
-            f'Measured the statistics of {measured} BatchNorm layers of {label_of(name)} on '
+            f'Measured the statistics of {measured} BatchNorm layers of {label} on '
             f'{number} training batches.'
         )
         if others:

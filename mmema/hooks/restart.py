@@ -17,7 +17,7 @@ from ..restarts.controller import RestartController
 from ..restarts.planner import plan
 from ..restarts.progress import RuleProgress
 from ..restarts.rule import RestartRule
-from ..run import choose_checkpoint, ema_hook_of, facts_of, traits_of, what_loads
+from ..run import MAIN, choose_checkpoint, ema_hook_of, facts_of, traits_of, what_loads
 
 
 @register_everywhere(HOOKS)
@@ -120,7 +120,8 @@ class EMARestartHook(Hook):
             refuse_sources(rules, type(runner.strategy).__name__)
         planned = plan(rules, facts)
         self._controller = RestartController([hook.progress for hook in hooks])
-        self._controller.begin(ema, facts)
+        rungs = getattr(ema_hook, 'rungs', {})  # of a ladder
+        self._controller.begin(ema, facts, rungs, lambda: getattr(ema_hook, 'chosen', MAIN))
         for line in advice(rules, planned, facts, ema):
             warn(f'EMARestartHook: {line}')
 

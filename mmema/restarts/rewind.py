@@ -7,6 +7,7 @@ import os
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Mapping
 
 from mmengine.dist import is_main_process
 from mmengine.model import BaseAveragedModel
@@ -17,7 +18,7 @@ from ..checkpoints import folders
 from ..checkpoints.probe import structure
 from ..checkpoints.resume import KEPT, exchange_weights
 from ..messages import RunError, warn
-from ..run import checkpoint_hooks, traits_of
+from ..run import MAIN, checkpoint_hooks, traits_of
 from ..update.pairs import unwrapped
 from ..update.sharded import own_optimizer_state, own_state
 
@@ -126,8 +127,11 @@ def _iteration_of(name: str) -> int:
     return int(Path(name).stem.rsplit('_', 1)[-1])
 
 
-def go_back(runner: Runner, ema: BaseAveragedModel, name: str) -> None:
-    """Put back model, average, optimizer and AMP scaler of a copy; time, data and LR go on."""
+def go_back(runner: Runner, averages: Mapping[str, BaseAveragedModel], name: str) -> None:
+    """Put back model, averages, optimizer and AMP scaler of a copy; time, data and LR go on.
+
+    ``averages`` are the main one by its name, or the rungs of a ladder by theirs.
+    """
     resumed_from = Path(str(runner._load_from or '')).parent
     files = [folder / name for folder in (Path(runner.work_dir), resumed_from)]
     file = next((file for file in files if file.exists()), None)
@@ -139,10 +143,15 @@ def go_back(runner: Runner, ema: BaseAveragedModel, name: str) -> None:
     read = folders.read if file.is_dir() else partial(_load_checkpoint, map_location='cpu')
     checkpoint = read(str(file))
     exchange_weights(checkpoint)
-    model, average = unwrapped(runner.model), checkpoint['ema_state_dict']
+    model, states = unwrapped(runner.model), {MAIN: checkpoint['ema_state_dict']}
+    states.update({n: one['state_dict'] for n, one in checkpoint.get('ema_also', {}).items()})
     model.load_state_dict(own_state(checkpoint['state_dict'], model))
-    weights = {key: value for key, value in average.items() if key.startswith('module.')}
-    ema.rewind({'steps': average['steps'], **weights})
+    for own, ema in averages.items():
+        if own not in states:
+            raise RunError(f'{file} has no average {own!r} to go back to')
+        average = states[own]
+        weights = {key: value for key, value in average.items() if key.startswith('module.')}
+        ema.rewind({'steps': average['steps'], **weights})
     _put_back_optimizer(runner.optim_wrapper, checkpoint['optimizer'])
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Sequence
 
 from ..messages import RunError
+from .config import ema_hook_in
 from .facts import RunFacts
 
 RAW = 'raw'  # the trained weights themselves, the lowest rung of any ladder
@@ -56,11 +56,11 @@ class Rung:
         return f'{100 * number:g} % of the run' if unit == 'run' else str(self.horizon)
 
 
-def rungs_of(horizon: str | Sequence) -> list[Rung]:
+def rungs_of(horizon) -> list[Rung]:
     """Return the rungs of a ladder, in the order in which they are given.
 
     Args:
-        horizon: ``'auto'``, or a list of horizons such as ``['50 updates', '1 epoch', 0.1]``.
+        horizon: ``'auto'``, or a list or tuple of horizons such as ``['50 updates', '1 epoch', 0.1]``.
 
     Raises:
         ValueError: If the list has fewer than two horizons, one twice, or one that is none.
@@ -83,6 +83,15 @@ def rungs_of(horizon: str | Sequence) -> list[Rung]:
     if twice:
         raise ValueError(f'the horizons of a ladder must differ, got {twice[0]!r} twice')
     return rungs
+
+
+def ladder_in(config: dict) -> list[str]:
+    """Return the names of all weights of a config's ladder, the raw ones first; else none."""
+    horizon = ema_hook_in(config).get('horizon')
+    try:
+        return [RAW, *(rung.name for rung in rungs_of(horizon))] if is_ladder(horizon) else []
+    except ValueError:  # of a text that is cut short
+        return []
 
 
 def _name_of(horizon: str | float) -> str:

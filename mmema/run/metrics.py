@@ -13,8 +13,9 @@ from mmengine.hooks import CheckpointHook
 from mmengine.runner.base_loop import BaseLoop
 
 from .config import averages_in, kind_of
+from .horizons import ladder_in
 
-NO_METRICS = ('step', 'time', 'data_time')  # in a logged validation
+NO_METRICS = ('step', 'time', 'data_time', 'ema_chosen')  # in a logged validation
 
 
 class Watched(NamedTuple):
@@ -57,6 +58,12 @@ def watched_metric(
     return Watched(metric, less_is_better(metric, rule or rules.get(metric)) if metric else None)
 
 
+def saved_metrics(hooks: Iterable, prefixes: Iterable[str] = ()) -> list[str]:
+    """Return the metrics that ``save_best`` names, as those of the main average."""
+    names = [without_prefix(name, prefixes) for name, _ in _save_best(hooks) if name != 'auto']
+    return list(dict.fromkeys(names))
+
+
 def less_is_better(metric: str, rule: str | None = None) -> bool | None:
     """Tell whether less of a metric is better; None where neither the rule nor MMEngine knows."""
     try:
@@ -92,14 +99,14 @@ def prefixes_in(config: dict, averages: Iterable[str] | None = None) -> dict[str
 
     Without a ``val_cfg``, as in a text that is cut short, the loop is taken for an EMAValLoop.
     """
-    loop = config.get('val_cfg')
+    loop, ladder = config.get('val_cfg'), ladder_in(config)
     if loop is not None and kind_of(loop) in ('', 'ValLoop'):
-        return {}  # it evaluates the main average alone
+        return _prefixes(ladder, 'raw')  # it evaluates the main average alone, or a ladder
     loop = loop or {}
     weights = loop.get('weights')
     if weights is None:
         weights = ['raw', *(averages_in(config) if averages is None else averages)]
-    return _prefixes(weights, loop.get('prefix', 'raw').strip('/'))
+    return _prefixes([*weights, *ladder], loop.get('prefix', 'raw').strip('/'))
 
 
 def _prefixes(weights: Iterable[str], prefix: str) -> dict[str, str]:
