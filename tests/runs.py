@@ -86,7 +86,7 @@ class NormModel(LineModel):
 
 @METRICS.register_module()
 class Score(BaseMetric):
-    """Minus the mean error; or scripted: ``script[time of the run]``."""
+    """Minus the mean error; or scripted: ``script[time of the run]``, None for no metric."""
 
     now = None
 
@@ -99,7 +99,8 @@ class Score(BaseMetric):
 
     def compute_metrics(self, results):
         if self.script is not None:
-            return dict(score=self.script[Score.now])
+            score = self.script[Score.now]
+            return {} if score is None else dict(score=score)
         return dict(score=-torch.cat(results).mean().item())
 
 

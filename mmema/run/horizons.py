@@ -60,7 +60,7 @@ def rungs_of(horizon) -> list[Rung]:
     """Return the rungs of a ladder, in the order in which they are given.
 
     Args:
-        horizon: ``'auto'``, or a list or tuple of horizons such as ``['50 updates', '1 epoch', 0.1]``.
+        horizon: ``'auto'``, or horizons such as ``['50 updates', '1 epoch', 0.1]``.
 
     Raises:
         ValueError: If the list has fewer than two horizons, one twice, or one that is none.
