@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Sequence, Union
+from functools import wraps
+from typing import Callable, Sequence, Union
 
 import torch
 from mmengine.model import BaseAveragedModel
@@ -40,6 +41,22 @@ class LiveValue:
         average._set_live(**{self.name: value})
 
 
+def _without_arguments_of_hook(init: Callable) -> Callable:
+    """Return a constructor that says which hook has the arguments that MMEngine's hands on."""
+
+    @wraps(init)
+    def checked(self, *args, **kwargs):
+        wrong = [name for name in ('horizon', 'also', 'evaluate') if name in kwargs]
+        if wrong:
+            raise TypeError(
+                f'{wrong[0]} is an argument of mmema.EMAHook, got it in an averaged model. Set '
+                f"type='mmema.EMAHook' in place of type='EMAHook'."
+            )
+        init(self, *args, **kwargs)
+
+    return checked
+
+
 class MomentumAveragedModel(BaseAveragedModel):
     """Base of mmema's averages; a subclass makes the schedule, whose fields it takes as arguments.
 
@@ -63,6 +80,11 @@ class MomentumAveragedModel(BaseAveragedModel):
     """
 
     schedule_type: type = Schedule
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if '__init__' in cls.__dict__:
+            cls.__init__ = _without_arguments_of_hook(cls.__init__)  # type: ignore[method-assign]
 
     def __init__(
         self,

@@ -386,7 +386,9 @@ class EMAHook(StockEMAHook):
         for hook in checkpoint_hooks(runner):
             step = runner.epoch if hook.by_epoch else runner.iter
             name = hook.filename_tmpl.format(step)
-            if Path(str(getattr(hook, 'last_ckpt', None))).name == name:
+            # The hook of a run that was resumed does not know of a file that was saved before.
+            last = hook.last_ckpt or runner.message_hub.runtime_info.get('last_ckpt')
+            if Path(str(last)).name == name:
                 meta = dict(epoch=runner.epoch, iter=runner.iter)
                 hook._save_checkpoint_with_step(runner, step, meta)
 

@@ -13,6 +13,7 @@ import torch
 from marks import SINCE_TORCH_2_6
 from mmengine.hooks import Hook
 from mmengine.runner import ValLoop
+from mmengine.structures import BaseDataElement
 from runs import (
     Crash,
     LineModel,
@@ -209,7 +210,7 @@ def test_a_copy_that_waits_comes_before_the_model_has_other_weights(tmp_path):
         def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
             hook = ema_hook_of(runner)
             long = hook.rungs['h80']
-            if runner.iter == 11:
+            if runner.iter == 12:
                 assert int(long.steps) % long.interval  # the last update has not blended
                 with mmema.averaged_weights(runner.model, hook.also['other']):
                     runner.model.norm.running_mean.fill_(7)
@@ -268,7 +269,7 @@ def test_it_climbs(tmp_path):
     assert rows[0] == ['weights', 'horizon', 'updates', 'score', 'at']
     assert [row[0] for row in rows[1:]] == NAMES
     assert rows[1][-2:] == ['0.1000', '8'] and rows[3][-4:] == ['0.3000', '8', '<-', 'chosen']
-    assert rows[5][-2:] == ['0.1000', '3']
+    assert rows[5][-2:] == ['0.3500', '5']
 
 
 def test_less_can_be_better(tmp_path):
@@ -329,15 +330,17 @@ def test_losses_of_a_validation_are_those_of_the_winner(tmp_path):
 
         def val_step(self, data):
             loss = dict(loss=self.layers[0].weight[0, 0].detach().clone())
-            return [*super().val_step(data), *([loss] if HAS_LOSSES else [])]
+            return [*super().val_step(data), BaseDataElement(loss=loss)]
 
     if not HAS_LOSSES:
         pytest.skip('this MMEngine has no losses in validations')
     tables = [(0.0, 0.5, 0.4, 0.3, 0.2), (0.0, 0.5, 0.4, 0.3, 0.2)]
     runner, _, keep = moving_run(tmp_path, tables=tables, epochs=2, model=Losing())
     runner.train()
-    first = keep.weights[0]['layers.0.weight'][0, 0].item()
-    assert keep.metrics[0]['val_loss'] == pytest.approx(first, abs=1e-7)
+    assert keep.chosen == ['h2_updates', 'h2_updates']
+    for metrics, weights in zip(keep.metrics, keep.weights):
+        first = weights['layers.0.weight'][0, 0].item()
+        assert metrics['val_loss'] == pytest.approx(first, abs=1e-7)
 
 
 HAS_LOSSES = 'val_loss' in ValLoop.__init__.__code__.co_names
@@ -465,7 +468,7 @@ def test_crashed_and_resumed_it_ends_with_the_same_bits(tmp_path, seed):
 
 
 def test_another_ladder_takes_over_by_name(tmp_path):
-    moving_run(tmp_path, epochs=2)[0].train()
+    moving_run(tmp_path, tables=[(0.1, 0.4, 0.5, 0.6, 0.2)] * 2, epochs=2)[0].train()
     ema = dict(LADDER, horizon=['3 updates', '6 updates'])
     runner = make_runner(tmp_path, epochs=3, ema=ema, resume=True)
     runner.train()
@@ -492,8 +495,7 @@ def test_with_ema_val_loop_no_weights_are_evaluated_twice(tmp_path):
     tables = [(0.1, 0.2, 0.3, 0.4, 0.9)] * 2
     runner, script, keep = moving_run(tmp_path, val_cfg=val_cfg, tables=tables, epochs=2)
     runner.train()
-    assert script.asked[:4] == [(1, 0), (1, 1), (1, 3), (1, 2)]
-    assert script.asked[4:] == [(2, 0), (2, 1), (2, 3), (2, 3), (2, 4)]
+    assert [place for _, place in script.asked] == [0, 1, 3, 2, 0, 1, 3, 3, 2, 4]
     assert keep.chosen == ['h5_updates', 'h7_updates'] and keep.metrics[1]['score'] == 0.9
     runner = make_runner(
         tmp_path / 'default',
@@ -522,7 +524,8 @@ def test_a_restart_from_the_best_checkpoint_takes_all_rungs_back(tmp_path):
         def before_train_iter(self, runner, batch_idx, data_batch=None):
             if runner.iter == 12:
                 averages = ema_hook_of(runner).rungs
-                seen.update({n: one.state_dict() for n, one in averages.items()})
+                for name, one in averages.items():
+                    seen[name] = {k: t.clone() for k, t in one.state_dict().items()}
 
     hook = dict(type='mmema.EMARestartHook', milestones=[3], source='best', steps=2)
     tables = [(0.5, 0.5, 0.9, 0.5, 0.5), *[(0.1, 0.1, 0.2, 0.1, 0.1)] * 7]
