@@ -87,7 +87,8 @@ def ladder_configs(horizon, ema_type: str | type, given: dict) -> dict[str, Aver
             f'horizon must come in place of momentum and gamma, but horizon={horizon!r} came with '
             f'{fixed[0]}={given[fixed[0]]!r}. Leave {fixed[0]} out.'
         )
-    arguments = {'interval': 'auto', 'gamma': WARM_UP, **given}
+    # Statistics of BatchNorm that are copied belong to other weights than those of a long average.
+    arguments = {'interval': 'auto', 'gamma': WARM_UP, 'update_buffers': True, **given}
     return {
         rung.name: AverageConfig(
             RUNG_TYPE, arguments, horizon=rung.horizon, blends_of_gamma=WARM_UP

@@ -101,7 +101,7 @@ class EMAHook(StockEMAHook):
         **averaged_model: Arguments of the averaged model, such as ``momentum``. With a horizon,
             ``interval='auto'`` is 1/100 of it in updates, at least 1: the shares of old weights
             differ by at most 1 % from those of an average that is blended at every update. A
-            ladder has it unless ``interval`` is given.
+            ladder has it unless ``interval`` is given, and ``update_buffers=True``.
 
     Raises:
         AssertionError: If ``begin_iter`` or ``begin_epoch`` is negative, or both are set.
