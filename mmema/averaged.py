@@ -19,10 +19,12 @@ from .swap import refuse_while_swapped
 from .update.follower import follow
 from .update.guard import SkipCounts
 from .update.model_copy import averaged_copy
-from .update.pairs import canonical_name, named_tensors, pairs_of, unwrapped
+from .update.pairs import canonical_name, named_tensors, pairs_of, remake_buffers, unwrapped
 from .update.refusals import refuse_pieces
 from .update.selection import Selection
 from .update.sharded import followed
+
+EXTRA_STATE = '_extra_state'  # end of torch's key for what a layer keeps beside its tensors
 
 Device = Union[torch.device, str, None]
 
@@ -196,6 +198,15 @@ class MomentumAveragedModel(BaseAveragedModel):
 
     # --- the state --------------------------------------------------------------------------------
 
+    def state_dict(self, *args, prefix: str = '', keep_vars: bool = False, **kwargs):
+        """Return the state as torch does; no hook of the model takes the average's own entries."""
+        state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **kwargs)
+        own: dict = {}
+        self._save_to_state_dict(own, prefix, keep_vars)
+        # A hook is given the whole state, and may drop all that is not of its own module.
+        state.update({key: value for key, value in own.items() if key not in state})
+        return state
+
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """Load a state of this class or of an EMA class of MMEngine, MMDetection or MMYOLO.
 
@@ -216,6 +227,8 @@ class MomentumAveragedModel(BaseAveragedModel):
                 'are missing. Resume from a whole checkpoint, or start from its weights alone '
                 'with `load_from`.'
             )
+        saved = {key[7:]: value for key, value in state_dict.items() if key.startswith('module.')}
+        remake_buffers(self.module, {canonical_name(name): value for name, value in saved.items()})
         kwargs = {'assign': True} if assign else {}  # torch 2.0 does not know the argument
         return super().load_state_dict(state_dict, strict=strict, **kwargs)
 

@@ -10,6 +10,9 @@ from typing import Dict
 import torch
 from torch import Tensor, nn
 
+from ..averaged import EXTRA_STATE
+from ..messages import listed
+
 State = Dict[str, Tensor]
 
 # Maker, marks, and the places of average, raw weights and counter (None: not saved). A file with
@@ -61,8 +64,13 @@ class Weights:
     def set(self, which: str, state, place: str) -> None:
         """Set the 'average' or the 'raw' weights to the tensors at a place; None leaves them."""
         if state is not None:
+            state, left_out = without_extra_state(state)
             setattr(self, which, _tensors(state, place))
             setattr(self, f'{which}_at', place)
+            if left_out:
+                self.notes.append(
+                    f'{place}: extra state that is no tensor is left out: {listed(left_out)}'
+                )
 
     def sets(self) -> dict[str, State]:
         """Return the sets of weights by name: 'ema', 'raw', and the other averages of a run."""
@@ -231,10 +239,23 @@ def _read_bare(content: dict) -> Weights:
     raise CheckpointError(f'it is in no format that mmema knows; it holds {keys}')
 
 
-def _tensors(state, place: str) -> State:
-    """Return names and tensors, without the prefixes that wrappers of a model add."""
+def without_extra_state(state) -> tuple:
+    """Return a state without what layers keep beside tensors, and the names of what is left out."""
     if isinstance(state, nn.Module):
         state = state.state_dict()
+    if not isinstance(state, dict):
+        return state, []
+    names = [
+        name
+        for name, value in state.items()
+        if str(name).endswith(EXTRA_STATE) and not isinstance(value, Tensor)
+    ]
+    kept = {name: value for name, value in state.items() if name not in names}
+    return (with_metadata(state, kept) if names else state), names
+
+
+def _tensors(state, place: str) -> State:
+    """Return names and tensors, without the prefixes that wrappers of a model add."""
     if not isinstance(state, dict):
         raise CheckpointError(f'{place} must be names and tensors, got a {type(state).__name__}')
     for name, value in state.items():

@@ -14,7 +14,7 @@ from ..arguments import check_bool, check_integer
 from ..averages.config import AverageConfig, also_configs
 from ..averages.tracked import TrackedAverage
 from ..averages.units import auto_scale_base, effective_batch, settle
-from ..checkpoints.resume import check_ema_state, exchange_weights
+from ..checkpoints.resume import check_ema_state, exchange_weights, share_extra_state
 from ..messages import RunError, listed, warn
 from ..registry import HOOKS
 from ..run import (
@@ -283,6 +283,7 @@ class EMAHook(StockEMAHook):
         if self._swap is not None:
             checkpoint['state_dict'] = to_save(self._swap.trained_state())
         checkpoint['ema_state_dict'] = to_save(self.ema_model.state_dict())
+        share_extra_state(checkpoint)
         exchange_weights(checkpoint)
         if self.also:
             checkpoint['ema_also'] = {

@@ -301,9 +301,9 @@ def test_another_layout_gets_another_follower(far):
 
 def test_an_error_leaves_no_half_of_a_follower(far):
     model, ema = make(far)
-    model.anchors = torch.zeros(5, device=far)
+    model.norm.weight = nn.Parameter(torch.zeros(5, device=far))
     for _ in range(2):
-        with pytest.raises(ValueError, match="'anchors' is"):
+        with pytest.raises(ValueError, match="'norm.weight' is"):
             ema.update_parameters(model)
     assert int(ema.steps) == 0
 
