@@ -64,13 +64,8 @@ class Weights:
     def set(self, which: str, state, place: str) -> None:
         """Set the 'average' or the 'raw' weights to the tensors at a place; None leaves them."""
         if state is not None:
-            state, left_out = without_extra_state(state)
             setattr(self, which, _tensors(state, place))
             setattr(self, f'{which}_at', place)
-            if left_out:
-                self.notes.append(
-                    f'{place}: extra state that is no tensor is left out: {listed(left_out)}'
-                )
 
     def sets(self) -> dict[str, State]:
         """Return the sets of weights by name: 'ema', 'raw', and the other averages of a run."""
@@ -126,6 +121,11 @@ def _read_run(values: dict) -> Weights:
     """Read a run's checkpoint: the average in ``state_dict``, raw weights in ``ema_state_dict``."""
     state, meta = _tensors(values['state_dict'], 'state_dict'), _dict_at(values, 'meta')
     found = Weights(_maker_of_run(meta), meta=meta)
+    whole = values['state_dict']
+    items = whole.items() if isinstance(whole, dict) else ()
+    extra = [name for name, value in items if _is_extra_state(name, value)]
+    if extra:
+        found.notes.append(f'extra state that is no tensor is left out: {listed(extra)}')
     if 'ema_state_dict' not in values:
         _set_only_weights(found, state)
         return found
@@ -239,25 +239,23 @@ def _read_bare(content: dict) -> Weights:
     raise CheckpointError(f'it is in no format that mmema knows; it holds {keys}')
 
 
-def without_extra_state(state) -> tuple:
-    """Return a state without what layers keep beside tensors, and the names of what is left out."""
-    if isinstance(state, nn.Module):
-        state = state.state_dict()
-    if not isinstance(state, dict):
-        return state, []
-    names = [
-        name
-        for name, value in state.items()
-        if str(name).endswith(EXTRA_STATE) and not isinstance(value, Tensor)
-    ]
-    kept = {name: value for name, value in state.items() if name not in names}
-    return (with_metadata(state, kept) if names else state), names
+def _is_extra_state(name, value) -> bool:
+    """Return whether a layer keeps something beside its tensors here, and no tensor."""
+    return str(name).endswith(EXTRA_STATE) and not isinstance(value, Tensor)
 
 
 def _tensors(state, place: str) -> State:
-    """Return names and tensors, without the prefixes that wrappers of a model add."""
+    """Return names and tensors, without the prefixes that wrappers of a model add.
+
+    Extra state that is no tensor is left out.
+    """
+    if isinstance(state, nn.Module):
+        state = state.state_dict()
     if not isinstance(state, dict):
         raise CheckpointError(f'{place} must be names and tensors, got a {type(state).__name__}')
+    extra = [name for name, value in state.items() if _is_extra_state(name, value)]
+    if extra:
+        state = with_metadata(state, {n: value for n, value in state.items() if n not in extra})
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckpointError(

@@ -32,6 +32,7 @@ from ..update.pairs import unwrapped
 from ..update.refusals import refuse_pieces
 from ..update.sharded import is_sharded
 from ..update.staging import staged_once
+from .monitor import relative_distance
 from .optimizer_steps import OptimizerSteps
 
 
@@ -181,6 +182,7 @@ class EMAHook(StockEMAHook):
         """Copy the model; ``init_weights`` has run and the weights are loaded by now."""
         super().before_train(runner)
         refuse_unsaved(runner)
+        self._optimizer_steps = OptimizerSteps()
         source = self._source(runner)
         for average in self._averages.values():
             average.copy(source)
@@ -215,6 +217,18 @@ class EMAHook(StockEMAHook):
                 average.has_own_weights = True
                 if stepped:
                     average.update(source, begun=self._ema_started(runner))
+        if steps.missed and steps.epoch_over(epoch_length(runner)):
+            self._refuse_standstill(source)
+
+    def _refuse_standstill(self, source: nn.Module) -> None:
+        """Raise RunError if the weights have moved and no step of an optimizer was seen."""
+        # Where mixed precision has skipped every step so far, the average is right.
+        if relative_distance(self.ema_model.module, source) != 0:
+            raise RunError(
+                'an average must follow the training, but the weights have changed and no '
+                f'optimizer told of a step in {self._optimizer_steps.missed} iterations. Set '
+                'per_optimizer_step=False in the EMAHook to update it at each iteration.'
+            )
 
     # --- evaluation -------------------------------------------------------------------------------
 
@@ -318,6 +332,14 @@ class EMAHook(StockEMAHook):
         dropped = [name for name in saved if name not in self.configs]
         if dropped:
             warn(f'{file} has averages that the config lacks; they are dropped: {listed(dropped)}')
+
+
+def epoch_length(runner: Runner) -> int:
+    """Return the iterations of an epoch, at most 1000: a set of data may be endless."""
+    try:
+        return min(len(runner.train_dataloader), 1000)
+    except TypeError:
+        return 1000
 
 
 def refuse_unsharded_runner(runner: Runner) -> None:

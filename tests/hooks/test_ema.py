@@ -4,6 +4,7 @@ The numbers in the names are those of docs/upstream.md.
 """
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -784,7 +785,7 @@ def test_what_no_checkpoint_holds_begins_as_the_models_after_a_resume(tmp_path):
     assert torch.equal(ema_of(runner).module.cache, torch.full((2,), 3.0))
 
 
-def test_an_average_that_no_step_moves_is_told(tmp_path):
+def test_an_average_that_no_step_moves_is_an_error(tmp_path):
     @OPTIM_WRAPPERS.register_module(force=True)
     class OwnStep(OptimWrapper):
         """Steps in a way of its own, as sharpness-aware minimisation does."""
@@ -796,13 +797,72 @@ def test_an_average_that_no_step_moves_is_told(tmp_path):
 
     wrapper = dict(type='OwnStep', optimizer=dict(type='SGD', lr=0.05))
     runner = make_runner(tmp_path / 'a', ema=OURS, optim_wrapper=wrapper, epochs=2)
-    runner.train()
-    assert log_of(runner).count('the average has not moved: no optimizer told of a step') == 1
+    with pytest.raises(RunError, match='no optimizer told of a step in 4 iterations. Set per_opt'):
+        runner.train()
+    assert not [*(tmp_path / 'a').glob('*.pth')]  # of initial weights
     asked = dict(OURS, per_optimizer_step=False)
     runner = make_runner(tmp_path / 'b', ema=asked, optim_wrapper=wrapper, epochs=2)
     runner.train()
     assert ema_of(runner).steps == 8
     assert 'has not moved' not in log_of(runner)
+
+
+class Wraps(torch.optim.Optimizer):
+    """Wraps another one as Lookahead, SAM and many more do: without super().__init__()."""
+
+    def __init__(self, base):
+        self.base, self.defaults = base, base.defaults
+        self.state, self.param_groups = base.state, base.param_groups
+
+    def step(self, closure=None):
+        self.base.step()
+
+    def zero_grad(self, set_to_none=True):
+        self.base.zero_grad()
+
+    def state_dict(self):
+        return self.base.state_dict()
+
+
+class WrapsWithHooks(Wraps):
+    """The same with the dicts of torch's hooks, which nothing calls (pytorch_optimizer 122)."""
+
+    def __init__(self, base):
+        super().__init__(base)
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+
+
+@pytest.mark.parametrize('kind', [Wraps, WrapsWithHooks])
+@pytest.mark.parametrize('counts', [1, 2])
+def test_9_an_optimizer_that_wraps_another(tmp_path, kind, counts):
+    model = LineModel()
+    optimizer = kind(kind(torch.optim.SGD(model.parameters(), 0.05)))
+    runner = make_runner(
+        tmp_path,
+        ema=OURS,
+        model=model,
+        epochs=1,
+        optim_wrapper=OptimWrapper(optimizer, accumulative_counts=counts),
+        param_scheduler=None,
+    )
+    runner.train()
+    assert int(ema_of(runner).steps) == 4 // counts
+
+
+def test_an_epoch_whose_steps_were_all_skipped_is_no_error(tmp_path):
+    runner = make_runner(tmp_path, ema=OURS, epochs=2)
+
+    class Skips(OptimWrapper):
+        def step(self, **kwargs):
+            if runner.iter >= 4:
+                super().step(**kwargs)
+
+    optimizer = torch.optim.SGD(runner.model.parameters(), lr=0.05)
+    runner.optim_wrapper, runner.param_schedulers = Skips(optimizer), None
+    runner.train()
+    assert int(ema_of(runner).steps) == 4
+    assert log_of(runner).count('the average has not moved: no optimizer told of a step') == 1
 
 
 def test_gradients_that_still_accumulate_are_no_reason_to_warn(tmp_path):

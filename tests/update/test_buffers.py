@@ -1,4 +1,4 @@
-"""Buffers that no blend preserves, and buffers that change: copied, whatever update_buffers says."""
+"""Buffers that no blend preserves, and buffers that change: copied in any case."""
 
 import math
 import warnings
