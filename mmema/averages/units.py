@@ -15,10 +15,13 @@ from ..run import RunFacts
 
 
 def parsed_horizon(horizon: str | float) -> tuple[float, str]:
-    """Return number and unit ('epoch', 'update' or 'run') of a horizon; raise ValueError."""
+    """Return number and unit ('epoch', 'update' or 'run') of a horizon; raise ValueError.
+
+    The space may be missing: ``--cfg-options`` drops it.
+    """
     if isinstance(horizon, float) and 0 < horizon < 1:
         return horizon, 'run'
-    match = re.fullmatch(r'(\d+(?:\.\d+)?) (epoch|update)s?', str(horizon))
+    match = re.fullmatch(r'(\d+(?:\.\d+)?) ?(epoch|update)s?', str(horizon))
     if match is None or not float(match[1]):
         raise ValueError(
             "horizon must be such as '2 epochs', '500 updates' or 0.01, a share of the run in "

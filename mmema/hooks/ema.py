@@ -22,7 +22,9 @@ from ..run import (
     choose_checkpoint,
     ema_hook_of,
     facts_of,
+    refuse_late_ema_hook,
     refuse_unsaved,
+    tell_what_is_lost,
     traits_of,
     what_loads,
 )
@@ -34,6 +36,7 @@ from ..update.sharded import is_sharded
 from ..update.staging import staged_once
 from .monitor import relative_distance
 from .optimizer_steps import OptimizerSteps
+from .restart import EMARestartHook
 
 
 @HOOKS.register_module()
@@ -182,6 +185,7 @@ class EMAHook(StockEMAHook):
         """Copy the model; ``init_weights`` has run and the weights are loaded by now."""
         super().before_train(runner)
         refuse_unsaved(runner)
+        refuse_late_ema_hook(runner)
         self._optimizer_steps = OptimizerSteps()
         source = self._source(runner)
         for average in self._averages.values():
@@ -309,6 +313,8 @@ class EMAHook(StockEMAHook):
         averages = self._averages_of(runner)
         self._restore()
         file, resumes = what_loads(runner)
+        if resumes and not any(isinstance(hook, EMARestartHook) for hook in runner.hooks):
+            tell_what_is_lost(runner, checkpoint, file)
         source, strict = self._source(runner), self.strict_load
         if not resumes or 'ema_state_dict' not in checkpoint:
             if resumes:

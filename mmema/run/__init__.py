@@ -9,8 +9,11 @@ from .live import (
     kept_rng,
     last_of,
     now_of,
+    refuse_late_ema_hook,
+    tell_what_is_lost,
     the_ema_hook,
     validation_follows,
+    validations_of,
     what_loads,
 )
 from .metrics import less_is_better, watched_metric

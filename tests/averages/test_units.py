@@ -16,6 +16,8 @@ OURS = dict(EMA, type='mmema.EMAHook')
         ('2 epochs', dict(), 1 / 8),  # of 4 iterations
         ('1.5 epochs', dict(), 1 / 6),
         ('20 updates', dict(), 1 / 20),
+        ('20updates', dict(), 1 / 20),  # as --cfg-options gives it
+        ('1.5epochs', dict(), 1 / 6),
         (0.25, dict(), 1 / 6),  # of 24 iterations
         ('2 epochs', dict(accumulative_counts=2), 1 / 4),
         (0.25, dict(accumulative_counts=2), 1 / 3),
