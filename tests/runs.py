@@ -258,9 +258,9 @@ def state_of(runner):
 
 
 def history_in(record):
-    """Return the record in a tensor without what only people read: when the run was started."""
-    history = {k: v for k, v in vars(Record.decode(record)).items() if not k.startswith('_')}
-    return {key: value for key, value in history.items() if key not in ('parts', 'events')}
+    """Return the updates in the record in a tensor, without what a hook has said of them."""
+    left_out = ('parts', 'events', 'iterations')
+    return {k: v for k, v in vars(Record.decode(record)).items() if k not in left_out}
 
 
 def assert_same(first, second):
