@@ -59,9 +59,14 @@ def start(script, *arguments, folder, out, err=None, **environment):
         folder=str(folder),
         out=str(out),
         err=str(err or out),
-        environment={**os.environ, **environment},
+        environment={**os.environ, 'PYTHONPATH': with_tests_on_path(), **environment},
     )
     return Process(pid)
+
+
+def with_tests_on_path():
+    """Return PYTHONPATH with this folder in it: scripts of the tests import from here."""
+    return os.pathsep.join(filter(None, [os.environ.get('PYTHONPATH'), TESTS]))
 
 
 def start_ranks(count, script, *arguments, folder, **environment):
@@ -147,7 +152,8 @@ def become(request):
     os.chdir(request['folder'])
     sys.argv = request['argv']
     path = os.environ.get('PYTHONPATH')
-    sys.path[:1] = [str(Path(sys.argv[0]).parent), *(path.split(os.pathsep) if path else ())]
+    # The folder of this file stays, after the two: scripts in other folders import the helpers.
+    sys.path[:0] = [str(Path(sys.argv[0]).parent), *(path.split(os.pathsep) if path else ())]
     import numpy
 
     numpy.random.seed(random.SystemRandom().randrange(2**32))

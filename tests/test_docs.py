@@ -344,7 +344,7 @@ def test_files_and_tests_that_a_page_names_exist(page):
             assert span.split()[1] in targets, span
 
 
-@pytest.mark.parametrize('page', PAGES)
+@pytest.mark.parametrize('page', sorted(set(PAGES) - OF_EARLIER_VERSIONS))
 def test_names_of_the_package_exist(page):
     for name in re.findall(r'\bmmema(?:\.[A-Za-z_]\w*)+(?:\.\.\.)?', PAGES[page]):
         if not name.endswith('...'):

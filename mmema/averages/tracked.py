@@ -10,7 +10,8 @@ from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch import nn
 
 from ..checkpoints.resume import check_ema_state
-from ..messages import RunError, listed, warn
+from ..messages import RunError, inform, listed, warn
+from ..record import Record
 from ..restarts.advice import beyond_the_end
 from ..restarts.controller import RestartController
 from ..restarts.progress import RuleProgress
@@ -19,6 +20,7 @@ from ..swap import copy_weights
 from ..update.finite import names_of_non_finite
 from ..update.sharded import Parts
 from .config import AverageConfig
+from .units import settle
 
 
 class TrackedAverage:
@@ -37,19 +39,39 @@ class TrackedAverage:
         self.has_own_weights = False
         self.progress = None if config.rule is None else RuleProgress(config.rule)
         progresses = [] if self.progress is None else [self.progress]
-        self.restarts = RestartController(self.ema_model, progresses, name)
+        self.restarts = RestartController(progresses, name)
+        self._settled = False
         self._non_finite = set(self._names_of_non_finite())  # masks, for example
+
+    def settle(self, base: int | None, batch: int | None, facts: RunFacts) -> None:
+        """Give the average the momentum and gamma of its run, once; see :func:`.units.settle`."""
+        if self._settled or base is None and self.config.horizon is None:
+            return
+        self._settled = True
+        text = settle(self.ema_model, self.config.horizon, base, batch, facts)
+        inform(f'EMAHook, {self.label}: {text or "no momentum to scale"}')
 
     def copy(self, source: nn.Module) -> None:
         if not self.has_own_weights:
             copy_weights(self.ema_model.module, source)
 
-    def update(self, source: nn.Module, begun: bool) -> None:
+    def update(self, source: nn.Module, begun: bool, iteration: int) -> None:
+        """Update the average at the end of an iteration; before it has begun it copies."""
+        ema, record = self.ema_model, self.record
+        counter = int(ema.steps) if begun or record.copy_is_due else 0
+        begins_later = not begun and record.copy_is_due
         if not begun:
-            self.ema_model.steps.zero_()  # an update at 0 copies, except for values that it skips
-        self.ema_model.update_parameters(source)
+            ema.steps.zero_()  # an update at 0 copies, except for values that it skips
+        record.iteration = iteration
+        ema.update_parameters(source)
         if not begun:
-            self.ema_model.steps.zero_()
+            ema.steps.fill_(counter)  # where a restart has put it
+            record.copy_is_due = begins_later
+
+    @property
+    def record(self) -> Record:
+        """The record of the average; of a class without one, another that nobody sees."""
+        return getattr(self.ema_model, 'record', None) or Record()
 
     def report(self) -> None:
         """Warn of tensors that were skipped, and of values that are no longer finite."""
@@ -80,7 +102,7 @@ class TrackedAverage:
         if rule is None:
             return
         try:
-            self.restarts.begin(facts)
+            self.restarts.begin(self.ema_model, facts)
         except RunError as error:
             raise RunError(f'{self.label}: {error}') from None
         if rule.plateau and self.name not in evaluated:
@@ -110,3 +132,5 @@ class TrackedAverage:
         """Load the weights in a checkpoint; the average is a copy of the model from now on."""
         _load_checkpoint_to_model(self.ema_model.module, checkpoint, strict, 'current')
         self.has_own_weights = False
+        if self.record.updates:
+            self.ema_model.record = self.record.restarted('weights loaded')

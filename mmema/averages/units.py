@@ -6,9 +6,7 @@ import math
 import re
 from dataclasses import replace
 
-from mmengine.dist import get_world_size
 from mmengine.model import BaseAveragedModel
-from mmengine.runner import Runner
 
 from ..messages import RunError
 from ..run import RunFacts
@@ -46,32 +44,6 @@ def momentum_of_horizon(horizon: str | float, interval: int, facts: RunFacts) ->
             f'{updates:g} updates of this run'
         )
     return interval / updates
-
-
-def auto_scale_base(runner: Runner) -> int | None:
-    """Return the batch size of ``auto_scale_lr``, if that is enabled."""
-    strategy = getattr(runner, 'strategy', None)  # of FlexibleRunner
-    return base_of(
-        getattr(runner, 'auto_scale_lr', None) or getattr(strategy, '_auto_scale_lr', None)
-    )
-
-
-def base_of(scale_lr: dict | None) -> int | None:
-    """Return the batch size of the settings of ``auto_scale_lr``, if that is enabled."""
-    return scale_lr['base_batch_size'] if scale_lr and scale_lr.get('enable') else None
-
-
-def effective_batch(runner: Runner, facts: RunFacts) -> int:
-    """Return the batch size of an update: all ranks, and accumulated iterations."""
-    loader = runner.train_dataloader
-    batch = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None)
-    if batch is None:
-        raise RunError(
-            'base_batch_size needs the batch size of the run, but its batch_sampler, a '
-            f'{type(loader.batch_sampler).__name__}, does not tell it. Leave base_batch_size out, '
-            'and give momentum and gamma for the batch size that you use.'
-        )
-    return batch * get_world_size() * facts.accumulation
 
 
 def scaled(values: dict, k: float) -> dict:

@@ -184,7 +184,7 @@ def import_stack():
     """Import what every run needs, or say what is missing; a config says what else it needs."""
     warnings.filterwarnings('ignore', message='.*pkg_resources')  # of MMEngine and its like
     with suppress(ImportError):  # a run of MMEngine alone does without
-        import mmcv  # noqa: F401
+        importlib.import_module('mmcv')
 
 
 def import_libraries(config):

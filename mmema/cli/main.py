@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None, called: str | None = None) -> None:
         argv: The command and its arguments. Defaults to None, those of the program.
         called: The name that messages begin with. Defaults to None, ``mmema COMMAND``.
     """
+    common.called_as('mmema')
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ['--help']
     if name in ('-h', '--help'):
         print(usage())

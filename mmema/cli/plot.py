@@ -24,10 +24,10 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, PARAM_SCHEDULERS, init_default_scope
 from mmengine.runner import Runner
 
-from .. import EMARestartHook
 from ..averaged import MomentumAveragedModel
 from ..averages.config import AverageConfig, class_of
-from ..averages.units import base_of, settle
+from ..averages.units import settle
+from ..hooks.restart import EMARestartHook
 from ..messages import RunError
 from ..restartable import STOCK_EQUIVALENTS, Restartable
 from ..restarts import profile
@@ -35,6 +35,7 @@ from ..restarts.controller import check_rule
 from ..restarts.planner import plan
 from ..restarts.rule import RestartRule
 from ..run import MAIN, RunFacts, facts_in_config, the_ema_hook, watched_metric
+from ..run.batch import base_of
 from ..run.config import hooks_in, is_by_epoch, kind_of
 from ..run.metrics import main_names, prefixes_in
 from ..run.scalars import read_scalars

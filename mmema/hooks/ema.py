@@ -13,12 +13,15 @@ from torch import nn
 from ..arguments import check_bool, check_integer
 from ..averages.config import AverageConfig, also_configs
 from ..averages.tracked import TrackedAverage
-from ..averages.units import auto_scale_base, effective_batch, settle
 from ..checkpoints.resume import check_ema_state, exchange_weights, share_extra_state
 from ..messages import RunError, listed, warn
 from ..registry import HOOKS
 from ..run import (
     MAIN,
+    auto_scale_base,
+    batch_of_update,
+    begin_part,
+    checked_source,
     choose_checkpoint,
     ema_hook_of,
     facts_of,
@@ -31,8 +34,6 @@ from ..run import (
 from ..run.metrics import prefixes_of
 from ..swap import ShardedSwap, Swap, swap_in
 from ..update.pairs import unwrapped
-from ..update.refusals import refuse_pieces
-from ..update.sharded import is_sharded
 from ..update.staging import staged_once
 from .monitor import relative_distance
 from .optimizer_steps import OptimizerSteps
@@ -118,7 +119,6 @@ class EMAHook(StockEMAHook):
         self.configs = {MAIN: main, **also_configs(also, main)}
         self.src_model: nn.Module | None = None
         self._averages: dict[str, TrackedAverage] = {}
-        self._settled = False
         self._made_for: tuple = ()  # the run and the model
         self._optimizer_steps = OptimizerSteps()
         self._swap: Swap | ShardedSwap | None = None
@@ -138,27 +138,21 @@ class EMAHook(StockEMAHook):
 
     def before_run(self, runner: Runner) -> None:
         """Make the averages, unless this run has those of this model already."""
-        ema_hook_of(runner)  # refuses a second one
         self._restore()
-        choose_checkpoint(runner)
-        source = self._source(runner)
+        ema_hook_of(runner)  # refuses a second one
+        base = self.base_batch_size or auto_scale_base(runner)
+        in_units = base or any(config.horizon for config in self.configs.values())
+        trains = isinstance(runner._train_loop, BaseLoop)
+        facts = facts_of(runner, self) if in_units and trains else None
+        batch = batch_of_update(runner, facts) if base and facts else None
+        source = self.src_model = checked_source(runner)
         if self._made_for != (runner, source):
-            refuse_pieces(runner.model)
-            refuse_unsharded_runner(runner)
             self._averages = {n: TrackedAverage(c, source, n) for n, c in self.configs.items()}
             self._made_for = (runner, source)
-            self._settled = False
-        if not self._settled and isinstance(runner._train_loop, BaseLoop):
-            self._settled = True
-            base = self.base_batch_size or auto_scale_base(runner)
+        if facts is not None:
             for average in self._averages.values():
-                ema, horizon = average.ema_model, average.config.horizon
-                if base or horizon:
-                    facts = facts_of(runner, self)
-                    batch = base and effective_batch(runner, facts)
-                    text = settle(ema, horizon, base, batch, facts)
-                    text = text or 'no momentum to scale'
-                    runner.logger.info(f'EMAHook, {average.label}: {text}')
+                average.settle(base, batch, facts)
+        choose_checkpoint(runner)
         for loop in (getattr(runner, '_val_loop', None), getattr(runner, '_test_loop', None)):
             guarded = getattr(getattr(loop, 'run', None), 'func', None) == self._run_and_restore
             if isinstance(loop, BaseLoop) and not guarded:
@@ -175,8 +169,7 @@ class EMAHook(StockEMAHook):
         return [*self._averages.values()]
 
     def _source(self, runner: Runner) -> nn.Module:
-        model = unwrapped(runner.model)
-        self.src_model = getattr(model, '_orig_mod', model)  # without torch.compile
+        self.src_model = unwrapped(runner.model)  # found afresh: it may have been replaced
         return self.src_model
 
     # --- updates ----------------------------------------------------------------------------------
@@ -190,6 +183,7 @@ class EMAHook(StockEMAHook):
         source = self._source(runner)
         for average in self._averages.values():
             average.copy(source)
+            begin_part(average.record, runner, self)
         if any(average.config.rule for average in self._averages.values()):
             facts, evaluated = facts_of(runner, self), prefixes_of(runner.val_loop)
             for average in self._averages.values():
@@ -220,7 +214,7 @@ class EMAHook(StockEMAHook):
             for average in self._averages.values():
                 average.has_own_weights = True
                 if stepped:
-                    average.update(source, begun=self._ema_started(runner))
+                    average.update(source, self._ema_started(runner), runner.iter)
         if steps.missed and steps.epoch_over(epoch_length(runner)):
             self._refuse_standstill(source)
 
@@ -310,12 +304,11 @@ class EMAHook(StockEMAHook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Resume the averages, or let them be copies of the loaded model."""
-        averages = self._averages_of(runner)
         self._restore()
-        file, resumes = what_loads(runner)
+        averages = self._averages_of(runner)
+        (file, resumes), strict = what_loads(runner), self.strict_load
         if resumes and not any(isinstance(hook, EMARestartHook) for hook in runner.hooks):
             tell_what_is_lost(runner, checkpoint, file)
-        source, strict = self._source(runner), self.strict_load
         if not resumes or 'ema_state_dict' not in checkpoint:
             if resumes:
                 warn(
@@ -331,7 +324,7 @@ class EMAHook(StockEMAHook):
         saved = {MAIN: main, **checkpoint.get('ema_also', {})}
         for average in averages:
             if average.name in saved:
-                average.resume(saved[average.name], source, strict, file)
+                average.resume(saved[average.name], unwrapped(runner.model), strict, file)
             else:
                 warn(f'{file} has no average {average.name!r}: it begins as a copy of the weights')
                 average.load(checkpoint, strict)
@@ -346,13 +339,3 @@ def epoch_length(runner: Runner) -> int:
         return min(len(runner.train_dataloader), 1000)
     except TypeError:
         return 1000
-
-
-def refuse_unsharded_runner(runner: Runner) -> None:
-    """Raise RunError if a model is sharded by FSDP2, but saved on rank 0 alone."""
-    if is_sharded(unwrapped(runner.model)) and not traits_of(runner).saves_parts:
-        raise RunError(
-            'a model that is sharded by FSDP2 must be saved by all ranks, but '
-            f'{type(getattr(runner, "strategy", runner)).__name__} saves on rank 0 alone. Let '
-            "runner_type='FlexibleRunner', strategy=dict(type='mmema.FullyShardStrategy') shard it."
-        )

@@ -19,6 +19,7 @@ from ..restarts.planner import plan
 from ..restarts.progress import RuleProgress
 from ..restarts.rule import RestartRule
 from ..run import (
+    begin_part,
     choose_checkpoint,
     ema_hook_of,
     facts_of,
@@ -142,8 +143,11 @@ class EMARestartHook(Hook):
         if traits_of(runner).trains_a_copy:
             refuse_sources(rules, type(runner.strategy).__name__)
         planned = plan(rules, facts)
-        self._controller = RestartController(ema, [hook.progress for hook in hooks])
-        self._controller.begin(facts)
+        self._controller = RestartController([hook.progress for hook in hooks])
+        self._controller.begin(ema, facts)
+        self._tells_iterations = not hasattr(ema_hook, 'also')  # MMEngine's hook does not
+        if self._tells_iterations:
+            begin_part(ema.record, runner, ema_hook)
         for line in [*rare, *advice(rules, planned, facts, ema)]:
             warn(f'EMARestartHook: {line}')
 
@@ -156,6 +160,8 @@ class EMARestartHook(Hook):
         """Restart if a trigger of any hook is due and not yet done."""
         if self._controller is not None:
             self._controller.restart_if_due(runner)
+            if self._tells_iterations:
+                self._controller.ema.record.iteration = runner.iter
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         """Decide about a plateau, unless the validation is outside of training."""

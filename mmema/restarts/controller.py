@@ -19,25 +19,25 @@ class RestartController:
     """Restarts of one average of a run by any number of rules; it does nothing without one.
 
     Args:
-        ema: The average.
         progresses: The states of its rules. What is due at one iteration makes one restart.
         name: Its name in the run. Defaults to that of the main average.
     """
 
-    def __init__(self, ema: Restartable, progresses: list[RuleProgress], name: str = MAIN):
-        self.ema = ema
+    def __init__(self, progresses: list[RuleProgress], name: str = MAIN):
         self.progresses = progresses
         self.name = name
         self._best_files: list | None = None  # before the last validation or checkpoint
 
-    def begin(self, facts: RunFacts) -> None:
-        """Take in the facts of a training that begins or goes on; raise RunError if a rule cannot.
+    def begin(self, ema: Restartable, facts: RunFacts) -> None:
+        """Take in the average and the run of a training that begins or goes on.
 
-        The rules must fit both the run and the average.
+        Raises:
+            RunError: If a rule does not fit them.
         """
+        self.ema = ema
         for progress in self.progresses:
             progress.begin(facts)
-            check_rule(progress.rule, self.ema)
+            check_rule(progress.rule, ema)
 
     def catch_up(self, runner: Runner) -> None:
         """Make the validation that the resumed checkpoint was saved before, if a rule needs it.
@@ -74,6 +74,8 @@ class RestartController:
         restart = due_restart(due, now, momentum_of(ema))
         weights = self._replace_weights(runner, restart, due)
         restart.apply(ema)
+        said = {'causes': list(restart.causes), 'iteration': runner.iter}
+        ema.record.events[-1].update(said, source=restart.values.get('source', 'model'))
         after = values_of(ema)
         changes = ', '.join(f'{key} {before[key]:g} -> {after[key]:g}' for key in after)
         is_main = self.name == MAIN

@@ -1,5 +1,6 @@
 """The one description of a run: its facts, switches, metric, scalars and checkpoints."""
 
+from .batch import auto_scale_base, batch_of_update
 from .facts import Moment, RunFacts, facts_in_config, facts_of
 from .live import (
     averages_of,
@@ -18,5 +19,6 @@ from .live import (
 )
 from .metrics import less_is_better, watched_metric
 from .names import MAIN, label_of, scalars_of
-from .strategies import StrategyTraits, refuse_unsaved, traits_of
+from .record import begin_part
+from .strategies import StrategyTraits, checked_source, refuse_unsaved, traits_of
 from .switches import SWITCH_HOOKS, switches_of

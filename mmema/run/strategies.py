@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import weights_to_cpu
+from torch import nn
 
 from ..messages import RunError
+from ..update.pairs import unwrapped
+from ..update.refusals import refuse_pieces
+from ..update.sharded import is_sharded
 
 WAYS_OUT = {'DeepSpeedStrategy': 'mmema.DeepSpeedStrategy', 'ColossalAIStrategy': 'DDPStrategy'}
 
@@ -45,3 +49,17 @@ def refuse_unsaved(runner: Runner) -> None:
                 f'{cls.__name__} cannot hold it. Train with '
                 f"strategy=dict(type='{WAYS_OUT[cls.__name__]}'), or without EMAHook."
             )
+
+
+def checked_source(runner: Runner) -> nn.Module:
+    """Return the model that averages follow; raise RunError if they cannot, or cannot be saved."""
+    saves_parts, saver = traits_of(runner).saves_parts, getattr(runner, 'strategy', runner)
+    refuse_pieces(runner.model)
+    source = unwrapped(runner.model)
+    if is_sharded(source) and not saves_parts:
+        raise RunError(
+            'a model that is sharded by FSDP2 must be saved by all ranks, but '
+            f"{type(saver).__name__} saves on rank 0 alone. Let runner_type='FlexibleRunner', "
+            "strategy=dict(type='mmema.FullyShardStrategy') shard it."
+        )
+    return source

@@ -44,6 +44,8 @@ def follow(
 class Follower:
     """An average that takes in a source, as long as it ``holds`` the tensors of both.
 
+    ``copied`` has the names of floating-point tensors that are never blended.
+
     From a late view an update only fetches the tensors; `finish` blends them.
     """
 
@@ -69,8 +71,12 @@ class Follower:
         ids = {id(t) for name, t, _ in named_tensors(source) if name in self._selected.blended}
         blended = [pair for pair in pairs if id(pair.source) in ids]
         copied = [pair for pair in pairs if id(pair.source) not in ids]
-        trained = [pair.source for pair, is_buffer in named if not is_buffer]
-        self._check = StalenessCheck(average, pairs, trained)
+        self.copied = [
+            name
+            for name, tensor, _ in named_tensors(source)
+            if tensor.is_floating_point() and id(tensor) not in ids
+        ]
+        self._check = StalenessCheck(average, pairs)
         self._blended, self._copied = BlendPlan(blended), BlendPlan(copied)
         self._guard = None
         if self._skip_counts is not None:

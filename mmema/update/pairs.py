@@ -10,10 +10,14 @@ from torch import Tensor, nn
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside MMDistributedDataParallel and its like, or test-time augmentation."""
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    return model
+    """Return the model without DDP and its like, torch.compile and test-time augmentation."""
+    while True:
+        if is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        elif hasattr(model, '_orig_mod'):  # of torch.compile
+            model = model._orig_mod
+        else:
+            return model
 
 
 def named_tensors(model: nn.Module) -> Iterator[Tuple[str, Tensor, bool]]:

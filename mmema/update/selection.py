@@ -29,8 +29,7 @@ class Selection(NamedTuple):
     def of(self, view: View) -> Selected:
         """Select from the tensors of a view; it must not be a late one, whose values are to come.
 
-        A tensor is excluded under any of its names. A frozen parameter is copied, and so is every
-        buffer that no blend preserves.
+        A tensor is excluded under any of its names. No buffer is blended that no blend preserves.
         """
         tensors = [*named_tensors(view.module)]
         masks = {id(tensor) for tensor in masks_in(view.source)}
@@ -40,7 +39,7 @@ class Selection(NamedTuple):
             name
             for name, tensor, is_buffer in tensors
             if is_number(tensor)
-            and (self._blends(tensor) if is_buffer else tensor.requires_grad)
+            and (not is_buffer or self._blends(tensor))
             and id(tensor) not in copied
             and memory_of(tensor) not in excluded
         )

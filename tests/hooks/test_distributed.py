@@ -131,7 +131,7 @@ def test_torchs_launcher_sees_success(config, tmp_path, again):
     done = subprocess.run(
         [sys.executable, *launcher, TESTS / 'command_rank.py', 'train', *config],
         cwd=tmp_path,
-        env={**os.environ, 'PYTHONPATH': str(TESTS), 'OMP_NUM_THREADS': '1'},
+        env={**os.environ, 'PYTHONPATH': forks.with_tests_on_path(), 'OMP_NUM_THREADS': '1'},
         capture_output=True,
         text=True,
         timeout=forks.LIMIT,
@@ -149,7 +149,7 @@ def test_two_agents_of_torchrun_meet_as_two_machines_do(config, tmp_path):
     meeting = ['--rdzv-backend', 'c10d', '--rdzv-endpoint', f'127.0.0.1:{port}', '--rdzv-id', 'a']
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nnodes', '2', *meeting]
     tool = [ROOT / 'tools' / 'train.py', 'line.py', '--work-dir', 'run']
-    environment = {**os.environ, 'PYTHONPATH': str(TESTS), 'OMP_NUM_THREADS': '1'}
+    environment = {**os.environ, 'PYTHONPATH': forks.with_tests_on_path(), 'OMP_NUM_THREADS': '1'}
     agents = [subprocess.Popen([*torchrun, *tool], cwd=tmp_path, env=environment) for _ in range(2)]
     try:
         assert [agent.wait(timeout=forks.LIMIT) for agent in agents] == [0, 0]

@@ -53,7 +53,7 @@ def rank_of_two():
 
 @pytest.mark.slow
 def test_both_ranks_agree(tmp_path):
-    ranks = forks.start_ranks(2, __file__, folder=tmp_path, PYTHONPATH=forks.TESTS)
+    ranks = forks.start_ranks(2, __file__, folder=tmp_path)
     status = [rank.wait() for rank in ranks]
     assert status == [0, 0], (tmp_path / 'rank_0.txt').read_text()[-3000:]
     first, second = (torch.load(tmp_path / f'kept_{r}.pth', weights_only=False) for r in (0, 1))

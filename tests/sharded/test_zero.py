@@ -16,7 +16,7 @@ from mmema.checkpoints import report
 from mmema.checkpoints.export import export
 from mmema.checkpoints.files import content_of
 from mmema.messages import RunError
-from mmema.posthoc.facts import _run_facts
+from mmema.run import facts_in_config
 
 SCRIPT = Path(__file__).parents[1] / 'zero_line.py'
 NAMES = ['zero_1', 'zero_2', 'bf16_1', 'bf16_2']
@@ -111,7 +111,7 @@ def test_an_update_follows_the_step_of_deepspeed(root):
     # As the file tells it later.
     config = dict(custom_hooks=[dict(type='mmema.EMAHook')])
     content = content_of(root / 'accumulated/iter_7.pth')
-    facts = _run_facts(config, {}, 7, content['ds_config'])
+    facts = facts_in_config(config, 4, iterations=7, deepspeed=content['ds_config'])
     assert (facts.accumulation, facts.updates) == (2, 3)
 
 

@@ -50,9 +50,7 @@ def test_statistics_by_hand(toy, number, capsys):
 def test_both_ranks_are_counted(toy):
     config, folder = toy
     call = [TOOL, config, 'toy.pth', '-o', 'out.pth', '--launcher', 'pytorch']
-    ranks = forks.start_ranks(
-        2, ROOT / 'tests' / 'command_rank.py', *call, folder=folder, PYTHONPATH=forks.TESTS
-    )
+    ranks = forks.start_ranks(2, ROOT / 'tests' / 'command_rank.py', *call, folder=folder)
     assert [rank.wait() for rank in ranks] == [0, 0], (folder / 'rank_0.txt').read_text()[-3000:]
     # Rank 0 has samples 0, 2, 4 ... and rank 1 the others, in batches of four.
     x = torch.stack([Line(16).x[rank::2].view(2, 4, 3) for rank in (0, 1)])
