@@ -362,8 +362,9 @@ def test_a_removed_or_added_layer_is_an_error_that_names_it():
     del model.anchors
     with pytest.raises(ValueError, match=r"lacks \['anchors'\]"):
         ema.update_parameters(model)
-    model.register_buffer('anchors', torch.zeros(5))
-    with pytest.raises(ValueError, match=r"'anchors' is \(2, 2\) in the average and \(5,\)"):
+    model.register_buffer('anchors', torch.zeros(5))  # of another shape: copied
+    model.norm.weight = nn.Parameter(torch.zeros(5))
+    with pytest.raises(ValueError, match=r"'norm.weight' is \(3,\) in the average and \(5,\)"):
         ema.update_parameters(model)
     assert ema.steps == 1
 
