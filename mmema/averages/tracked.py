@@ -20,7 +20,7 @@ from ..swap import copy_weights
 from ..update.finite import names_of_non_finite
 from ..update.sharded import Parts
 from .config import AverageConfig
-from .units import settle
+from .units import settle, told_least_change
 
 
 class TrackedAverage:
@@ -92,19 +92,23 @@ class TrackedAverage:
         return names_of_non_finite(module, module.reduced if isinstance(module, Parts) else None)
 
     def begin(self, facts: RunFacts, evaluated: Collection[str]) -> None:
-        """Check the restart rule at the beginning of a training.
+        """Check momentum and restart rule at the beginning of a training, and tell what is lost.
 
         Args:
             facts: Those of the run.
             evaluated: The averages of which validations give metrics.
         """
         rule = self.config.rule
-        if rule is None:
-            return
         try:
-            self.restarts.begin(self.ema_model, facts)
+            text, is_much = told_least_change(self.ema_model, facts.updates)
+            if rule is not None:
+                self.restarts.begin(self.ema_model, facts)
         except RunError as error:
             raise RunError(f'{self.label}: {error}') from None
+        if text:
+            (warn if is_much else inform)(f'{self.label}: {text}')
+        if rule is None:
+            return
         if rule.plateau and self.name not in evaluated:
             raise RunError(
                 f'{self.label}: on_plateau watches the metrics of this average, but no validation '

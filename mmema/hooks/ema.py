@@ -6,7 +6,7 @@ from functools import partial
 
 from mmengine.hooks import EMAHook as StockEMAHook
 from mmengine.model import BaseAveragedModel
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from mmengine.runner.base_loop import BaseLoop
 from torch import nn
 
@@ -184,10 +184,11 @@ class EMAHook(StockEMAHook):
         for average in self._averages.values():
             average.copy(source)
             begin_part(average.record, runner, self)
-        if any(average.config.rule for average in self._averages.values()):
-            facts, evaluated = facts_of(runner, self), prefixes_of(runner.val_loop)
-            for average in self._averages.values():
-                average.begin(facts, evaluated)
+        if not isinstance(runner.train_loop, (EpochBasedTrainLoop, IterBasedTrainLoop)):
+            return  # a loop of another library, of which nothing is known
+        facts, evaluated = facts_of(runner, self), prefixes_of(runner.val_loop)
+        for average in self._averages.values():
+            average.begin(facts, evaluated)
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Catch up on a validation that decides about a plateau, after a resume."""
