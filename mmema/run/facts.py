@@ -112,8 +112,8 @@ def facts_in_config(
         iterations = epochs_of(config) * epoch_length if by_epoch else train['max_iters']
     strategy = config.get('strategy') or {}
     if not deepspeed and kind_of(strategy) == 'DeepSpeedStrategy':
-        inner = strategy.get('config')  # a dict, or a file of its settings
-        deepspeed = {**(inner if isinstance(inner, dict) else {}), **strategy}
+        own = strategy.get('config')  # a dict, or a file of its settings
+        deepspeed = {**(own if isinstance(own, dict) else {}), **strategy}
     wrapper = config.get('optim_wrapper') or {}
     inner = [each for each in wrapper.values() if isinstance(each, dict) and 'optimizer' in each]
     several = 'optimizer' not in wrapper and inner  # for a constructor of an OptimWrapperDict
