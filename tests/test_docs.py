@@ -49,7 +49,7 @@ OTHERS = {  # files of MMYOLO and MMEngine, named as theirs
     'tests/test_model/test_averaged_model.py',
     'tests/test_hooks/test_ema_hook.py',
 }
-OF_EARLIER_VERSIONS = {'CHANGELOG.md', 'docs/upgrading.md'}  # name files that are gone
+OF_EARLIER_VERSIONS = {'CHANGELOG.md', 'docs/upgrading.md'}  # name what is gone
 OTHERS_TESTS = {'docs/upstream.md'}  # names tests of MMEngine
 FOLDERS = ('benchmarks', 'configs', 'docs', 'examples', 'mmema', 'requirements', 'tests', 'tools')
 NUMBER = r'-?\d[\d.,:]*(?:e[+-]\d+)?'
@@ -344,7 +344,7 @@ def test_files_and_tests_that_a_page_names_exist(page):
             assert span.split()[1] in targets, span
 
 
-@pytest.mark.parametrize('page', PAGES)
+@pytest.mark.parametrize('page', sorted(set(PAGES) - OF_EARLIER_VERSIONS))
 def test_names_of_the_package_exist(page):
     for name in re.findall(r'\bmmema(?:\.[A-Za-z_]\w*)+(?:\.\.\.)?', PAGES[page]):
         if not name.endswith('...'):

@@ -275,6 +275,4 @@ def collect(out, config):
     data.write_questions(out, questions)
     order = {about: k for k, about in enumerate(dict.fromkeys(key[:2] for key in found))}
     rows = [row for key in sorted(found, key=lambda k: (order[k[:2]], k[2])) for row in found[key]]
-    partial = out / f'{data.RUNS}.partial'
-    data.write_rows(partial, rows)
-    os.replace(partial, path)
+    data.write_rows(path, rows)

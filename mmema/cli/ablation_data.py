@@ -7,6 +7,7 @@ setting, as `ablation` of its config asks for them.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -116,10 +117,9 @@ def write_whole(path, text):
 
 
 def write_rows(path, rows):
-    with open(path, 'w', newline='') as file:
-        writer = csv.writer(file, lineterminator='\n')
-        writer.writerow(COLUMNS)
-        writer.writerows(rows)
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows([COLUMNS, *rows])
+    write_whole(path, text.getvalue())
 
 
 def read_rows(path):

@@ -6,7 +6,6 @@ A process of its own, which the command starts: python -m mmema.cli.ablation_run
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import random
 import shutil
@@ -46,9 +45,7 @@ def main(argv=None):
     checkpoints = kept_checkpoints(config, folder / 'work')
     about = (config.ablation.family, config.ablation.schedule, seed)
     rows = [(*about, *row) for row in evaluate(runner.model, config, checkpoints, seed)]
-    partial = folder / f'{RESULT}.partial'
-    write_rows(partial, rows)
-    os.replace(partial, folder / RESULT)
+    write_rows(folder / RESULT, rows)
     shutil.rmtree(folder / 'work')
 
 

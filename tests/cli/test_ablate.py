@@ -462,7 +462,6 @@ def test_refuses_other_settings_in_one_folder(tmp_path, data):
     config = Config.fromfile(CONFIG)
     first = ablate.Ablation(deepcopy(config), tmp_path)
     assert first.run_folder(7) == tmp_path / 'runs' / 'YOLOv5_n_to_1__' / 'seed_7'
-    ablate.Ablation(deepcopy(config), tmp_path)  # the same once more
     config.ablation.contrasts = [('ema', 'raw')]  # other questions are no other runs
     ablate.Ablation(deepcopy(config), tmp_path)
     config.train_cfg.max_epochs = 31

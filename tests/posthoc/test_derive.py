@@ -276,7 +276,7 @@ def test_what_the_files_do_not_say_has_to_be_given(stock, tmp_path):
     made = restart(*files, given=Given('mmdet.ExpMomentumEMA', 0.1, 8, 1))
     expected = stock.sum(window(exp_momenta(24, 0.1, 8), 8))
     assert_close(parameters(made.state), parameters(expected))
-    with refuses("ema_type must be one of .*, got 'Exp'"):
+    with refuses(r"\(ema_type\) must be one of .*, got 'Exp'"):
         restart(*files, given=Given('Exp'))
     with refuses('RestartableConstantEMA has no gamma, got 8'):
         restart(*files, given=Given('ExponentialMovingAverage', 0.1, 8, 1))
@@ -284,7 +284,7 @@ def test_what_the_files_do_not_say_has_to_be_given(stock, tmp_path):
         restart(*files, given=Given('ExponentialMovingAverage', 2.0, interval=1))
     with refuses('says that momentum of ema is 0.1, got 0.2'):
         restart(stock.file(2), stock.file(6), given=Given(momentum=0.2))
-    with refuses('says that ema is a RestartableExpMomentumEMA, got ema_type=Stoch'):
+    with refuses('says that ema is a RestartableExpMomentumEMA, got Stoch'):
         restart(stock.file(2), stock.file(6), given=Given('StochasticWeightAverage'))
 
 
