@@ -93,10 +93,12 @@ class EMARecalibrateHook(Hook):
                 'DDPStrategy.'
             )
         wrapper = runner.optim_wrapper
-        if not hasattr(wrapper, 'optim_context'):
+        # DeepSpeed's has no such method, an OptimWrapperDict one that raises.
+        if not hasattr(wrapper, 'optim_context') or hasattr(wrapper, 'optim_wrappers'):
             raise RunError(
                 'EMARecalibrateHook computes in the context of an OptimWrapper, but '
-                f'{type(wrapper).__name__} has none. Leave the hook out, or train with DDPStrategy.'
+                f'{type(wrapper).__name__} has none. Leave the hook out, or train with one '
+                'OptimWrapper.'
             )
         if runner.val_loop is None:
             raise RunError(

@@ -17,7 +17,7 @@ from ..checkpoints import folders
 from ..checkpoints.probe import structure
 from ..checkpoints.resume import KEPT, exchange_weights
 from ..messages import RunError, warn
-from ..run import checkpoint_hooks, traits_of
+from ..run import checkpoint_hooks, folders_of, traits_of
 from ..update.pairs import unwrapped
 from ..update.sharded import own_optimizer_state, own_state
 
@@ -128,8 +128,7 @@ def _iteration_of(name: str) -> int:
 
 def go_back(runner: Runner, ema: BaseAveragedModel, name: str) -> None:
     """Put back model, average, optimizer and AMP scaler of a copy; time, data and LR go on."""
-    resumed_from = Path(str(runner._load_from or '')).parent
-    files = [folder / name for folder in (Path(runner.work_dir), resumed_from)]
+    files = [folder / name for folder in folders_of(runner)]
     file = next((file for file in files if file.exists()), None)
     if file is None:
         raise RunError(

@@ -7,6 +7,7 @@ from .live import (
     checkpoint_hooks,
     choose_checkpoint,
     ema_hook_of,
+    folders_of,
     kept_rng,
     last_of,
     now_of,

@@ -82,6 +82,12 @@ def choose_checkpoint(runner: Runner) -> None:
         )
 
 
+def folders_of(runner: Runner) -> list[Path]:
+    """Return the folder of a run, and that of the file which it was begun from."""
+    file = runner._load_from or runner._resume  # FlexibleRunner may have a name in the second
+    return [Path(runner.work_dir), *([Path(file).parent] if isinstance(file, str) else [])]
+
+
 def what_loads(runner: Runner) -> tuple[str, bool]:
     """Return the file that is being loaded, and whether it is to resume the run.
 

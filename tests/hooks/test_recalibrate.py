@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapperDict, build_optim_wrapper
 from mmengine.runner import Runner
 from runs import Line, NormModel, ema, loader, plain_runner
 
@@ -261,6 +262,15 @@ class NoNorm(NormModel):
 def test_refused_at_the_start(tmp_path, change, message):
     runner = plain_runner(tmp_path, **{'hooks': [ema(), LAST], **change})
     with pytest.raises(ValueError, match=message):
+        runner.train()
+
+
+def test_several_optimizers_are_refused_at_the_start(tmp_path):
+    model = NormModel()
+    wrapper = build_optim_wrapper(model, dict(optimizer=dict(type='SGD', lr=0.1)))
+    several = dict(optim_wrapper=OptimWrapperDict(all=wrapper), model=model)
+    runner = plain_runner(tmp_path, [ema(), LAST], **several)
+    with pytest.raises(ValueError, match='but OptimWrapperDict has none. Leave the hook out'):
         runner.train()
 
 
