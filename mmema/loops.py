@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Sequence
 
 from mmengine.hooks import EMAHook as StockEMAHook
@@ -17,7 +16,7 @@ from .hooks.ema import EMAHook
 from .hooks.recalibrate import EMARecalibrateHook
 from .messages import RunError, warn
 from .registry import LOOPS, register_everywhere
-from .run import MAIN, averages_of, ema_hook_of, last_of, now_of, watched_metric
+from .run import MAIN, averages_of, ema_hook_of, folders_of, last_of, now_of, watched_metric
 from .run.metrics import prefixes_of
 from .swap import averaged_weights
 
@@ -146,7 +145,7 @@ class EMAValLoop(ValLoop):
             self._lacks_scores = False
             names = {name: f'{prefix}{watched.metric}' for name, prefix in prefixes.items()}
             times = [at for points in saved.values() for at, _ in points.get(MAIN, [])]
-            for folder in (Path(str(runner._load_from or '')).parent, Path(runner.work_dir)):
+            for folder in reversed(folders_of(runner)):
                 scores.add(logged_scores(folder, {MAIN: watched.metric, **names}, times))
         scores.add(saved.get(watched.metric, {}))
         for name, metrics in {MAIN: main, **self.results}.items():

@@ -49,7 +49,7 @@ OTHERS = {  # files of MMYOLO and MMEngine, named as theirs
     'tests/test_model/test_averaged_model.py',
     'tests/test_hooks/test_ema_hook.py',
 }
-OF_EARLIER_VERSIONS = {'CHANGELOG.md', 'docs/upgrading.md'}  # name files that are gone
+OF_EARLIER_VERSIONS = {'CHANGELOG.md', 'docs/upgrading.md'}  # name what is gone
 OTHERS_TESTS = {'docs/upstream.md'}  # names tests of MMEngine
 FOLDERS = ('benchmarks', 'configs', 'docs', 'examples', 'mmema', 'requirements', 'tests', 'tools')
 NUMBER = r'-?\d[\d.,:]*(?:e[+-]\d+)?'

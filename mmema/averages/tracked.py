@@ -12,6 +12,7 @@ from torch import nn
 from ..averaged import MomentumAveragedModel
 from ..checkpoints.resume import check_ema_state
 from ..messages import RunError, inform, listed, warn
+from ..record import Record
 from ..restarts.advice import beyond_the_end
 from ..restarts.controller import RestartController
 from ..restarts.progress import RuleProgress
@@ -21,7 +22,7 @@ from ..swap import copy_weights
 from ..update.finite import names_of_non_finite
 from ..update.sharded import Parts
 from .config import AverageConfig
-from .units import blend_interval, settle
+from .units import blend_interval, settle, told_least_change
 
 
 class TrackedAverage:
@@ -65,12 +66,23 @@ class TrackedAverage:
         if not self.has_own_weights:
             copy_weights(self.ema_model.module, source)
 
-    def update(self, source: nn.Module, begun: bool) -> None:
+    def update(self, source: nn.Module, begun: bool, iteration: int) -> None:
+        """Update the average at the end of an iteration; before it has begun it copies."""
+        ema, record = self.ema_model, self.record
+        counter = int(ema.steps) if begun or record.copy_is_due else 0
+        begins_later = not begun and record.copy_is_due
         if not begun:
-            self.ema_model.steps.zero_()  # an update at 0 copies, except for values that it skips
-        self.ema_model.update_parameters(source)
+            ema.steps.zero_()  # an update at 0 copies, except for values that it skips
+        record.iteration = iteration
+        ema.update_parameters(source)
         if not begun:
-            self.ema_model.steps.zero_()
+            ema.steps.fill_(counter)  # where a restart has put it
+            record.copy_is_due = begins_later
+
+    @property
+    def record(self) -> Record:
+        """The record of the average; of a class without one, another that nobody sees."""
+        return getattr(self.ema_model, 'record', None) or Record()
 
     def report(self) -> None:
         """Warn of tensors that were skipped, and of values that are no longer finite."""
@@ -91,19 +103,23 @@ class TrackedAverage:
         return names_of_non_finite(module, module.reduced if isinstance(module, Parts) else None)
 
     def begin(self, facts: RunFacts, evaluated: Collection[str]) -> None:
-        """Check the restart rule at the beginning of a training.
+        """Check momentum and restart rule at the beginning of a training, and tell what is lost.
 
         Args:
             facts: Those of the run.
             evaluated: The averages of which validations give metrics.
         """
         rule = self.config.rule
-        if rule is None:
-            return
         try:
-            self.restarts.begin(self.ema_model, facts)
+            text, is_much = told_least_change(self.ema_model, facts.updates)
+            if rule is not None:
+                self.restarts.begin(self.ema_model, facts)
         except RunError as error:
             raise RunError(f'{self.label}: {error}') from None
+        if text:
+            (warn if is_much else inform)(f'{self.label}: {text}')
+        if rule is None:
+            return
         if rule.plateau and self.name not in evaluated:
             raise RunError(
                 f'{self.label}: on_plateau watches the metrics of this average, but no validation '
@@ -131,3 +147,5 @@ class TrackedAverage:
         """Load the weights in a checkpoint; the average is a copy of the model from now on."""
         _load_checkpoint_to_model(self.ema_model.module, checkpoint, strict, 'current')
         self.has_own_weights = False
+        if self.record.updates:
+            self.ema_model.record = self.record.restarted('weights loaded')

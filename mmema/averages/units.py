@@ -11,6 +11,9 @@ from ..messages import RunError
 from ..run import RunFacts
 from ..run.horizons import updates_of_horizon
 
+LEAST_MOMENTUM = 2**-24  # half a unit in the last place of float32, as a share of the value
+MUCH = 0.01  # a change of a weight whose loss deserves a warning
+
 
 def momentum_of_horizon(horizon: str | float, interval: int, facts: RunFacts) -> float:
     """Return the momentum of an average that remembers so many of the run's recent updates."""
@@ -18,6 +21,12 @@ def momentum_of_horizon(horizon: str | float, interval: int, facts: RunFacts) ->
     if updates <= interval:
         raise RunError(
             f'a horizon must be longer than interval={interval}, but horizon={horizon!r} is '
+            f'{updates:g} updates of this run'
+        )
+    if interval / updates <= LEAST_MOMENTUM:
+        raise RunError(
+            f'a horizon must be shorter than {interval / LEAST_MOMENTUM:,.0f} updates for '
+            f'interval={interval}, or float32 rounds every blend away, but horizon={horizon!r} is '
             f'{updates:g} updates of this run'
         )
     return interval / updates
@@ -30,6 +39,40 @@ def blend_interval(updates: float) -> int:
     that is blended at every update.
     """
     return max(1, int(updates) // 100)
+
+
+def least_change(ema: BaseAveragedModel, updates: int) -> float | None:
+    """Return the least relative change of a weight that an average follows; None if not known.
+
+    A blend adds ``m (src - avg)``, and float32 rounds away what is below half a unit in the last
+    place: up to ``2**-24`` of a value. The momentum is that at the end of so many updates.
+    """
+    if not hasattr(ema, 'momentum_at'):
+        return None
+    last = max((updates - 1) // ema.interval, 1) * ema.interval
+    return LEAST_MOMENTUM / ema.momentum_at(last)
+
+
+def told_least_change(ema: BaseAveragedModel, updates: int) -> tuple[str, bool]:
+    """Return what to tell of the least change, and whether it is a warning.
+
+    Raises:
+        RunError: If the average could not even follow a weight that doubles.
+    """
+    change = least_change(ema, updates)
+    if change is None:
+        return '', False
+    momentum = LEAST_MOMENTUM / change
+    if change >= 1:
+        raise RunError(
+            f'momentum must be above 2**-24 (6e-08), or float32 rounds every blend away, got '
+            f'{momentum:g}. Take a larger one, with a larger interval for the same horizon.'
+        )
+    text = f'at momentum {momentum:g} changes of a weight below {100 * change:.2g} % may be lost'
+    if change < MUCH:
+        return text, False
+    factor = 10 ** math.ceil(math.log10(change / MUCH))
+    return f'{text}; {factor} times the interval and the momentum has the same horizon', True
 
 
 def scaled(values: dict, k: float) -> dict:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mmengine.model import BaseAveragedModel
 
-from ..averaged import state_keys
+from ..averaged import EXTRA_STATE, state_keys
 from ..messages import RunError, listed, warn
 from ..update.pairs import canonical_name
 from .probe import is_whole, top_level_keys
@@ -65,12 +65,27 @@ def check_ema_state(checkpoint: dict, ema: BaseAveragedModel, file: str) -> None
     missing = [key for key in state_keys(ema) if key not in state]
     if missing:
         raise RunError(f'the EMA state in {file} lacks {listed(missing)}. {how}')
-    own = ema.module.state_dict()
-    other = [key for key, tensor in own.items() if state[f'module.{key}'].shape != tensor.shape]
+    # Buffers may change their shape, and extra state is anything.
+    buffers = {name for name, _ in ema.module.named_buffers(remove_duplicate=False)}
+    other = [
+        key
+        for key, tensor in ema.module.state_dict().items()
+        if key not in buffers and not key.endswith(EXTRA_STATE)
+        if state[f'module.{key}'].shape != tensor.shape
+    ]
     if other:
         raise RunError(
             f'the EMA state in {file} has other shapes than the model for {listed(other)}. {how}'
         )
+
+
+def share_extra_state(checkpoint: dict) -> None:
+    """Give the average the extra state of the model's layers, which nothing has averaged."""
+    model = {canonical_name(key): value for key, value in checkpoint['state_dict'].items()}
+    average = checkpoint['ema_state_dict']
+    for key in average:
+        if key.endswith(EXTRA_STATE):
+            average[key] = model[canonical_name(key[7:])]
 
 
 def exchange_weights(checkpoint: dict) -> None:

@@ -149,7 +149,7 @@ def evaluate(model, config, checkpoints, seed):
         for name, state in (*states.items(), *again.items()):
             model.load_state_dict(state)
             if name in again:
-                measure_statistics(model, batches)
+                measure_statistics(model, batches).copy_to(model)
             model.eval()
             for split, data in splits.items():
                 yield name, split, epoch, *measured(config, data.metrics(model), name, epoch)

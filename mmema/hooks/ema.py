@@ -10,7 +10,7 @@ from typing import Sequence
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import EMAHook as StockEMAHook
 from mmengine.model import BaseAveragedModel
-from mmengine.runner import Runner, ValLoop
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, ValLoop
 from mmengine.runner.base_loop import BaseLoop
 from torch import nn
 
@@ -19,14 +19,15 @@ from ..averages.choice import LadderChoice
 from ..averages.config import DEFAULT_TYPE, AverageConfig, also_configs, ladder_configs
 from ..averages.evaluation import EvaluatorView, evaluate_quietly, refuse_other_loops
 from ..averages.tracked import TrackedAverage
-from ..checkpoints.resume import check_ema_state, exchange_weights
-from ..messages import listed, warn
+from ..checkpoints.resume import check_ema_state, exchange_weights, share_extra_state
+from ..messages import RunError, listed, warn
 from ..registry import HOOKS
 from ..run import (
     MAIN,
     RunFacts,
     auto_scale_base,
     batch_of_update,
+    begin_part,
     checked_source,
     checkpoint_hooks,
     choose_checkpoint,
@@ -34,7 +35,9 @@ from ..run import (
     facts_of,
     last_of,
     now_of,
+    refuse_late_ema_hook,
     refuse_unsaved,
+    tell_what_is_lost,
     traits_of,
     validation_follows,
     what_loads,
@@ -44,7 +47,9 @@ from ..run.metrics import prefixes_of
 from ..swap import ShardedSwap, Swap, swap_in
 from ..update.pairs import canonical_name, unwrapped
 from ..update.staging import staged_once
+from .monitor import relative_distance
 from .optimizer_steps import OptimizerSteps
+from .restart import EMARestartHook
 
 
 @HOOKS.register_module()
@@ -230,7 +235,8 @@ class EMAHook(StockEMAHook):
         ladder = self.ladder
         if ladder is None or ladder.updates:
             return
-        refuse_other_loops(val_loop)
+        if isinstance(val_loop, BaseLoop):
+            refuse_other_loops(val_loop)
         ladder.fit(facts)
         others = [n for n, c in self.configs.items() if c.blends_of_gamma is None]
         self._averages = {name: self._averages[name] for name in (*ladder.rungs, *others)}
@@ -255,18 +261,22 @@ class EMAHook(StockEMAHook):
         """Copy the model; ``init_weights`` has run and the weights are loaded by now."""
         super().before_train(runner)
         refuse_unsaved(runner)
+        refuse_late_ema_hook(runner)
+        self._optimizer_steps = OptimizerSteps()
         source = self._source(runner)
         for average in self._averages.values():
             average.copy(source)
-        if any(average.config.rule for average in self._averages.values()):
-            facts, evaluated = facts_of(runner, self), prefixes_of(runner.val_loop)
-            for average in self._averages.values():
-                average.begin(facts, evaluated)
+            begin_part(average.record, runner, self)
         if self.ladder is not None and self._never_validates(runner):
             runner.logger.warning(
                 'EMAHook: this run has no validation, so nothing is chosen: the average of '
                 f'{self.ladder.described(self.chosen)} is kept.'
             )
+        if not isinstance(runner.train_loop, (EpochBasedTrainLoop, IterBasedTrainLoop)):
+            return  # a loop of another library, of which nothing is known
+        facts, evaluated = facts_of(runner, self), prefixes_of(runner.val_loop)
+        for average in self._averages.values():
+            average.begin(facts, evaluated)
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Catch up on a validation that decides about a plateau or a ladder, after a resume."""
@@ -317,7 +327,19 @@ class EMAHook(StockEMAHook):
             for average in self._averages.values():
                 average.has_own_weights = True
                 if stepped:
-                    average.update(source, begun=self._ema_started(runner))
+                    average.update(source, self._ema_started(runner), runner.iter)
+        if steps.missed and steps.epoch_over(epoch_length(runner)):
+            self._refuse_standstill(source)
+
+    def _refuse_standstill(self, source: nn.Module) -> None:
+        """Raise RunError if the weights have moved and no step of an optimizer was seen."""
+        # Where mixed precision has skipped every step so far, the average is right.
+        if relative_distance(self.ema_model.module, source) != 0:
+            raise RunError(
+                'an average must follow the training, but the weights have changed and no '
+                f'optimizer told of a step in {self._optimizer_steps.missed} iterations. Set '
+                'per_optimizer_step=False in the EMAHook to update it at each iteration.'
+            )
 
     # --- evaluation -------------------------------------------------------------------------------
 
@@ -450,6 +472,7 @@ class EMAHook(StockEMAHook):
             raw = {f'module.{canonical_name(k)}': t for k, t in checkpoint['state_dict'].items()}
             state.update({key: raw[key] for key in state if key in raw})
         checkpoint['ema_state_dict'] = state
+        share_extra_state(checkpoint)
         exchange_weights(checkpoint)
         others = {name: state for name, state in states.items() if name != MAIN}
         if others:
@@ -462,6 +485,8 @@ class EMAHook(StockEMAHook):
         self._restore()
         averages = self._averages_of(runner)
         (file, resumes), strict = what_loads(runner), self.strict_load
+        if resumes and not any(isinstance(hook, EMARestartHook) for hook in runner.hooks):
+            tell_what_is_lost(runner, checkpoint, file)
         if not resumes or 'ema_state_dict' not in checkpoint:
             if resumes:
                 warn(
@@ -490,3 +515,11 @@ class EMAHook(StockEMAHook):
         dropped = [name for name in saved if name not in (*self._averages, MAIN)]
         if dropped:
             warn(f'{file} has averages that the config lacks; they are dropped: {listed(dropped)}')
+
+
+def epoch_length(runner: Runner) -> int:
+    """Return the iterations of an epoch, at most 1000: a set of data may be endless."""
+    try:
+        return min(len(runner.train_dataloader), 1000)
+    except TypeError:
+        return 1000

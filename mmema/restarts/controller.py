@@ -91,8 +91,11 @@ class RestartController:
         ema, before = self.ema, values_of(self.ema)
         restart = due_restart(due, now, momentum_of(ema))
         weights = self._replace_weights(runner, restart, due)
+        said = {'causes': list(restart.causes), 'iteration': runner.iter}
+        said.update(source=restart.values.get('source', 'model'))
         for one in self.rungs.values() or [ema]:
             restart.apply(one)
+            one.record.events[-1].update(said)
         after = values_of(ema)
         changes = ', '.join(f'{key} {before[key]:g} -> {after[key]:g}' for key in after)
         is_main = self.name == MAIN

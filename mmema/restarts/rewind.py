@@ -18,7 +18,7 @@ from ..checkpoints import folders
 from ..checkpoints.probe import structure
 from ..checkpoints.resume import KEPT, exchange_weights
 from ..messages import RunError, warn
-from ..run import MAIN, checkpoint_hooks, traits_of
+from ..run import MAIN, checkpoint_hooks, folders_of, traits_of
 from ..update.pairs import unwrapped
 from ..update.sharded import own_optimizer_state, own_state
 
@@ -132,8 +132,7 @@ def go_back(runner: Runner, averages: Mapping[str, BaseAveragedModel], name: str
 
     ``averages`` are the main one by its name, or the rungs of a ladder by theirs.
     """
-    resumed_from = Path(str(runner._load_from or '')).parent
-    files = [folder / name for folder in (Path(runner.work_dir), resumed_from)]
+    files = [folder / name for folder in folders_of(runner)]
     file = next((file for file in files if file.exists()), None)
     if file is None:
         raise RunError(
@@ -150,8 +149,8 @@ def go_back(runner: Runner, averages: Mapping[str, BaseAveragedModel], name: str
         if own not in states:
             raise RunError(f'{file} has no average {own!r} to go back to')
         average = states[own]
-        weights = {key: value for key, value in average.items() if key.startswith('module.')}
-        ema.rewind({'steps': average['steps'], **weights})
+        keys = [key for key in average if key.startswith('module.') or key in ('steps', 'record')]
+        ema.rewind({key: average[key] for key in keys})
     _put_back_optimizer(runner.optim_wrapper, checkpoint['optimizer'])
 
 

@@ -14,10 +14,13 @@ AUTO = (0.003, 0.01, 0.03, 0.1, 0.3)  # of the updates of a run
 
 
 def parsed_horizon(horizon: str | float) -> tuple[float, str]:
-    """Return number and unit ('epoch', 'update' or 'run') of a horizon; raise ValueError."""
+    """Return number and unit ('epoch', 'update' or 'run') of a horizon; raise ValueError.
+
+    The space may be missing: ``--cfg-options`` drops it.
+    """
     if isinstance(horizon, float) and 0 < horizon < 1:
         return horizon, 'run'
-    match = re.fullmatch(r'(\d+(?:\.\d+)?) (epoch|update)s?', str(horizon))
+    match = re.fullmatch(r'(\d+(?:\.\d+)?) ?(epoch|update)s?', str(horizon))
     if match is None or not float(match[1]):
         raise ValueError(
             "horizon must be such as '2 epochs', '500 updates' or 0.01, a share of the run in "
