@@ -29,8 +29,9 @@ def momenta(
             ema.steps.fill_(steps)
             ahead.popleft().apply(ema)
             steps = int(ema.steps)
-        if steps:
+        if steps and not ema.record.copy_is_due:
             values[i] = 0.0 if steps % ema.interval else ema.momentum_at(steps)
+        ema.record.copy_is_due = False
         steps += 1
     ema.steps.fill_(steps)
     return values
