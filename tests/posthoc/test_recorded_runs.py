@@ -113,9 +113,8 @@ def test_the_first_update_copies_after_a_soft_restart_too(tmp_path, begin, at):
 def test_a_resume_with_another_batch_size(tmp_path):
     run = train(tmp_path, ema=OURS, epochs=8, parts=[dict(stop=11), dict(batch=12)], checkpoint={})
     # Two epochs of 4 iterations are kept, then six of 2.
-    assert [row.epoch for row in run.rows] == [0] * 4 + [1] * 4 + [
-        e for e in range(2, 8) for _ in '12'
-    ]
+    epochs = [0] * 4 + [1] * 4 + [2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7]
+    assert [row.epoch for row in run.rows] == epochs
     files = files_of(run, *(f'epoch_{n}' for n in range(1, 9)))
     assert [file.time for file in files] == [f'epoch {n}' for n in range(1, 9)]
     assert [files[-1].iteration_of(epoch) for epoch in range(8)] == [0, 4, 8, 10, 12, 14, 16, 18]
@@ -164,7 +163,7 @@ def test_blended_buffers_beside_copied_ones(tmp_path):
 def test_the_last_average_is_a_copy(tmp_path, kind):
     hooks, hook = [], dict(OURS)
     if kind == 'not begun':
-        hook['begin_iter'] = 21
+        hook['begin_iter'] = 20
     else:
         hooks = [restart_hook(milestones=[19], by_epoch=False)]
     run = train(tmp_path, *hooks, ema=hook, iters=20, val_interval=100)
@@ -177,7 +176,7 @@ def test_the_last_average_is_a_copy(tmp_path, kind):
 
 
 def test_the_last_average_of_a_stock_class_is_a_copy(tmp_path):
-    hook = dict(type='EMAHook', ema_type='ExponentialMovingAverage', momentum=0.1, begin_iter=20)
+    hook = dict(type='EMAHook', ema_type='ExponentialMovingAverage', momentum=0.1, begin_iter=16)
     run = train(tmp_path, ema=hook, iters=16, val_interval=100)
     files = files_of(run, *(f'iter_{n}' for n in range(1, 17)))
     stored, (note,) = stored_profiles(files)
