@@ -44,8 +44,3 @@ def shares(momenta: np.ndarray) -> np.ndarray:
     """
     kept_by_later = np.cumprod((1 - momenta)[:0:-1])[::-1]
     return momenta * np.append(kept_by_later, 1.0)
-
-
-def share_of_blocks(shares: np.ndarray, length: int) -> np.ndarray:
-    """Return the sums of ``shares`` over blocks of ``length`` updates, such as epochs."""
-    return np.add.reduceat(shares, np.arange(0, len(shares), length))
