@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Sequence, Union
+from typing import Iterable, Sequence, Union
 
 import torch
 from mmengine.model import BaseAveragedModel
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .arguments import check_bool, check_integer, check_strings
 from .messages import listed, warn
+from .record import Record, blends_by_rule
 from .registry import MODELS
 from .schedules import ExpSchedule, Schedule
 from .swap import refuse_while_swapped
@@ -46,10 +47,10 @@ class MomentumAveragedModel(BaseAveragedModel):
     At every update ``avg <- (1 - m) avg + m src``, with ``m`` from the schedule; the first update,
     and the first after a hard restart, copies.
 
-    - Parameters are blended, once each: two names for one tensor are one tensor.
+    - Parameters are blended, once each, frozen or not: two names for one tensor are one tensor. A
+      constant one stays as it is, bit for bit.
     - Buffers are copied at every update, non-persistent ones too; with ``update_buffers`` those of
       a floating-point dtype are blended instead.
-    - Frozen parameters (``requires_grad=False`` in the source) are copied, as long as they are.
     - Sixteen-bit parameters have a float32 average.
     - The tensors of the source are found by name in the ``model`` that the update is given, and
       found again as soon as anything in it was re-assigned, converted or replaced.
@@ -58,6 +59,8 @@ class MomentumAveragedModel(BaseAveragedModel):
     - With an average in main memory and a source on a GPU an update is staged: it only sends the
       weights on their way. They are taken in at the next update, or as soon as anything of the
       average is read through this object.
+
+    What each update did stands in ``record``, which is a part of the state.
 
     The other arguments are those of `ExpMomentumEMA`.
     """
@@ -93,20 +96,22 @@ class MomentumAveragedModel(BaseAveragedModel):
         self.register_buffer('steps', torch.tensor(0, device='cpu'))
         self._follower = None  # see update/follower.py; made at the first update
         self._skip_counts = SkipCounts()
+        self._skipped_before = 0  # tensors, in the run that was resumed
+        self.record = Record()
         _question_decay(schedule)
 
     # --- the schedule -----------------------------------------------------------------------------
 
     def momentum_at(self, steps: int) -> float:
         """Return the momentum of the update that finds the counter at ``steps`` > 0."""
-        return self.schedule(steps // self.interval if self.schedule.counts_blends else steps)
+        return self.schedule.at(steps, self.interval)
 
     @property
     def current_momentum(self) -> float:
         """The momentum that the next blend will use; 1.0 where the next update copies."""
         steps = int(self.steps)
         due = math.ceil(steps / self.interval) * self.interval
-        return self.momentum_at(due) if steps else 1.0
+        return self.momentum_at(due) if steps and not self.record.copy_is_due else 1.0
 
     def _schedule_with(self, **values) -> Schedule:
         return replace(self.schedule, **values)
@@ -134,13 +139,21 @@ class MomentumAveragedModel(BaseAveragedModel):
             selection = Selection(self.update_buffers, self.exclude)
             skip_counts = self._skip_counts if self.skip_non_finite else None
             self._follower = follow(average, source, selection, skip_counts)
-        self._follower.update(self._momentum_due())
+            self.record.copied = self._copied_against_the_rule(self._follower.copied)
+        steps = int(self.steps)
+        momentum = self._momentum_due(steps)
+        self._follower.update(momentum)
+        settings = (self.schedule, self.interval, self.update_buffers, self.exclude)
+        self.record.add(steps, momentum, settings)
         self.steps.add_(1)
 
-    def _momentum_due(self) -> float | None:
+    def _copied_against_the_rule(self, copied: Iterable[str]) -> list[str]:
+        names = map(canonical_name, copied)
+        return [n for n in names if blends_by_rule(n, self.update_buffers, self.exclude)]
+
+    def _momentum_due(self, steps: int) -> float | None:
         """Return the momentum of this update: 1 if it copies, None if it does not blend."""
-        steps = int(self.steps)
-        if steps == 0:
+        if steps == 0 or self.record.copy_is_due:
             return 1.0
         return self.momentum_at(steps) if steps % self.interval == 0 else None
 
@@ -219,7 +232,15 @@ class MomentumAveragedModel(BaseAveragedModel):
         kwargs = {'assign': True} if assign else {}  # torch 2.0 does not know the argument
         return super().load_state_dict(state_dict, strict=strict, **kwargs)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.skip_non_finite:
+            self.record.skipped = self._skipped_before + sum(self.skipped.values())
+        destination[f'{prefix}record'] = self.record.encode()
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
+    ):
         self._finish()  # else the update on its way would change the state that is loaded
         saved, own = schedule_name(state_dict, prefix), self.schedule.name
         if saved not in (None, own):
@@ -228,8 +249,18 @@ class MomentumAveragedModel(BaseAveragedModel):
                 f'{type(self).__name__} has {own!r}. Use the averaged model that wrote it, or '
                 'start from its weights alone with `load_from`.'
             )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        )
         self.steps = self.steps.cpu()  # with assign=True it is the tensor of the state
+        key = f'{prefix}record'
+        unexpected[:] = [name for name in unexpected if name != key]
+        if key in state_dict:
+            self.record = Record.decode(state_dict[key])
+        else:  # of another class, or of an older version
+            self.record = self.record.restarted('loaded from a state without a record')
+        if self.skip_non_finite:  # what is counted here from now on comes on top
+            self._skipped_before = self.record.skipped - sum(self.skipped.values())
 
     def _apply(self, fn, *args, **kwargs):
         steps = self.steps

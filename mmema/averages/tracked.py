@@ -11,6 +11,7 @@ from torch import nn
 
 from ..checkpoints.resume import check_ema_state
 from ..messages import RunError, inform, listed, warn
+from ..record import Record
 from ..restarts.advice import beyond_the_end
 from ..restarts.controller import RestartController
 from ..restarts.progress import RuleProgress
@@ -54,12 +55,24 @@ class TrackedAverage:
         if not self.has_own_weights:
             copy_weights(self.ema_model.module, source)
 
-    def update(self, source: nn.Module, begun: bool) -> None:
-        if not begun:
-            self.ema_model.steps.zero_()  # an update at 0 copies, except for values that it skips
-        self.ema_model.update_parameters(source)
-        if not begun:
-            self.ema_model.steps.zero_()
+    def update(self, source: nn.Module, begun: bool, iteration: int) -> None:
+        """Update the average at the end of an iteration; before it has begun it copies."""
+        ema, record = self.ema_model, self.record
+        record.iteration = iteration
+        if begun:
+            ema.update_parameters(source)
+            return
+        was_restarted = record.copy_is_due
+        counter = int(ema.steps) if was_restarted else 0
+        ema.steps.zero_()  # an update at 0 copies, except for values that it skips
+        ema.update_parameters(source)
+        ema.steps.fill_(counter)
+        record.copy_is_due = was_restarted
+
+    @property
+    def record(self) -> Record:
+        """The record of the average; of a class without one, another that nobody sees."""
+        return getattr(self.ema_model, 'record', None) or Record()
 
     def report(self) -> None:
         """Warn of tensors that were skipped, and of values that are no longer finite."""
@@ -120,3 +133,5 @@ class TrackedAverage:
         """Load the weights in a checkpoint; the average is a copy of the model from now on."""
         _load_checkpoint_to_model(self.ema_model.module, checkpoint, strict, 'current')
         self.has_own_weights = False
+        if self.record.updates:
+            self.ema_model.record = self.record.restarted('weights loaded')

@@ -10,6 +10,8 @@ from typing import Dict
 import torch
 from torch import Tensor, nn
 
+from ..record import Record
+
 State = Dict[str, Tensor]
 
 # Maker, marks, and the places of average, raw weights and counter (None: not saved). A file with
@@ -53,6 +55,7 @@ class Weights:
     raw_at: str = ''
     steps: int | None = None  # updates of the average; None if the file does not say
     live: dict = field(default_factory=dict)  # beside it in a restartable average's state
+    record: Record | None = None  # of its updates
     also: dict[str, Weights] = field(default_factory=dict)  # the other averages of a run, by name
     meta: dict = field(default_factory=dict)  # of an MMEngine checkpoint
     exported: dict = field(default_factory=dict)  # record of an export, in ``meta``
@@ -121,7 +124,8 @@ def _read_run(values: dict) -> Weights:
     if 'ema_state_dict' not in values:
         _set_only_weights(found, state)
         return found
-    found.live = _live_values(_dict_at(values, 'ema_state_dict'))
+    ema = _dict_at(values, 'ema_state_dict')
+    found.live, found.record = _live_values(ema), _record(ema)
     swapped = _tensors(values.get("ema_state_dict['module.*']", {}), 'ema_state_dict')
     found.note_missing(swapped, state, 'ema_state_dict', 'for these the two are the same')
     raw = with_metadata(state, {name: swapped.get(name, state[name]) for name in state})
@@ -141,7 +145,8 @@ def _read_also(found: Weights, name: str, values: dict) -> None:
     state = _dict_at(_dict_at(values, place), 'state_dict')
     own = _tensors(_averaged_model(state, 'module.*').get('module.*', {}), place)
     if not found.note_missing(own, found.average, place, 'it is left out'):
-        other = Weights(found.maker, steps=_counter(state, 'steps'), live=_live_values(state))
+        other = Weights(found.maker, steps=_counter(state, 'steps'))
+        other.live, other.record = _live_values(state), _record(state)
         other.average = with_metadata(found.average, {key: own[key] for key in found.average})
         found.also[name] = other
 
@@ -178,11 +183,22 @@ def _live_values(ema: dict) -> dict:
     """Return the schedule, live values and restarts of a restartable average; else nothing."""
     if 'restarts' not in ema:
         return {}
-    live = {k: v for k, v in ema.items() if k != 'steps' and not str(k).startswith('module.')}
+    apart = ('steps', 'record')
+    live = {k: v for k, v in ema.items() if k not in apart and not str(k).startswith('module.')}
     name = live.get('schedule')
     if name is not None and not _is_text(name):
         raise CheckpointError('schedule must be a name in ASCII, in a uint8 tensor')
     return _tensors(live, 'the EMA state')
+
+
+def _record(ema: dict) -> Record | None:
+    """Return the record of an average; None if its class has none."""
+    if 'record' not in ema:
+        return None
+    try:
+        return Record.decode(ema['record'])
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _is_text(value) -> bool:
@@ -196,7 +212,7 @@ def _read_other(
     """Read the weights and the counter at the places of a format."""
     found.steps = _counter(values, steps)
     if steps == 'steps':
-        found.live = _live_values(values)
+        found.live, found.record = _live_values(values), _record(values)
     if 'YOLOv5' in found.maker and values['ema'] is None:
         average, raw = 'model', None
         found.notes.append('`ema` is empty: the optimizer was stripped, and `model` has the EMA')

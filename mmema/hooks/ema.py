@@ -20,6 +20,7 @@ from ..run import (
     MAIN,
     auto_scale_base,
     batch_of_update,
+    begin_part,
     checked_source,
     choose_checkpoint,
     ema_hook_of,
@@ -176,6 +177,7 @@ class EMAHook(StockEMAHook):
         source = self._source(runner)
         for average in self._averages.values():
             average.copy(source)
+            begin_part(average.record, runner, self)
         if any(average.config.rule for average in self._averages.values()):
             facts, evaluated = facts_of(runner, self), prefixes_of(runner.val_loop)
             for average in self._averages.values():
@@ -206,7 +208,7 @@ class EMAHook(StockEMAHook):
             for average in self._averages.values():
                 average.has_own_weights = True
                 if stepped:
-                    average.update(source, begun=self._ema_started(runner))
+                    average.update(source, self._ema_started(runner), runner.iter)
 
     # --- evaluation -------------------------------------------------------------------------------
 

@@ -122,7 +122,7 @@ def counters_of(ema_model: BaseAveragedModel) -> nn.Module:
     """Return the counter and the live values of an averaged model, as parameters of a module."""
     counters = nn.Module()
     for name, value in ema_model.state_dict().items():
-        if not name.startswith('module.'):
+        if not name.startswith('module.') and name != 'record':
             value = nn.Parameter(value, requires_grad=False)
             counters.register_parameter(name.replace('.', ' '), value)
     return counters

@@ -17,7 +17,7 @@ from ..restarts.controller import RestartController
 from ..restarts.planner import plan
 from ..restarts.progress import RuleProgress
 from ..restarts.rule import RestartRule
-from ..run import choose_checkpoint, ema_hook_of, facts_of, traits_of, what_loads
+from ..run import begin_part, choose_checkpoint, ema_hook_of, facts_of, traits_of, what_loads
 
 
 @register_everywhere(HOOKS)
@@ -121,6 +121,9 @@ class EMARestartHook(Hook):
         planned = plan(rules, facts)
         self._controller = RestartController([hook.progress for hook in hooks])
         self._controller.begin(ema, facts)
+        self._tells_iterations = not hasattr(ema_hook, 'also')  # MMEngine's hook does not
+        if self._tells_iterations:
+            begin_part(ema.record, runner, ema_hook)
         for line in advice(rules, planned, facts, ema):
             warn(f'EMARestartHook: {line}')
 
@@ -133,6 +136,8 @@ class EMARestartHook(Hook):
         """Restart if a trigger of any hook is due and not yet done."""
         if self._controller is not None:
             self._controller.restart_if_due(runner)
+            if self._tells_iterations:
+                self._controller.ema.record.iteration = runner.iter
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         """Decide about a plateau, unless the validation is outside of training."""

@@ -74,6 +74,8 @@ class RestartController:
         restart = due_restart(due, now, momentum_of(ema))
         weights = self._replace_weights(runner, restart, due)
         restart.apply(ema)
+        said = {'causes': list(restart.causes), 'iteration': runner.iter}
+        ema.record.events[-1].update(said, source=restart.values.get('source', 'model'))
         after = values_of(ema)
         changes = ', '.join(f'{key} {before[key]:g} -> {after[key]:g}' for key in after)
         is_main = self.name == MAIN

@@ -140,8 +140,8 @@ def go_back(runner: Runner, ema: BaseAveragedModel, name: str) -> None:
     exchange_weights(checkpoint)
     model, average = unwrapped(runner.model), checkpoint['ema_state_dict']
     model.load_state_dict(own_state(checkpoint['state_dict'], model))
-    weights = {key: value for key, value in average.items() if key.startswith('module.')}
-    ema.rewind({'steps': average['steps'], **weights})
+    keys = [key for key in average if key.startswith('module.') or key in ('steps', 'record')]
+    ema.rewind({key: average[key] for key in keys})
     _put_back_optimizer(runner.optim_wrapper, checkpoint['optimizer'])
 
 

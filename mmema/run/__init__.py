@@ -17,5 +17,6 @@ from .live import (
 )
 from .metrics import less_is_better, watched_metric
 from .names import MAIN, label_of, scalars_of
+from .record import begin_part
 from .strategies import StrategyTraits, checked_source, refuse_unsaved, traits_of
 from .switches import SWITCH_HOOKS, switches_of

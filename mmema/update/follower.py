@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .blend_plan import BlendPlan
 from .guard import Guard, SkipCounts
-from .pairs import Pair, memory_of, pairs_of
+from .pairs import Pair, memory_of, named_tensors, pairs_of
 from .refusals import refuse_pieces
 from .selection import Selection
 from .sharded import PartsView, is_sharded
@@ -43,6 +43,8 @@ def follow(
 class Follower:
     """An average that takes in a source, as long as it ``holds`` the tensors of both.
 
+    ``copied`` has the names of floating-point tensors that are never blended.
+
     From a late view an update only fetches the tensors; `finish` blends them.
     """
 
@@ -68,8 +70,12 @@ class Follower:
         ids = self._selection.blended_in(source)
         blended = [pair for pair in pairs if id(pair.source) in ids]
         copied = [pair for pair in pairs if id(pair.source) not in ids]
-        trained = [pair.source for pair, is_buffer in named if not is_buffer]
-        self._check = StalenessCheck(average, pairs, trained)
+        self.copied = [
+            name
+            for name, tensor, _ in named_tensors(source)
+            if tensor.is_floating_point() and id(tensor) not in ids
+        ]
+        self._check = StalenessCheck(average, pairs)
         self._blended, self._copied = BlendPlan(blended), BlendPlan(copied)
         self._guard = None
         if self._skip_counts is not None:

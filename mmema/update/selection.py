@@ -20,7 +20,7 @@ class Selection(NamedTuple):
     def blended_in(self, source: nn.Module) -> set:
         """Return the ids of the tensors of ``source`` that are blended.
 
-        A tensor is excluded under any of its names. A frozen parameter is copied.
+        A tensor is excluded under any of its names.
         """
         tensors = [*named_tensors(source)]
         excluded = {memory_of(tensor) for name, tensor, _ in tensors if self._excludes(name)}
@@ -28,7 +28,7 @@ class Selection(NamedTuple):
             id(tensor)
             for _, tensor, is_buffer in tensors
             if is_number(tensor)
-            and (self.update_buffers if is_buffer else tensor.requires_grad)
+            and (self.update_buffers or not is_buffer)
             and memory_of(tensor) not in excluded
         }
 

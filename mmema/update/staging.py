@@ -115,7 +115,7 @@ class Transfer(NamedTuple):
 
 def _kind(tensor: Tensor) -> tuple:
     # With other strides than its target's a source goes through memory that is not pinned.
-    return tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.requires_grad
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
 def _transfers_of(tensors: List[Tensor], blended: set) -> List[Transfer]:

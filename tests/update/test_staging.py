@@ -323,17 +323,6 @@ def test_an_interrupted_wait_forgets_nothing(far, monkeypatch):
     assert torch.equal(ema.module.conv.weight, torch.full((3, 2, 1, 1), 3.0))
 
 
-def test_frozen_parameters_are_copied(far):
-    model, ema = make(far, interval=2)
-    ema.update_parameters(model)
-    model.norm.weight.requires_grad_(False)
-    nn.init.constant_(model.norm.weight, 3)
-    nn.init.constant_(model.norm.bias, 3)
-    ema.update_parameters(model)  # the second of an interval blends nothing
-    assert torch.equal(ema.module.norm.weight, torch.full((3,), 3.0))
-    assert torch.equal(ema.module.norm.bias, torch.zeros(3))
-
-
 def test_a_source_with_other_layers_is_an_error_and_the_average_stays(far):
     model, ema = make(far)
     ema.update_parameters(model)
