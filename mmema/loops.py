@@ -114,6 +114,7 @@ class EMAValLoop(ValLoop):
         def call_hook(name, **kwargs):
             nonlocal swapped
             if name == 'after_val_epoch':
+                refuse_same_names(kwargs['metrics'], others)
                 swapped = False
                 if kwargs['metrics']:
                     kwargs['metrics'].update(others)
@@ -158,3 +159,13 @@ class EMAValLoop(ValLoop):
         if now == last_of(loop) or getattr(loop, 'stop_training', False):
             unit = 'iter' if isinstance(loop, IterBasedTrainLoop) else 'epoch'
             runner.logger.info(scores.table(unit))
+
+
+def refuse_same_names(main: dict, others: dict) -> None:
+    """Raise RunError if a metric of the main average is called as one of other weights."""
+    for name in main:
+        if name in others:
+            raise RunError(
+                f'the metric {name!r} of the main average and {name.partition("/")[2]!r} of '
+                f'{name.partition("/")[0]!r} have one name. Give that average another name in also.'
+            )

@@ -138,9 +138,8 @@ class Clock(Hook):
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         ema = ema_of(runner)
-        self.seen.append(
-            (runner.iter, int(ema.steps), getattr(ema, 'momentum', None), ema.restarts)
-        )
+        restarts = getattr(ema, 'restarts', 0)
+        self.seen.append((runner.iter, int(ema.steps), getattr(ema, 'momentum', None), restarts))
 
 
 class Crash(Hook):

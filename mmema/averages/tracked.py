@@ -69,15 +69,16 @@ class TrackedAverage:
     def update(self, source: nn.Module, begun: bool, iteration: int) -> None:
         """Update the average at the end of an iteration; before it has begun it copies."""
         ema, record = self.ema_model, self.record
-        counter = int(ema.steps) if begun or record.copy_is_due else 0
-        begins_later = not begun and record.copy_is_due
-        if not begun:
-            ema.steps.zero_()  # an update at 0 copies, except for values that it skips
         record.iteration = iteration
+        if begun:
+            ema.update_parameters(source)
+            return
+        was_restarted = record.copy_is_due
+        counter = int(ema.steps) if was_restarted else 0
+        ema.steps.zero_()  # an update at 0 copies, except for values that it skips
         ema.update_parameters(source)
-        if not begun:
-            ema.steps.fill_(counter)  # where a restart has put it
-            record.copy_is_due = begins_later
+        ema.steps.fill_(counter)
+        record.copy_is_due = was_restarted
 
     @property
     def record(self) -> Record:

@@ -9,7 +9,7 @@ from mmengine.model import BaseAveragedModel
 from ..averaged import EXTRA_STATE, state_keys
 from ..messages import RunError, listed, warn
 from ..update.pairs import canonical_name
-from .probe import is_whole, top_level_keys
+from .probe import checkpoint_files, is_whole, top_level_keys
 
 # Prefix of the copies of best checkpoints that are kept for restarts.
 KEPT = 'best_before_restart_at_'
@@ -36,7 +36,7 @@ def checkpoint_to_resume(work_dir: str | Path) -> str | None:
         if file.is_dir() or is_whole(file):  # MMEngine's strategies write folders
             return str(file)
     state = 'cut short' if named.is_file() else 'gone'
-    files = {file for folder in (work_dir, named.parent) for file in folder.glob('*.pth')}
+    files = {file for folder in (work_dir, named.parent) for file in checkpoint_files(folder)}
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         kept = file.name.startswith(KEPT)  # for a restart; newer than its content
         if not kept and is_whole(file) and 'optimizer' in top_level_keys(file):

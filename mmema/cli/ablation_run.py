@@ -23,6 +23,7 @@ from mmengine.runner import Runner, set_random_seed
 
 from ..checkpoints.files import load
 from ..hooks.recalibrate import measure_statistics
+from ..run.checkpoints import checkpoints_in
 from ..run.config import averages_in, hooks_in, kind_of
 from ..run.metrics import is_score, prefixes_in, watched_metric
 from ..run.switches import use_last_pipeline
@@ -78,7 +79,7 @@ def number_kept(config):
 
 def kept_checkpoints(config, folder):
     """Return the checkpoints to evaluate, by epoch."""
-    files = {int(file.stem[6:]): file for file in folder.glob('epoch_*.pth')}
+    files = {saved.epoch: saved.file for saved in checkpoints_in(folder)[0]}
     return {epoch: files[epoch] for epoch in sorted(files)[-number_kept(config) :]}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
@@ -10,10 +12,21 @@ import numpy as np
 from ..checkpoints.export import write_weights
 from ..checkpoints.files import load
 from ..checkpoints.formats import CheckpointError, State
+from ..checkpoints.probe import structure
 from ..run import MAIN
 from .facts import FileFacts, check_same_run, facts_in
 from .history import NOTHING, Given, average_config, average_in, momenta_between, repeats_tied
-from .mixture import STATISTICS, Pattern, Selected, Term, copied_in, mix, pattern_of
+from .mixture import (
+    STATISTICS,
+    Pattern,
+    Selected,
+    Term,
+    bytes_of,
+    copied_in,
+    mix,
+    pattern_of,
+    weights_in,
+)
 from .profiles import PLAIN, Fit, Kind, Stored
 from .profiles import fit as fit_profiles
 from .records import Passed, copied_by, passed_between
@@ -184,10 +197,12 @@ def mean(files: Sequence[str | Path], weights: str = 'raw', trust: bool = False)
     """Return the plain mean of one set of weights over files.
 
     Floating-point tensors are averaged, BatchNorm's statistics too; all others are those of the
-    last file.
+    last file. A file with the weights of another one at the same iteration, as ``best_*.pth`` may
+    be, counts once.
 
     Args:
-        files: Two or more checkpoints of one model, the last one in time at the end.
+        files: Two or more checkpoints of one model. Those of runs are put in the order of time;
+            else the last one in time stands at the end.
         weights: 'raw', 'ema' or a name in ``also``. Defaults to 'raw'.
         trust: As of :func:`mmema.checkpoints.files.load`.
 
@@ -200,13 +215,47 @@ def mean(files: Sequence[str | Path], weights: str = 'raw', trust: bool = False)
         raise CheckpointError(
             f'a mean is of at least two files, each once, got {", ".join(map(str, paths)) or None}'
         )
+    paths, same = _each_once(paths, weights, trust)
+    if len(paths) < 2:
+        raise CheckpointError(
+            f'a mean is of at least two sets of weights, but {", ".join(same)} have those of '
+            f'{paths[0].name}'
+        )
     state = mix([Term(path, weights, {1: 1 / len(paths)}) for path in paths], trust=trust)
     meta = load(paths[-1], trust).meta
     about = {'weights': f'mean of {weights}', 'made': 'mean', 'of': [p.name for p in paths]}
     lines = [('mean', f'of the {weights} weights in {len(paths)} files')]
+    if same:
+        lines.append(('note', f'with the weights of another file, and left out: {", ".join(same)}'))
     if any(name.endswith(STATISTICS) for name in state):
         lines.append(('note', STATISTICS_NOTE))
     return Made(state, {**meta, 'mmema': about}, lines)
+
+
+def _each_once(paths: Sequence[Path], weights: str, trust: bool) -> tuple[list[Path], list[str]]:
+    """Return files of different weights in the order of time, and the names of those left out.
+
+    Two files are compared where they are of one iteration. BatchNorm's statistics do not count: a
+    checkpoint is saved before EMARecalibrateHook measures them, and the best one after it.
+    """
+    times = {path: structure(path).get('meta', {}).get('iter') for path in paths}
+    known = {}
+    if None not in times.values():
+        paths = sorted(paths, key=lambda path: times[path])
+    at = Counter(times.values())
+    for path in sorted(paths, key=lambda path: path.name.startswith('best_')):
+        weighed = path
+        if at[times[path]] > 1:
+            state = weights_in(load(path, trust), Term(path, weights, {}))
+            floats = [(n, t) for n, t in state.items() if not n.endswith(STATISTICS)]
+            digest = sha256()
+            for name, tensor in sorted(floats):
+                if tensor.is_floating_point():
+                    digest.update(name.encode() + bytes_of(tensor))
+            weighed = (times[path], digest.hexdigest())
+        known.setdefault(weighed, path)
+    kept = set(known.values())
+    return [p for p in paths if p in kept], [p.name for p in paths if p not in kept]
 
 
 STATISTICS_NOTE = (

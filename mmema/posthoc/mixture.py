@@ -156,12 +156,12 @@ def _numbers_of_names(average: State, raw: State, names: set[str]) -> dict[str, 
     """
     groups: dict = {}
     for name in sorted(names):
-        values = tuple(_bytes(state[name]) for state in (average, raw))
+        values = tuple(bytes_of(state[name]) for state in (average, raw))
         groups.setdefault((tuple(raw[name].shape), *map(hash, values)), []).append(name)
     return {name: len(group) for group in groups.values() if len(group) > 1 for name in group}
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def bytes_of(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
