@@ -143,7 +143,7 @@ def twin(rows, *, ema, restarts=(), begin=0, best=None, changed=None):
             if which in done or getattr(row, unit) < moment:
                 continue
             done.add(which)
-            if new.get('source') == 'best' and best is not None:
+            if new.get('source') == 'best' and best(row):
                 steps, shares, copy_is_due = states[best(row) - 1]
             if new.get('steps') is not None:
                 copy_is_due |= steps == 0 and new['steps'] > 0
