@@ -147,8 +147,8 @@ class Drawn:
         for name, settings in self.averages.items():
             rules = self.rules if name == 'ema' else self.own_rules[name]
             result[name] = [
-                (steps, shares.copy())
-                for steps, shares in twin(
+                (steps, shares.copy(), last)
+                for steps, shares, last in twin(
                     rows,
                     ema=settings,
                     restarts=self.moments(rules, rows),
@@ -195,21 +195,15 @@ def check(seed, folder):
             own = {key[7:]: value for key, value in state.items() if key.startswith('module.')}
             states[name] = own, state['steps']
         for name, (state, steps) in states.items():
-            expected, shares = twins[name][facts.iteration - 1]
+            expected, shares, last = twins[name][facts.iteration - 1]
             assert int(steps) == expected, f'{name} in {facts}: {int(steps)} steps, not {expected}'
             if shares.any():
-                last = last_update(rows[: facts.iteration])
-                assert_sum(state, rows, shares, last, **drawn.selection(name))
+                assert_sum(state, rows, shares, rows[last], **drawn.selection(name))
     check_restarts(drawn, run, files, twins, count)
     check_fits(drawn, run, files, twins, count)
     check_means(run, files, draw, count)
     check_plot(drawn, run, files, twins, count)
     return count
-
-
-def last_update(rows):
-    """Return the row of the last update, whose buffers an average has."""
-    return next(row for row in reversed(rows) if row.stepped)
 
 
 def check_restarts(drawn, run, files, twins, count):
