@@ -19,7 +19,7 @@ import toy_config
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from tool_runs import ROOT, call_here, call_tool, refusal
+from tool_runs import ROOT, call_forked, call_here, refusal
 
 from mmema.checkpoints.files import load
 from mmema.cli import ablate, ablation_data, ablation_run, paired
@@ -686,7 +686,7 @@ def toy_file(folder, ablation):
 
 @pytest.fixture(params=['toy', pytest.param('digits', marks=pytest.mark.extensive)])
 def short(request, tmp_path, monkeypatch):
-    """Arguments of a call whose runs take seconds, the number of averages, and the first question."""
+    """Arguments of a call of seconds, the number of its averages, and the first question."""
     if request.param == 'digits':
         data = request.getfixturevalue('data')
         # Raw, ema, 15 beside it, 2 recalibrated.
@@ -726,7 +726,7 @@ def test_an_interrupted_ablation_goes_on_and_leaves_out_what_fails(short, tmp_pa
     assert 'interrupted; the same call goes on where it was' in errors.read_text()
     assert not (first / 'result.csv').exists() and not second.exists()
 
-    done = call_tool('ablate', *call, '--jobs', '2', folder=tmp_path)
+    done = call_forked('ablate', *call, '--jobs', '2', folder=tmp_path)
     assert done.returncode == 1, done.stderr[-2000:]
     assert 'resumed epoch: ' in (first / 'log.txt').read_text()
     assert f'failed, left out: {name}, seed 9: ' in done.stderr
