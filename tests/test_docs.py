@@ -25,7 +25,7 @@ import runs
 import torch
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
-from tool_runs import ROOT, call_tool
+from tool_runs import ROOT, call_forked, call_here
 from torch.distributed.run import get_args_parser as torchs_parser
 from wheels import PIP_INSTALL, call, copy_sources
 
@@ -158,8 +158,7 @@ def bash_block(page, content, folder, request):
         elif program == 'mmema':
             assert page == 'docs/monitoring.md' or (ROOT / arguments[1]).is_file(), arguments
             done = request.getfixturevalue('shown_run')
-            plotted = call_tool(*arguments, folder=done.folder)
-            assert plotted.returncode == 0, plotted.stderr
+            call_here(*arguments, folder=done.folder)
             drawn = done.folder / arguments[arguments.index('-o') + 1]
             assert drawn.read_bytes().startswith(b'\x89PNG')
         else:
@@ -273,7 +272,7 @@ def shown_run(tmp_path_factory):
         'train_dataloader.num_workers=0 train_dataloader.persistent_workers=False'
     )
     command = 'docs/monitoring.py --work-dir work_dirs/digits --cfg-options'
-    done = call_tool('train', *command.split(), *options.split(), folder=folder)
+    done = call_forked('train', *command.split(), *options.split(), folder=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     text = re.sub(r'memory: \d+ +', '', done.stdout + done.stderr)  # a column of GPUs
     return Shown(folder, text)

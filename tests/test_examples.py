@@ -8,7 +8,7 @@ import make_digits
 import pytest
 import torch
 from runs import averages_of, ema_hook_of, log_of, points
-from tool_runs import ROOT, call_tool, refusal
+from tool_runs import ROOT, call_forked, call_here, output_of, refusal
 
 import mmema
 
@@ -77,7 +77,7 @@ def trained(name, data, folder):
     """Run tools/train.py; return its output, the scalars of its validation and its checkpoint."""
     pytest.importorskip(name.partition('_')[0])
     config = CONFIGS / f'{name}.py'
-    done = call_tool('train', config, '--work-dir', 'w', *options_of(name, data), folder=folder)
+    done = call_forked('train', config, '--work-dir', 'w', *options_of(name, data), folder=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = (folder / 'w').glob('*/vis_data/scalars.json')
     lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -125,15 +125,13 @@ def test_other_libraries_train_and_test(name, data, tmp_path):
         assert len(switched) == 3
         assert all(word in line for word, line in zip(words, switched))
     call = (CONFIGS / f'{name}.py', '--iters-per-epoch', 32, '-o', 'plan.png')
-    done = call_tool('plot', *call, folder=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    call_here('plot', *call, folder=tmp_path)
     # The test set is that of the validation here, and the file has the averaged weights.
     options = [*options_of(name, data), *as_validated(name)]
     call = (CONFIGS / f'{name}.py', file, '--work-dir', 't', '--out', 'p.pkl', *options)
-    done = call_tool('test', *call, folder=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed = output_of('test', *call, folder=tmp_path)
     metric = METRICS[name]
-    (found,) = re.findall(rf'^ +{metric} +([\d.]+)$', done.stdout, re.M)
+    (found,) = re.findall(rf'^ +{metric} +([\d.]+)$', printed, re.M)
     assert float(found) == pytest.approx(scores[metric], abs=1e-3)
     assert (tmp_path / 'p.pkl').stat().st_size > 0
 

@@ -4,7 +4,7 @@ import io
 import os
 import subprocess
 import sys
-from contextlib import chdir, redirect_stderr
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -35,7 +35,14 @@ def call_here(command, *arguments, folder):
         main([command, *map(str, arguments)])
 
 
-def call_tool(command, *arguments, folder):
+def output_of(command, *arguments, folder):
+    """Run ``mmema COMMAND`` in this process; return what it printed."""
+    with redirect_stdout(io.StringIO()) as printed:
+        call_here(command, *arguments, folder=folder)
+    return printed.getvalue()
+
+
+def call_forked(command, *arguments, folder):
     """Run ``mmema COMMAND`` in a fork; return the finished process with its output as text."""
     with TemporaryDirectory() as streams:
         out, errors = Path(streams, 'out'), Path(streams, 'err')

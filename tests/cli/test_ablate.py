@@ -19,7 +19,7 @@ import toy_config
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from tool_runs import ROOT, call_here, call_tool, refusal
+from tool_runs import ROOT, call_forked, call_here, refusal
 
 from mmema.checkpoints.files import load
 from mmema.cli import ablate, ablation_data, ablation_run, paired
@@ -597,14 +597,13 @@ TOY_HOOK = """custom_hooks = [
         also=dict(long=dict(ema_type='mmema.RestartableDebiasedEMA', momentum=0.02)),
     ),
 ]
-ablation = dict(family='toy', contrasts=[('long', 'ema')])
 """
 
 
 def test_any_metric_of_any_config_is_compared(tmp_path):
     """A toy whose evaluator is of its own: `score`, minus the mean square error."""
-    text = re.sub(r'custom_hooks = \[.*?^\]\n', TOY_HOOK, toy_config.TEXT, flags=re.S | re.M)
-    config = Config.fromfile(toy_config.write(tmp_path, text))
+    asked = dict(family='toy', contrasts=[('long', 'ema')])
+    config = Config.fromfile(toy_file(tmp_path, asked))
     config.default_hooks.checkpoint.max_keep_ckpts = 2
     ablate.check_config(config)
     ablation = ablate.Ablation(config, tmp_path)
@@ -679,13 +678,40 @@ def rows_of(folder):
     return ablation_data.read_rows(folder / 'runs.csv')
 
 
+def toy_file(folder, ablation):
+    """Write the toy's config, with averages to compare."""
+    text = re.sub(r'custom_hooks = \[.*?^\]\n', TOY_HOOK, toy_config.TEXT, flags=re.S | re.M)
+    return toy_config.write(folder, f'{text}ablation = {ablation}\n')
+
+
+@pytest.fixture(params=['toy', pytest.param('digits', marks=pytest.mark.extensive)])
+def short(request, tmp_path, monkeypatch):
+    """Arguments of a call of seconds, the number of its averages, and the first question."""
+    if request.param == 'digits':
+        data = request.getfixturevalue('data')
+        # Raw, ema, 15 beside it, 2 recalibrated.
+        return [CONFIG, *small_run(data)], 2 + 15 + 2, ['hard_40', 'none_40']
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(ROOT), forks.TESTS]))
+    asked = dict(family='toy', primary=['long', 'ema'], recalibrate=dict(long_bn='long'))
+    file = toy_file(tmp_path, asked)
+    file.write_text(
+        file.read_text().replace("['runs']", "['runs', 'train_line']")
+        + "custom_hooks.append(dict(type='Pace', slow=0.25))\n"  # time to interrupt it
+    )
+    options = ['train_cfg.max_epochs=3', 'default_hooks.checkpoint.max_keep_ckpts=2']
+    return [file, '--cfg-options', *options], 4, ['long', 'ema']
+
+
 @pytest.mark.slow
-def test_an_interrupted_ablation_goes_on_and_leaves_out_what_fails(data, tmp_path):
+def test_an_interrupted_ablation_goes_on_and_leaves_out_what_fails(short, tmp_path):
+    arguments, averages, primary = short
     out, errors = tmp_path / 'out', tmp_path / 'errors'
-    first, second, broken = (out / 'runs' / 'YOLOv5_n_to_1__' / f'seed_{n}' for n in (7, 8, 9))
+    asked = Config.fromfile(arguments[0]).ablation
+    name = re.sub(r'\W', '_', f'{asked.family} {asked.get("schedule", "as configured")}')
+    first, second, broken = (out / 'runs' / name / f'seed_{n}' for n in (7, 8, 9))
     broken.mkdir(parents=True)
     (broken / 'work').write_text('no folder')
-    call = [CONFIG, '--out', 'out', '--seeds', '3', '--first-seed', '7', *small_run(data)]
+    call = [*arguments, '--out', 'out', '--seeds', '3', '--first-seed', '7']
     process = forks.start(
         *(ROOT / 'tests' / 'command.py', 'ablate', *call, '--jobs', '1'),
         folder=tmp_path,
@@ -700,17 +726,16 @@ def test_an_interrupted_ablation_goes_on_and_leaves_out_what_fails(data, tmp_pat
     assert 'interrupted; the same call goes on where it was' in errors.read_text()
     assert not (first / 'result.csv').exists() and not second.exists()
 
-    done = call_tool('ablate', *call, '--jobs', '2', folder=tmp_path)
+    done = call_forked('ablate', *call, '--jobs', '2', folder=tmp_path)
     assert done.returncode == 1, done.stderr[-2000:]
     assert 'resumed epoch: ' in (first / 'log.txt').read_text()
-    assert 'failed, left out: YOLOv5_n_to_1__, seed 9: ' in done.stderr
+    assert f'failed, left out: {name}, seed 9: ' in done.stderr
     assert 'seed 9: ' in (out / 'report.md').read_text().split('## Left out')[1]
     rows = ablation_data.read_rows(out / 'runs.csv')
-    # Raw, ema, 15 beside it, 2 recalibrated; two splits; epochs 2 and 3; two seeds.
-    assert len(rows) == (2 + 15 + 2) * 2 * 2 * 2
-    assert {row[:3] for row in rows} == {('YOLOv5-n', 'to 1 %', seed) for seed in (7, 8)}
+    assert len(rows) == averages * 2 * 2 * 2  # two splits; epochs 2 and 3; two seeds
+    assert {(row[0], row[2]) for row in rows} == {(asked.family, seed) for seed in (7, 8)}
     assert not (first / 'work').exists()
     (asked,) = ablation_data.read_questions(out).values()
-    assert asked.primary == ['hard_40', 'none_40']
+    assert asked.primary == primary
     ablation = ablate.Ablation(Config.fromfile(first.parent / 'config.py'), out)
     assert [ablation.is_done(seed) for seed in (7, 8, 9)] == [True, True, False]

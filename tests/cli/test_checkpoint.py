@@ -12,7 +12,7 @@ import torch
 from marks import SINCE_TORCH_2_6
 from mmengine.config import Config
 from runs import EMA, LineModel, ema_of, make_runner
-from tool_runs import ROOT, call_here, call_tool
+from tool_runs import ROOT, call_here, output_of, refusal
 from toys import Toy
 
 pytestmark = SINCE_TORCH_2_6
@@ -46,33 +46,23 @@ def tool(tmp_path, monkeypatch, capsys):
     return call
 
 
-# --- as another process ------------------------------------------------------------------------
-
-
 def test_each_command_from_any_folder(run, tmp_path):
     runner, file = run
-    done = call_tool('inspect', file, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r'made by +MMEngine 0\.10', done.stdout)
-    assert re.search(r"raw weights +ema_state_dict\['module\.\*'\]: ", done.stdout)
-    assert re.search(r'updates +8\n +schedule +exp\n', done.stdout)
-    assert re.search(r'trained +epoch 2, iteration 8\n', done.stdout)
-    done = call_tool('export', file, '--weights', 'raw', '-o', 'x.pth', folder=tmp_path)
-    assert done.returncode == 0, done.stderr
+    printed = output_of('inspect', file, folder=tmp_path)
+    assert re.search(r'made by +MMEngine 0\.10', printed)
+    assert re.search(r"raw weights +ema_state_dict\['module\.\*'\]: ", printed)
+    assert re.search(r'updates +8\n +schedule +exp\n', printed)
+    assert re.search(r'trained +epoch 2, iteration 8\n', printed)
+    printed = output_of('export', file, '--weights', 'raw', '-o', 'x.pth', folder=tmp_path)
     (out,) = tmp_path.glob('x-????????.pth')
-    assert f'raw weights of {file}: {out.name}' in done.stdout
+    assert f'raw weights of {file}: {out.name}' in printed
     state = torch.load(out, weights_only=True)['state_dict']
     for name, tensor in runner.model.state_dict().items():
         assert torch.equal(state[name], tensor), name
-    done = call_tool('convert', out.name, '--steps', 8, '-o', 'y.pth', folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert f'{out.name} converted: y.pth\n' in done.stdout
-    again = call_tool('convert', out.name, '--steps', 8, '-o', 'y.pth', folder=tmp_path)
-    assert (again.returncode, again.stdout) == (2, '')
-    assert again.stderr == f'{TOOL}: y.pth exists; --force (force=True) replaces it\n'
-
-
-# --- in this process ---------------------------------------------------------------------------
+    call = ['convert', out.name, '--steps', 8, '-o', 'y.pth']
+    assert f'{out.name} converted: y.pth\n' in output_of(*call, folder=tmp_path)
+    line = f'{TOOL}: y.pth exists; --force (force=True) replaces it'
+    assert refusal(*call, folder=tmp_path) == line
 
 
 def test_convert_says_what_it_assumed(tool, tmp_path):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import toy_config
-from tool_runs import call_here, call_tool, refusal
+from tool_runs import call_here, output_of, refusal
 
 TOOL = 'posthoc'
 
@@ -24,9 +24,8 @@ def record_in(file):
 def test_each_command_from_any_folder(run, tmp_path):
     folder, _ = run
     epochs = [folder / f'epoch_{epoch}.pth' for epoch in range(1, 7)]
-    done = call_tool(TOOL, 'restart', epochs[1], epochs[5], '-o', 'a.pth', folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
+    printed = output_of(TOOL, 'restart', epochs[1], epochs[5], '-o', 'a.pth', folder=tmp_path)
+    assert printed.splitlines() == [
         'average   ema, as if restarted hard after epoch 2, at epoch 6',
         'updates   16 between the files',
         'W         0.1853 of the later average was of before',
@@ -34,19 +33,17 @@ def test_each_command_from_any_folder(run, tmp_path):
         'written   a.pth',
     ]
     arguments = ['--momentum', 0.1, '--restart-at', 2, '-o', 'b.pth', '--plot', 'b.png']
-    done = call_tool(TOOL, 'fit', folder, *arguments, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r'^profile +0\.00% off the wanted one$', done.stdout, re.M)
-    assert re.search(r'^coefficients  2 in 2 files, 1\.45 without their signs$', done.stdout, re.M)
+    printed = output_of(TOOL, 'fit', folder, *arguments, folder=tmp_path)
+    assert re.search(r'^profile +0\.00% off the wanted one$', printed, re.M)
+    assert re.search(r'^coefficients  2 in 2 files, 1\.45 without their signs$', printed, re.M)
     assert (tmp_path / 'b.png').read_bytes().startswith(b'\x89PNG')
     a, b = (torch.load(tmp_path / n, weights_only=True)['state_dict'] for n in ('a.pth', 'b.pth'))
     for name, tensor in a.items():
         torch.testing.assert_close(tensor, b[name])
     assert record_in(tmp_path / 'b.pth')['restart_at'] == 2
-    done = call_tool(TOOL, 'mean', *epochs[3:], '-o', 'c.safetensors', folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert 'mean     of the raw weights in 3 files' in done.stdout
-    assert 'mmema recalibrate CONFIG FILE -o OUT' in done.stdout
+    printed = output_of(TOOL, 'mean', *epochs[3:], '-o', 'c.safetensors', folder=tmp_path)
+    assert 'mean     of the raw weights in 3 files' in printed
+    assert 'mmema recalibrate CONFIG FILE -o OUT' in printed
 
 
 def test_a_bad_fit_is_taken_by_force_alone(run, tmp_path, capsys):

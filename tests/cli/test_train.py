@@ -6,7 +6,7 @@ import re
 import make_digits
 import pytest
 import torch
-from tool_runs import CONFIG, ROOT, call_here, call_tool, real_call, refusal
+from tool_runs import CONFIG, ROOT, call_forked, call_here, output_of, real_call, refusal
 
 from mmema.cli import common
 
@@ -54,7 +54,7 @@ def run(data, tmp_path_factory):
     script = ROOT / 'tools' / 'train.py'
     first = real_call(script, CONFIG, '--work-dir', 'w', *small_run(data, 1), folder=folder)
     assert first.returncode == 0, first.stderr[-3000:]
-    second = call_tool(
+    second = call_forked(
         'train', CONFIG, '--work-dir', 'w', '--resume', *small_run(data, 2), folder=folder
     )
     assert second.returncode == 0, second.stderr[-3000:]
@@ -176,15 +176,11 @@ def test_resume_goes_on_with_the_iterations_and_the_average(run):
 
 
 @pytest.mark.slow
-def test_says_that_a_finished_run_is_finished(run, data):
+def test_says_that_a_finished_run_is_finished(run, data, capsys):
     folder, *_ = run
-    done = call_tool(
-        *('train', CONFIG, '--work-dir', 'other', '--resume', 'w/epoch_2.pth'),
-        *small_run(data, 2),
-        folder=folder,
-    )
-    assert done.returncode == 0
-    assert 'is the end of a finished run (2 of 2 epochs)' in done.stderr
+    call = ('train', CONFIG, '--work-dir', 'other', '--resume', 'w/epoch_2.pth')
+    call_here(*call, *small_run(data, 2), folder=folder)
+    assert 'is the end of a finished run (2 of 2 epochs)' in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -196,9 +192,8 @@ def test_the_test_tool_finds_what_training_logged(run, data):
 
     def evaluate(checkpoint):
         call = ['test', CONFIG, checkpoint, '--out', 'boxes.pkl', '--work-dir', 'tested']
-        done = call_tool(*call, *small_run(data, 2), folder=folder)
-        assert done.returncode == 0, done.stderr[-3000:]
-        table = done.stdout[done.stdout.rindex(f'{checkpoint}:') :].splitlines()[1:]
+        printed = output_of(*call, *small_run(data, 2), folder=folder)
+        table = printed[printed.rindex(f'{checkpoint}:') :].splitlines()[1:]
         return dict(line.split() for line in table), (data / 'test.bbox.json').read_text()
 
     table, boxes = evaluate('w/epoch_2.pth')

@@ -10,7 +10,7 @@ from mmengine.runner import Runner, load_checkpoint
 from recorded import Record, Recorded, shares_of
 from reference import assert_close, exp_momentum
 from runs import ema_of
-from tool_runs import CONFIG, ROOT, call_here, call_tool
+from tool_runs import CONFIG, ROOT, call_here, output_of
 
 import mmema  # noqa: F401
 
@@ -91,9 +91,7 @@ def pair(stock, tmp_path_factory):
     run, file = stock
     folder = tmp_path_factory.mktemp('pair')
     call = [TOOL, 'restart', run.file(1), run.file(2), '-o', 'restarted.pth']
-    done = call_tool(*call, folder=folder)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    return folder, output_of(*call, folder=folder)
 
 
 def test_restart_of_a_run_by_stock_classes(stock, pair):
@@ -118,13 +116,10 @@ def test_what_is_written_is_loaded_by_mmengine_and_the_test_tool(stock, pair):
     state = torch.load(folder / 'restarted.pth', weights_only=True)['state_dict']
     assert all(torch.equal(tensor, state[n]) for n, tensor in model.state_dict().items())
     model.load_state_dict(before)
-    done = call_tool('test', file, folder / 'restarted.pth', folder=folder)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert 'restarted.pth:' in done.stdout
-    done = call_tool('inspect', 'restarted.pth', folder=folder)
+    assert 'restarted.pth:' in output_of('test', file, 'restarted.pth', folder=folder)
     assert (
         'exported by mmema: weights ema, made restart, after epoch 1, at epoch 2, kept 0.1'
-        in done.stdout
+        in output_of('inspect', 'restarted.pth', folder=folder)
     )
 
 
@@ -195,5 +190,4 @@ def test_choose(stock, tmp_path, capsys):
     assert re.search(
         r'coco/bbox_mAP on the test set of config.py: \d\.\d{4}  ema as stored', printed
     )
-    done = call_tool('test', file, 'best.pth', folder=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert 'best.pth:' in output_of('test', file, 'best.pth', folder=tmp_path)
