@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from runs import (
     state_of,
 )
 
+from mmema.messages import RunError
 from mmema.run import ema_hook_of
 
 BOTH = dict(type='mmema.EMAValLoop')
@@ -288,3 +290,24 @@ def test_the_table_after_a_change_of_the_metric_has_scores_of_the_new_one(tmp_pa
     best = (min if rule == 'less' else max)(values if logged else values[2:])
     rows = rows_of(runner, 'toy/worst')
     assert rows['ema'] == [f'{best:.4f}', str(values.index(best) + 1), f'{values[2]:.4f}']
+
+
+def test_one_validation_that_is_not_a_number_is_not_the_best(tmp_path):
+    script = [None, math.nan, 0.9, 0.2]
+    runner = make_runner(tmp_path, Time(), epochs=3, val_cfg=BOTH, script=script)
+    runner.train()
+    assert rows_of(runner, 'score')['ema'] == ['0.9000', '2', '0.2000']
+
+
+def test_a_metric_must_not_have_the_name_of_one_of_another_average(tmp_path):
+    average = ema(type='mmema.EMAHook', also=dict(toy={}))
+
+    class Both(Mean):
+        def compute_metrics(self, results):
+            return {'mean': 1.0, 'toy/mean': 2.0}
+
+        default_prefix = None
+
+    runner = plain_runner(tmp_path, [average], val_cfg=BOTH, val_evaluator=[Both()])
+    with pytest.raises(RunError, match="the metric 'toy/mean' of the main average and 'mean' of"):
+        runner.train()

@@ -129,9 +129,12 @@ def part_of(saved):
         return {'iteration': 0, 'epoch': 0, 'epoch_length': None}
     hooks = [hook for hook in hooks_in(config) if kind_of(hook) == 'CheckpointHook']
     first = {one.iteration - one.epoch * length for one in saved}
-    if first == {0} or all(hook.get('by_epoch', True) for hook in hooks):
-        # FlexibleRunner saves a best checkpoint with an epoch that is one too high.
+    # FlexibleRunner saves a best checkpoint with an epoch that is one too high.
+    ends = first - {max(first) - length}
+    if len(ends) == 1 and config and all(hook.get('by_epoch', True) for hook in hooks):
         return {'iteration': max(first), 'epoch': 0, 'epoch_length': length}
+    if min(first) >= 0 and max(first) <= length:  # files from the middle of epochs
+        return {'iteration': 0, 'epoch': 0, 'epoch_length': length}
     return None
 
 

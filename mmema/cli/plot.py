@@ -90,14 +90,14 @@ def parse_args(argv=None):
         '--iters-per-epoch',
         type=int,
         metavar='N',
-        help='length of an epoch of one process; needed where the training data are not here',
+        help='iterations of each process in an epoch; needed where the training data are not here',
     )
     parser.add_argument(
         '--processes',
         type=int,
         default=1,
         metavar='N',
-        help='processes of the run, where base_batch_size or auto_scale_lr asks (default: 1)',
+        help='processes of the run (default: 1)',
     )
     parser.add_argument(
         '--from',
@@ -139,7 +139,7 @@ def run_in(config, iters_per_epoch, processes=1):
     if config.train_cfg.get(length) is None:
         cli.die(f'{config.filename} has no train_cfg.{length}')
     by_epoch = length == 'max_epochs'
-    epoch_length = (iters_per_epoch or length_of_epoch(config)) if by_epoch else 1
+    epoch_length = (iters_per_epoch or length_of_epoch(config, processes)) if by_epoch else 1
     with cli.one_line(config.filename, *cli.CONFIG_ERRORS):
         settings = [hook for hook in hooks_in(config) if kind_of(hook) in HOOKS_OF_AVERAGES]
         hooks = [HOOKS.build({k: v for k, v in own.items() if k != 'priority'}) for own in settings]
@@ -168,17 +168,34 @@ def run_in(config, iters_per_epoch, processes=1):
     return Run(config, facts, averages, rules, base, batch)
 
 
-def length_of_epoch(config):
+def length_of_epoch(config, processes=1):
+    """Return the iterations that each process of a run makes in an epoch."""
     ask = 'give the length of an epoch of one process with --iters-per-epoch N'
     if config.get('train_dataloader') is None:
         cli.die(f'{config.filename} has no train_dataloader; {ask}')
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports each step
+        # pycocotools reports each step.
+        with contextlib.redirect_stdout(io.StringIO()), first_of(processes):
             return len(Runner.build_dataloader(config.train_dataloader))
     except FileNotFoundError as error:
         cli.die(f'no {error.filename or error}; {ask}')
     except Exception as error:  # a missing package, a damaged file: the length is all we need
         cli.die(f'train_dataloader cannot be built ({type(error).__name__}: {error}); {ask}')
+
+
+@contextlib.contextmanager
+def first_of(processes):
+    """Let samplers find the first of so many processes; nothing is sent to the others."""
+    if processes == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group('fake', rank=0, world_size=processes, store=FakeStore())
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # --- before the run -----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import torch
 from samples import Hostile
 
-from mmema.checkpoints.probe import is_whole
+from mmema.checkpoints.probe import checkpoint_files, is_whole
 from mmema.checkpoints.resume import KEPT, checkpoint_to_resume
 from mmema.messages import RunError
 from mmema.run import choose_checkpoint
@@ -156,3 +156,19 @@ def test_a_flexible_runner_that_names_its_file(tmp_path):
     note(tmp_path, save(tmp_path, 'epoch_2', 10))
     choose_checkpoint(named)
     assert named._load_from is None
+
+
+@pytest.mark.parametrize('name', ['ck_{}.pt', 'model-{}.ckpt', 'step{}', 'epoch_{}.pth'])
+def test_files_of_any_name(tmp_path, name):
+    # As filename_tmpl of CheckpointHook gives them.
+    for number in (1, 2):
+        file = save(tmp_path, f'epoch_{number}', 30 - number)
+        os.rename(file, tmp_path / name.format(number))
+    first, second = (tmp_path / name.format(number) for number in (1, 2))
+    note(tmp_path, second)
+    (tmp_path / 'log.txt').write_text('PK')
+    torch.save({'optimizer': {}}, tmp_path / 'unfinished.part')
+    assert checkpoint_files(tmp_path) == [first, second]
+    cut(second)
+    assert checkpoint_files(tmp_path) == [first, second]
+    assert checkpoint_to_resume(tmp_path) == str(first)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from marks import SINCE_TORCH_2_6
 from mmengine.config import Config
-from runs import EMA, LineModel, ema_of, make_runner
+from mmengine.hooks import Hook
+from runs import EMA, LineModel, ema_of, loader, make_runner
 from tool_runs import ROOT, call_here, output_of, refusal
 from toys import Toy
 
@@ -167,12 +168,12 @@ def folder(whole_run, tmp_path):
 def score(folder, *epochs, metric=MAP):
     """Replace the scores in the log of a run: a dict by name of the weights for each epoch."""
     (log,) = folder.glob('*/vis_data/scalars.json')
-    points = [point for point in map(json.loads, log.read_text().splitlines()) if 'loss' in point]
+    points = [point for point in map(json.loads, log.read_text().splitlines()) if 'iter' in point]
     for epoch, scores in enumerate(epochs, 1):
         named = {metric if k == 'ema' else f'{k}/{metric}': v for k, v in scores.items()}
         points.append(dict(named, time=9.0, data_time=9.0, step=epoch))
     # Validations follow the training of their epoch.
-    points.sort(key=lambda p: p['step'] if 'loss' in p else 4 * p['step'] + 0.5)
+    points.sort(key=lambda p: p['step'] if 'iter' in p else 4 * p['step'] + 0.5)
     log.write_text(''.join(json.dumps(point) + '\n' for point in points))
 
 
@@ -242,6 +243,91 @@ def test_best_is_what_it_scores(tool, tmp_path):
     by_hand = -(model(data.x) - data.y).square().mean().item()
     assert record_of(tmp_path)['score'] == pytest.approx(by_hand, abs=1e-5)
     assert tool('inspect', out)[1].count('exported by mmema: weights ') == 1
+
+
+class Stop(Hook):
+    """Ends a run as a signal would, after the validation of an epoch."""
+
+    priority = 'LOWEST'
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def after_val_epoch(self, runner, metrics=None):
+        if runner.epoch == self.epoch:
+            raise KeyboardInterrupt
+
+
+SCRIPT = [None, 0.1, 0.2, 0.9, 0.3, 0.8, 0.4, 0.7, 0.5, 0.6]
+
+
+@pytest.mark.parametrize('kind', ['mmema.EMAHook', 'EMAHook'])
+def test_best_after_a_resume_with_another_batch_size(tool, tmp_path, kind):
+    # Epochs of 4 iterations until the second one is over, then of 2. The validation of epoch 5 is
+    # before iteration 14; as multiples of 2 it was that of epoch 7, and with 4 of none.
+    average = {**EMA, 'type': kind}
+    if kind == 'EMAHook':
+        average = dict(type=kind, ema_type='ExponentialMovingAverage', momentum=0.1)
+    for epochs, batch in ((2, 6), (7, 12)):
+        settings = dict(epochs=7, script=SCRIPT, checkpoint=dict(save_best=None))
+        runner = plain_run(tmp_path / 'run', average, batch, resume=batch > 6, **settings)
+        if batch == 6:
+            runner.register_hook(Stop(epochs))
+            with pytest.raises(KeyboardInterrupt):
+                runner.train()
+        else:
+            runner.train()
+    for epoch, score_of_it in ((3, 0.9), (5, 0.8), (7, 0.7)):
+        status, text = tool('best', 'run', '-o', 'out.pth', '--rule', 'greater', '--force')
+        assert status == 0, text
+        assert f'score {score_of_it:g}: ema weights, epoch {epoch}; best of ' in text, text
+        file = tmp_path / 'run' / f'epoch_{epoch}.pth'
+        assert torch.load(file, weights_only=True)['meta']['iter'] == 8 + 2 * (epoch - 2)
+        assert 'left out' not in text
+        file.unlink()
+    shutil.rmtree(tmp_path / 'run')
+
+
+def plain_run(folder, average, batch, **settings):
+    settings.setdefault('cfg', Config(dict(custom_hooks=[average], val_cfg=dict())))
+    return make_runner(folder, ema=average, train_dataloader=loader(batch), **settings)
+
+
+def test_a_file_from_the_middle_of_an_epoch_has_no_score(tool, tmp_path):
+    checkpoint = dict(save_best=None, by_epoch=False, interval=3)
+    runner = make_runner(tmp_path / 'run', epochs=3, script=SCRIPT, checkpoint=checkpoint)
+    runner.train()
+    status, text = tool('best', 'run', '-o', 'out.pth', '--rule', 'greater')
+    assert status == 0 and 'score 0.9: ema weights, epoch 3; best of 1\n' in text, text
+    assert 'left out, since no score was logged: iter_3.pth, iter_6.pth, iter_9.pth\n' in text
+
+
+def test_best_finds_files_of_any_name_and_a_metric_called_loss(tool, folder, tmp_path):
+    score(folder, LOW, dict(LOW, short=0.05), LOW, metric='loss')
+    for epoch in (1, 2, 3):
+        (folder / f'epoch_{epoch}.pth').rename(folder / f'ck_{epoch}.pt')
+    (folder / 'last_checkpoint').write_text(str(folder / 'ck_3.pt'))
+    status, text = tool('best', folder, '-o', 'out.pth')
+    assert (status, text.splitlines()[0]) == (0, 'loss 0.05: short weights, epoch 2; best of 12')
+
+
+@pytest.mark.parametrize('val_cfg', [True, False])
+def test_an_average_with_the_name_of_a_metrics_prefix(tool, tmp_path, val_cfg):
+    # Without EMAValLoop the metric coco/mAP is that of the main average alone.
+    also = dict(coco=dict(momentum=0.5))
+    settings = dict(SEVERAL) if val_cfg else {}
+    settings['ema'] = dict(EMA, type='mmema.EMAHook', also=also)
+    make_runner(tmp_path / 'run', epochs=2, checkpoint=dict(save_best=None), **settings).train()
+    weights = ('raw', 'coco') if val_cfg else ()
+    scores = [
+        {'ema': 0.3, **dict.fromkeys(weights, 0.2)},
+        {'ema': 0.4, **dict.fromkeys(weights, 0.1)},
+    ]
+    score(tmp_path / 'run', *scores, metric='coco/mAP')
+    status, text = tool('best', 'run', '-o', 'out.pth')
+    number = 6 if val_cfg else 2
+    assert status == 0
+    assert f'coco/mAP 0.4: ema weights, epoch 2; best of {number}\n' in text
 
 
 def test_best_says_what_it_leaves_out(tool, folder, tmp_path):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from mmengine.config import Config
 
@@ -71,6 +72,19 @@ def test_a_run_does_what_was_planned(tmp_path, hooks, settings):
     if all(hook.get('steps', 0) == 0 for hook in hooks if 'Restart' in hook['type']):
         assert curves.restarts == plan.restarts
         np.testing.assert_allclose(shares(curves.all_momenta), shares(plan.all_momenta))
+
+
+@pytest.mark.parametrize(
+    ('batch', 'processes', 'length'), [(6, 1, 4), (6, 2, 2), (6, 3, 2), (5, 2, 3), (4, 4, 2)]
+)
+def test_the_length_of_an_epoch_is_that_of_each_process(tmp_path, batch, processes, length):
+    # 24 points.
+    hooks = [dict(EMA, type='mmema.EMAHook'), restart(milestones=[4]), MONITOR]
+    config = make_config(tmp_path, hooks, train_dataloader=loader(batch))
+    run = plot.run_in(config, None, processes)
+    assert run.facts.epoch_length == length
+    assert plot.of_config(run).restarts == [4 * length]
+    assert not torch.distributed.is_initialized()
 
 
 def test_updates_with_accumulation_are_those_of_the_run(tmp_path):

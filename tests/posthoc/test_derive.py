@@ -1,6 +1,7 @@
 """Averages made from checkpoints, against sums of the recorded raw weights in float64."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -417,6 +418,28 @@ def test_mean_of_raw_and_averaged_weights(stock, tmp_path):
         'made': 'mean',
         'of': ['epoch_5.pth', 'epoch_6.pth'],
     }
+
+
+def test_the_same_weights_under_two_names_count_once(stock, tmp_path):
+    # The best checkpoint of epoch 2, and a file with the iteration and other weights.
+    files = [Path(shutil.copy(stock.file(epoch), tmp_path)) for epoch in (2, 4, 6)]
+    best = shutil.copy(files[0], tmp_path / 'best_score_epoch_2.pth')
+    content = torch.load(best, weights_only=True)
+    content['ema_state_dict']['module.norm.running_mean'] += 1  # as EMARecalibrateHook measures
+    torch.save(content, best)
+    made = mean(sorted(tmp_path.glob('*.pth')))
+    assert made.meta['mmema']['of'] == ['epoch_2.pth', 'epoch_4.pth', 'epoch_6.pth']
+    assert ('note', 'with the weights of another file, and left out: best_score_epoch_2.pth') in (
+        made.lines
+    )
+    expected = mean(files)
+    assert all(torch.equal(tensor, expected.state[name]) for name, tensor in made.state.items())
+    assert made.meta['iter'] == 24
+    with refuses('a mean is of at least two sets of weights, but best_score_epoch_2.pth have'):
+        mean([files[0], best])
+    content['ema_state_dict']['module.layers.0.weight'] += 1
+    torch.save(content, best)
+    assert len(mean([files[0], best]).meta['mmema']['of']) == 2
 
 
 def test_means_that_are_none_are_refused(stock, tmp_path):

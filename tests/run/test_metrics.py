@@ -71,3 +71,20 @@ def test_prefixes_are_of_the_weights_that_the_loop_evaluates():
     assert prefixes() == prefixes(type='ValLoop') == {}
     assert prefixes_in(dict(custom_hooks=hooks)) == everything
     assert prefixes_in({}, ['short']) == dict(raw='raw/', short='short/')
+
+
+@pytest.mark.parametrize('prefixes', [['raw/', 'coco/'], ['coco/']])
+def test_a_metric_is_of_an_average_only_if_the_main_one_has_it_too(prefixes):
+    # The average coco has coco/coco/mAP; coco/mAP is of the main one.
+    assert main_names(['coco/mAP'], prefixes) == ['coco/mAP']
+    measured = ['coco/mAP', *(prefix + 'coco/mAP' for prefix in prefixes)]
+    assert main_names(measured, prefixes) == ['coco/mAP']
+    assert main_names(measured[::-1], prefixes) == ['coco/mAP']
+
+
+@pytest.mark.parametrize(('rule', 'best'), [('greater', 3), ('less', 1)])
+def test_a_value_that_is_not_finite_is_the_best_only_where_there_is_no_other(rule, best):
+    watched = Watched('x', rule == 'less')
+    nan, inf = float('nan'), float('inf')
+    assert watched.best([nan, 1, inf, 3, -inf, nan], key=float) == best
+    assert str(watched.best([nan], key=float)) == 'nan'

@@ -43,3 +43,25 @@ def test_a_run_that_was_begun_anew_in_the_same_folder(tmp_path):
 
 def test_nothing_where_nothing_was_logged(tmp_path):
     assert read_scalars(tmp_path / 'nowhere') == ([], [], [])
+
+
+def test_a_validation_may_measure_a_loss(tmp_path):
+    points = [dict(loss=0.5, iter=4, step=4), dict(loss=0.7, step=1)]
+    write(tmp_path, '20260101_000000', points)
+    scalars = read_scalars(tmp_path)
+    assert scalars.train == points[:1]
+    assert scalars.curve('loss') == [(1, 0.7)]
+
+
+def test_an_iteration_is_that_of_the_part_which_logged_it(tmp_path):
+    # Epochs of 4 iterations until the second is over, then of 2.
+    first = [dict(loss=0, iter=8, step=8), dict(mAP=0.1, step=2)]
+    second = [dict(loss=0, iter=10, step=10), dict(mAP=0.2, step=3), dict(mAP=0.3, step=10)]
+    write(tmp_path, '20260101_000000', first)
+    write(tmp_path, '20260102_000000', second)
+    parts = [
+        dict(iteration=0, epoch=0, epoch_length=4),
+        *[dict(iteration=8, epoch=2, epoch_length=2)] * 2,
+    ]
+    found = read_scalars(tmp_path).validations
+    assert [one.iteration(part) for one, part in zip(found, parts)] == [8, 10, 10]
