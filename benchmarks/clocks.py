@@ -89,10 +89,6 @@ def with_spread(seconds):
     return f'{middle * 1e3:.2f} ± {(high - low) / 2 * 1e3:.2f}'
 
 
-def in_ms(seconds):
-    return f'{median(seconds) * 1e3:.2f}'
-
-
 def table(*rows):
     """Return rows of cells as Markdown; the first one is the head."""
     head, *others = rows

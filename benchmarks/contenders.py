@@ -14,8 +14,7 @@ import mmema
 
 MOMENTUM = 0.0002
 LIMIT = 'limit: one flat lerp_'
-COPY = '3 passes at the speed of a copy'
-OURS = ('mmema', 'mmema, update_buffers')
+OURS = 'mmema'
 
 
 def with_updates(average):
@@ -43,63 +42,12 @@ def torch_averaged_model(model):
     return with_updates(AveragedModel(model, multi_avg_fn=multi_avg_fn, use_buffers=True))
 
 
-def timm_v3(model):
-    from timm.utils import ModelEmaV3
-
-    average = ModelEmaV3(model, decay=1 - MOMENTUM)
-    return lambda: average.module, average.update
-
-
-def ema_pytorch(model):
-    from ema_pytorch import EMA
-
-    average = EMA(model, beta=1 - MOMENTUM, update_after_step=0, update_every=1, power=1e9)
-    return lambda: average.ema_model, lambda model: average.update()
-
-
-def torch_ema(model):
-    from torch_ema import ExponentialMovingAverage
-
-    average = ExponentialMovingAverage(model.parameters(), 1 - MOMENTUM, use_num_updates=False)
-    module = deepcopy(model)
-    for parameter, shadow in zip(module.parameters(), average.shadow_params):
-        parameter.data = shadow
-    return lambda: module, lambda model: average.update()
-
-
-def lists_made_once(model):
-    """One operator for all parameters, and nothing that sees whether they are still the same."""
-    average = deepcopy(model)
-    averages, sources = ([p.detach() for p in m.parameters()] for m in (average, model))
-    return lambda: average, lambda model: torch._foreach_lerp_(averages, sources, MOMENTUM)
-
-
-def plain_loop(model):
-    """YOLOv5, YOLOX, RT-DETR and D-FINE: state_dict, then two operators for each tensor."""
-    average = deepcopy(model).eval()
-
-    @torch.no_grad()
-    def update(model):
-        source = model.state_dict()
-        for name, tensor in average.state_dict().items():
-            if tensor.dtype.is_floating_point:
-                tensor.mul_(1 - MOMENTUM).add_(source[name].detach(), alpha=MOMENTUM)
-
-    return lambda: average, update
-
-
 CONTENDERS = {
-    OURS[0]: mmema_class,
-    OURS[1]: lambda model: mmema_class(model, update_buffers=True),
+    OURS: mmema_class,
     'mmyolo': openmmlab('mmyolo.models.ExpMomentumEMA'),
     'mmdet': openmmlab('mmdet.models.layers.ExpMomentumEMA'),
     'mmengine': openmmlab('mmengine.model.ExponentialMovingAverage'),
     'torch AveragedModel': torch_averaged_model,
-    'timm ModelEmaV3': timm_v3,
-    'ema-pytorch': ema_pytorch,
-    'torch-ema': torch_ema,
-    'YOLOv5 / D-FINE loop': plain_loop,
-    'torch._foreach_lerp_ alone': lists_made_once,
 }
 STAGED, SYNCHRONOUS = "mmema, device='cpu'", 'synchronous copies to main memory'
 
@@ -124,14 +72,11 @@ ON_GPU = {
 }
 
 
-def limits(model):
+def limit(model):
     size = sum(tensor.numel() for tensor in floats(model))
     device = next(model.parameters()).device
     average, source = torch.zeros(size, device=device), torch.ones(size, device=device)
-    works = {LIMIT: lambda: average.lerp_(source, MOMENTUM)}
-    if device.type != 'cpu':
-        works[COPY] = lambda: average.copy_(source)  # two passes; measure_models adds the third
-    return works
+    return lambda: average.lerp_(source, MOMENTUM)
 
 
 def floats(model):

@@ -17,22 +17,15 @@ anything is timed each contender's result is compared with the formula in float6
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import multiprocessing
 import platform
 import random
-import re
 import subprocess
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
 from clocks import (
     cold,
-    in_ms,
     measured,
     on_both,
     on_cpu,
@@ -44,9 +37,8 @@ from clocks import (
     warm,
     with_spread,
 )
-from contenders import CONTENDERS, COPY, LIMIT, MOMENTUM, ON_GPU, OURS, checked, floats, limits
+from contenders import CONTENDERS, LIMIT, MOMENTUM, ON_GPU, OURS, checked, floats, limit
 from model_shapes import CONFIGS, LARGE, build, has_mmyolo
-from torch import nn
 
 import mmema
 from mmema.update.staging import staged_once
@@ -63,17 +55,15 @@ def measure_models(names, rounds, device):
         model = build(name, device)
         makes = CONTENDERS
         if name == LARGE:  # each is another 1.2 GB
-            makes = {k: CONTENDERS[k] for k in (OURS[0], 'mmyolo', 'mmdet')}
+            makes = {k: CONTENDERS[k] for k in (OURS, 'mmyolo', 'mmdet')}
         clocks = {'warm': warm, 'cold': cold(evict)}
         if device != 'cpu':
             makes = {**makes, **ON_GPU}
             clocks = {'device': on_device, 'host': on_host}
-        works = {**limits(model), **checked(model, makes)}
+        works = {LIMIT: limit(model), **checked(model, makes)}
         count = max(5, rounds // {'YOLOv5-l': 4, LARGE: 10}.get(name, 1))
         for state, seconds in measured(works, count, clocks).items():
             found[name, state] = seconds
-        if COPY in works:
-            found[name, 'device'][COPY] = [1.5 * each for each in found[name, 'device'][COPY]]
         weights = sum(tensor.numel() for tensor in floats(model))
         print(
             f'{name}: {weights / 1e6:.1f} M weights, {len(model.state_dict())} tensors', flush=True
@@ -158,49 +148,10 @@ def measure_iteration(rounds, device):
 
         return work
 
-    makes = {name: CONTENDERS[name] for name in (OURS[0], 'mmyolo', 'mmdet')}
+    makes = {name: CONTENDERS[name] for name in (OURS, 'mmyolo', 'mmdet')}
     works = {'no average': step}
     works.update({name: with_update(u) for name, u in checked(model, makes).items()})
     return seconds_of(works, rounds, on_cpu if device == 'cpu' else on_both)
-
-
-def measure_growth(rounds, device):
-    """Return {(tensors, weights): seconds} where one of the two grows."""
-    sizes = [(n, 4_000_000) for n in (10, 100, 1000, 3000)]
-    sizes += [(300, n) for n in (300_000, 3_000_000, 30_000_000)]
-    found = {}
-    for tensors, weights in sizes:
-        side = max(2, weights // tensors // 8)
-        model = nn.ParameterList([nn.Parameter(torch.rand(side, 8)) for _ in range(tensors)])
-        model = model.to(device)
-        works = limits(model)
-        works.update(checked(model, {k: CONTENDERS[k] for k in (OURS[0], 'mmyolo', 'mmdet')}))
-        clock = on_cpu if device == 'cpu' else on_device
-        found[tensors, weights] = seconds_of(works, rounds, clock)
-    return found
-
-
-def measure_parts(names, rounds):
-    """Return {model: seconds} of the parts of an update of mmema, and of a whole one."""
-    found = {}
-    for name in names:
-        model = build(name, 'cpu')
-        average = mmema.ExpMomentumEMA(model, MOMENTUM, 1e-3)
-        for _ in range(3):
-            average.update_parameters(model)
-        follower = average._follower
-        parts = {
-            'staleness check': partial(follower.holds, average.module, model),
-            'blend': lambda f=follower: f._blended.lerp(MOMENTUM),
-            'copy': follower._copied.copy,
-            'a whole update': lambda a=average, m=model: a.update_parameters(m),
-        }
-        found[name] = seconds = {part: [] for part in parts}
-        with torch.no_grad():
-            for _ in range(rounds):
-                for part, work in parts.items():
-                    seconds[part].append(on_cpu(work))
-    return found
 
 
 def update_of_several(model, count):
@@ -216,35 +167,12 @@ def update_of_several(model, count):
 
 
 def measure_several(name, rounds, device):
-    """Return {number of averages: (seconds of an update of all, bytes that they take)}."""
+    """Return {number of averages: seconds of an update of all}."""
     model = build(name, device)
     works = {count: update_of_several(model, count) for count in SEVERAL}
     for work in works.values():
         work()  # copies
-    seconds = seconds_of(works, rounds, on_cpu if device == 'cpu' else on_device)
-    # In new processes: memory that was freed in this one would be used again.
-    spawn = multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
-        taken = pool.map(partial(memory_of_several, name, device=device), SEVERAL)
-        return {count: (seconds[count], size) for count, size in zip(SEVERAL, taken)}
-
-
-def memory_of_several(name, count, device):
-    """Return the bytes that a process needs for several averages and their updates."""
-    model = build(name, device)
-    before = memory_used(device)
-    update = update_of_several(model, count)
-    for _ in range(3):
-        update()
-    gc.collect()
-    return memory_used(device) - before
-
-
-def memory_used(device):
-    """Return the bytes in use: of a GPU by torch, else all that this process has."""
-    if device != 'cpu':
-        return torch.cuda.memory_allocated()
-    return 1024 * int(re.search(r'VmRSS:\s+(\d+)', Path('/proc/self/status').read_text())[1])
+    return seconds_of(works, rounds, on_cpu if device == 'cpu' else on_device)
 
 
 # --- tables and picture -------------------------------------------------------------------------
@@ -258,7 +186,7 @@ def models_table(found):
 
 
 def cell_of(seconds, name, state):
-    if name not in seconds or (state == 'host' and name in (LIMIT, COPY)):
+    if name not in seconds or (state == 'host' and name == LIMIT):
         return '-'
     text = with_spread(seconds[name])
     return text if state == 'host' else f'{text} ({ratio(seconds, name, LIMIT):.2f})'
@@ -288,69 +216,11 @@ def launches_table(found):
     return table(['one update', *heads], *rows)
 
 
-def parts_table(found):
-    parts = next(iter(found.values()))
-    rows = [[part, *(in_ms(seconds[part]) for seconds in found.values())] for part in parts]
-    return table(['ms of an update', *found], *rows)
-
-
 def several_table(name, found):
-    one, _ = found[SEVERAL[0]]
     rows = [
-        [count, in_ms(own), f'{median(a / b for a, b in zip(own, one)):.2f}', f'{size / 1e6:.1f}']
-        for count, (own, size) in found.items()
+        [count, with_spread(own), f'{ratio(found, count, 1):.2f}'] for count, own in found.items()
     ]
-    return table([f'averages of {name}', 'ms of an update of all', 'x one', 'MB'], *rows)
-
-
-def growth_table(found):
-    names = list(next(iter(found.values())))
-    rows = [
-        [tensors, f'{weights / 1e6:g} M', *(in_ms(seconds[name]) for name in names)]
-        for (tensors, weights), seconds in found.items()
-    ]
-    return table(['tensors', 'weights', *names], *rows)
-
-
-def draw(found, growth, path):
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout='constrained')
-    right.set_visible(bool(growth))
-    warm = {name: s for (name, state), s in found.items() if state in ('warm', 'device')}
-    names = [
-        n for n in dict.fromkeys(n for s in warm.values() for n in s) if n not in (LIMIT, COPY)
-    ]
-    colours = {name: plt.cm.tab20(i) for i, name in enumerate(names)}
-    colours[LIMIT] = 'black'
-    for i, name in enumerate(names):
-        at = [(k, ratio(s, name, LIMIT)) for k, s in enumerate(warm.values()) if name in s]
-        width = 0.8 / len(names)
-        places = [k - 0.4 + (i + 0.5) * width for k, _ in at]
-        left.bar(places, [r for _, r in at], width, label=name, color=colours[name])
-    left.axhline(1, color='black', linewidth=1)
-    left.set_xticks(range(len(warm)), list(warm))
-    left.set_yscale('log')
-    left.set_yticks([1, 2, 3, 5, 10, 20, 30], [1, 2, 3, 5, 10, 20, 30])
-    left.minorticks_off()
-    left.set_ylabel('time of an update / limit')
-    left.set_title('Cost of one update (1 = one flat lerp_)')
-    left.legend(fontsize=8)
-    tensors = [key for key in growth if key[1] == 4_000_000]
-    for name in next(iter(growth.values()), {}):
-        values = [median(growth[key][name]) * 1e3 for key in tensors]
-        right.plot(
-            [key[0] for key in tensors], values, marker='o', label=name, color=colours.get(name)
-        )
-    right.set(xscale='log', yscale='log', xlabel='tensors', ylabel='ms')
-    right.set_yticks([1, 2, 5, 10, 20, 50], [1, 2, 5, 10, 20, 50])
-    right.minorticks_off()
-    right.set_title('4 M weights in more and more tensors')
-    right.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    return table([f'averages of {name}', 'ms of an update of all', 'x one'], *rows)
 
 
 def driver():
@@ -374,7 +244,7 @@ def main():
     parser.add_argument(
         '--out',
         type=Path,
-        help='folder for performance.md, .json (seconds of every round) and .png',
+        help='folder for performance.md and .json (seconds of every round)',
     )
     args = parser.parse_args()
     if args.rounds < 3:
@@ -395,7 +265,7 @@ def main():
     text = [f'{where}; Python {platform.python_version()}, torch {torch.__version__}']
     found = measure_models(args.models, args.rounds, args.device)
     text.append(models_table(found))
-    figures, growth, yolos = {}, {}, [name for name in args.models if name in YOLO]
+    figures, yolos = {}, [name for name in args.models if name in YOLO]
     if args.device == 'cpu':
         text.append('Launches and waits of a GPU: not measured.')
     else:
@@ -404,8 +274,6 @@ def main():
     figures['swap'] = measure_swap(args.models[0], args.rounds, args.device)
     text.append(swap_table(args.models[0], figures['swap']))
     if not args.quick:
-        if args.device == 'cpu':
-            text.append(parts_table(measure_parts(yolos, args.rounds)))
         figures['several'] = measure_several('YOLOv5-s', args.rounds, args.device)
         text.append(several_table('YOLOv5-s', figures['several']))
         if has_mmyolo():
@@ -413,8 +281,6 @@ def main():
             text.append(iteration_table(figures['iteration'], args.device))
         else:
             text.append('A training iteration: not measured, mmyolo is not installed.')
-        growth = measure_growth(max(3, args.rounds // 4), args.device)
-        text.append(growth_table(growth))
     print('\n\n'.join(['', *text]))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -424,7 +290,6 @@ def main():
             updates.setdefault(model, {})[state] = seconds
         figures = {'where': text[0], 'device': args.device, 'updates': updates, **figures}
         (args.out / 'performance.json').write_text(json.dumps(figures, indent=1))
-        draw(found, growth, args.out / 'performance.png')
 
 
 if __name__ == '__main__':

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Sequence, Union
+from functools import wraps
+from typing import Callable, Iterable, Sequence, Union
 
 import torch
 from mmengine.model import BaseAveragedModel
@@ -13,16 +14,19 @@ from torch import Tensor, nn
 
 from .arguments import check_bool, check_integer, check_strings
 from .messages import listed, warn
+from .record import Record, blends_by_rule
 from .registry import MODELS
 from .schedules import ExpSchedule, Schedule
-from .swap import refuse_while_swapped
+from .swap import finish_copies, note_owed, refuse_while_swapped
 from .update.follower import follow
 from .update.guard import SkipCounts
 from .update.model_copy import averaged_copy
-from .update.pairs import canonical_name, named_tensors, pairs_of, unwrapped
+from .update.pairs import canonical_name, named_tensors, pairs_of, remake_buffers, unwrapped
 from .update.refusals import refuse_pieces
 from .update.selection import Selection
 from .update.sharded import followed
+
+EXTRA_STATE = '_extra_state'  # end of torch's key for what a layer keeps beside its tensors
 
 Device = Union[torch.device, str, None]
 
@@ -40,16 +44,32 @@ class LiveValue:
         average._set_live(**{self.name: value})
 
 
+def _without_arguments_of_hook(init: Callable) -> Callable:
+    """Return a constructor that says which hook has the arguments that MMEngine's hands on."""
+
+    @wraps(init)
+    def checked(self, *args, **kwargs):
+        wrong = [name for name in ('horizon', 'also', 'evaluate') if name in kwargs]
+        if wrong:
+            raise TypeError(
+                f'{wrong[0]} is an argument of mmema.EMAHook, got it in an averaged model. Set '
+                f"type='mmema.EMAHook' in place of type='EMAHook'."
+            )
+        init(self, *args, **kwargs)
+
+    return checked
+
+
 class MomentumAveragedModel(BaseAveragedModel):
     """Base of mmema's averages; a subclass makes the schedule, whose fields it takes as arguments.
 
     At every update ``avg <- (1 - m) avg + m src``, with ``m`` from the schedule; the first update,
     and the first after a hard restart, copies.
 
-    - Parameters are blended, once each: two names for one tensor are one tensor.
+    - Parameters are blended, once each, frozen or not: two names for one tensor are one tensor. A
+      constant one stays as it is, bit for bit.
     - Buffers are copied at every update, non-persistent ones too; with ``update_buffers`` those of
       a floating-point dtype are blended instead.
-    - Frozen parameters (``requires_grad=False`` in the source) are copied, as long as they are.
     - Sixteen-bit parameters have a float32 average.
     - The tensors of the source are found by name in the ``model`` that the update is given, and
       found again as soon as anything in it was re-assigned, converted or replaced.
@@ -59,10 +79,17 @@ class MomentumAveragedModel(BaseAveragedModel):
       weights on their way. They are taken in at the next update, or as soon as anything of the
       average is read through this object.
 
+    What each update did stands in ``record``, which is a part of the state.
+
     The other arguments are those of `ExpMomentumEMA`.
     """
 
     schedule_type: type = Schedule
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if '__init__' in cls.__dict__:
+            cls.__init__ = _without_arguments_of_hook(cls.__init__)  # type: ignore[method-assign]
 
     def __init__(
         self,
@@ -92,21 +119,27 @@ class MomentumAveragedModel(BaseAveragedModel):
         # accelerator would wait for all that the device has to do.
         self.register_buffer('steps', torch.tensor(0, device='cpu'))
         self._follower = None  # see update/follower.py; made at the first update
+        # Whether tensors that are only copied wait for the next blend, or for the next read.
+        # Not for a source that may have other numbers by then; EMAHook asks for it.
+        self.defers_copies = False
+        self._owed: tuple = ()  # the source of the copies that wait; no submodule of the average
         self._skip_counts = SkipCounts()
+        self._skipped_before = 0  # tensors, in the run that was resumed
+        self.record = Record()
         _question_decay(schedule)
 
     # --- the schedule -----------------------------------------------------------------------------
 
     def momentum_at(self, steps: int) -> float:
         """Return the momentum of the update that finds the counter at ``steps`` > 0."""
-        return self.schedule(steps // self.interval if self.schedule.counts_blends else steps)
+        return self.schedule.at(steps, self.interval)
 
     @property
     def current_momentum(self) -> float:
         """The momentum that the next blend will use; 1.0 where the next update copies."""
         steps = int(self.steps)
         due = math.ceil(steps / self.interval) * self.interval
-        return self.momentum_at(due) if steps else 1.0
+        return self.momentum_at(due) if steps and not self.record.copy_is_due else 1.0
 
     def _schedule_with(self, **values) -> Schedule:
         return replace(self.schedule, **values)
@@ -128,19 +161,36 @@ class MomentumAveragedModel(BaseAveragedModel):
             RuntimeError: If the model holds the averaged weights now.
         """
         refuse_while_swapped(self, 'update them')
+        steps = int(self.steps)
+        momentum = self._momentum_due(steps)
+        if momentum is None and self.defers_copies and not self.skip_non_finite:
+            if not self._owed:
+                note_owed(self)
+            self._owed = (model,)
+        else:
+            self._owed = ()
+            self._follow(model, momentum)
+        settings = (self.schedule, self.interval, self.update_buffers, self.exclude)
+        self.record.add(steps, momentum, settings)
+        self.steps.add_(1)
+
+    def _follow(self, model: nn.Module, momentum: float | None) -> None:
         average, source = self.module, unwrapped(model)
         if self._follower is None or not self._follower.holds(average, source):
             self._follower = None  # frees the memory of the old one first
             selection = Selection(self.update_buffers, self.exclude)
             skip_counts = self._skip_counts if self.skip_non_finite else None
             self._follower = follow(average, source, selection, skip_counts)
-        self._follower.update(self._momentum_due())
-        self.steps.add_(1)
+            self.record.copied = self._copied_against_the_rule(self._follower.copied)
+        self._follower.update(momentum)
 
-    def _momentum_due(self) -> float | None:
+    def _copied_against_the_rule(self, copied: Iterable[str]) -> list[str]:
+        names = map(canonical_name, copied)
+        return [n for n in names if blends_by_rule(n, self.update_buffers, self.exclude)]
+
+    def _momentum_due(self, steps: int) -> float | None:
         """Return the momentum of this update: 1 if it copies, None if it does not blend."""
-        steps = int(self.steps)
-        if steps == 0:
+        if steps == 0 or self.record.copy_is_due:
             return 1.0
         return self.momentum_at(steps) if steps % self.interval == 0 else None
 
@@ -151,6 +201,11 @@ class MomentumAveragedModel(BaseAveragedModel):
     # --- reading the average: a staged update is finished first -----------------------------------
 
     def _finish(self) -> None:
+        owed = self.__dict__.get('_owed')
+        if owed:
+            self._owed = ()
+            with torch.no_grad():
+                self._follow(*owed, momentum=None)
         follower = self.__dict__.get('_follower')
         if follower is not None:
             follower.finish()
@@ -191,10 +246,20 @@ class MomentumAveragedModel(BaseAveragedModel):
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Give ``model`` the averaged weights."""
+        finish_copies()
         for pair, _ in pairs_of(self.module, followed(model)):
             pair.source.copy_(pair.average)
 
     # --- the state --------------------------------------------------------------------------------
+
+    def state_dict(self, *args, prefix: str = '', keep_vars: bool = False, **kwargs):
+        """Return the state as torch does; no hook of the model takes the average's own entries."""
+        state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **kwargs)
+        own: dict = {}
+        self._save_to_state_dict(own, prefix, keep_vars)
+        # A hook is given the whole state, and may drop all that is not of its own module.
+        state.update({key: value for key, value in own.items() if key not in state})
+        return state
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """Load a state of this class or of an EMA class of MMEngine, MMDetection or MMYOLO.
@@ -216,10 +281,20 @@ class MomentumAveragedModel(BaseAveragedModel):
                 'are missing. Resume from a whole checkpoint, or start from its weights alone '
                 'with `load_from`.'
             )
+        saved = {key[7:]: value for key, value in state_dict.items() if key.startswith('module.')}
+        remake_buffers(self.module, {canonical_name(name): value for name, value in saved.items()})
         kwargs = {'assign': True} if assign else {}  # torch 2.0 does not know the argument
         return super().load_state_dict(state_dict, strict=strict, **kwargs)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.skip_non_finite:
+            self.record.skipped = self._skipped_before + sum(self.skipped.values())
+        destination[f'{prefix}record'] = self.record.encode()
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
+    ):
         self._finish()  # else the update on its way would change the state that is loaded
         saved, own = schedule_name(state_dict, prefix), self.schedule.name
         if saved not in (None, own):
@@ -228,8 +303,18 @@ class MomentumAveragedModel(BaseAveragedModel):
                 f'{type(self).__name__} has {own!r}. Use the averaged model that wrote it, or '
                 'start from its weights alone with `load_from`.'
             )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        )
         self.steps = self.steps.cpu()  # with assign=True it is the tensor of the state
+        key = f'{prefix}record'
+        unexpected[:] = [name for name in unexpected if name != key]
+        if key in state_dict:
+            self.record = Record.decode(state_dict[key])
+        else:  # of another class, or of an older version
+            self.record = self.record.restarted('loaded from a state without a record')
+        if self.skip_non_finite:  # what is counted here from now on comes on top
+            self._skipped_before = self.record.skipped - sum(self.skipped.values())
 
     def _apply(self, fn, *args, **kwargs):
         steps = self.steps
@@ -240,7 +325,7 @@ class MomentumAveragedModel(BaseAveragedModel):
     def __getstate__(self):
         # The follower holds the source; a copy or a pickle of the average must not take it along.
         self._finish()
-        return {**self.__dict__, '_follower': None}
+        return {**self.__dict__, '_follower': None, 'defers_copies': False}
 
 
 @MODELS.register_module()

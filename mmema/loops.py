@@ -44,8 +44,8 @@ class EMAValLoop(ValLoop):
     Args:
         runner, dataloader, evaluator, fp16: As of MMEngine's loop.
         prefix: Prefix of the raw metrics' names, before a slash. Defaults to 'raw'.
-        weights: Weights to evaluate beside the main average: 'raw' and names in ``also``. Defaults
-            to None, all.
+        weights: Weights to evaluate beside the main average: 'raw', names in ``also`` and rungs of
+            a ladder. Defaults to None, all but the rungs, which ``horizon='auto'`` evaluates.
 
     Raises:
         TypeError: If ``prefix`` is no string.
@@ -66,7 +66,8 @@ class EMAValLoop(ValLoop):
         weights: Sequence[str] | None = None,
     ):
         try:
-            others = [name for name in averages_of(ema_hook_of(runner)) if name != MAIN]
+            ema_hook = ema_hook_of(runner)
+            others = [name for name in averages_of(ema_hook) if name != MAIN]
         except RunError as error:
             raise RunError(f'EMAValLoop evaluates several weights: {error}') from None
         if not isinstance(prefix, str):
@@ -79,7 +80,9 @@ class EMAValLoop(ValLoop):
             raise ValueError(f'weights must be a list of names out of {known}, got {weights!r}')
         super().__init__(runner, dataloader, evaluator, fp16)
         self.prefix = prefix.strip('/')
-        self.weights = known if weights is None else list(weights)
+        rungs = getattr(ema_hook, 'rungs', {})  # of a ladder, which evaluates them itself
+        default = [name for name in known if name not in rungs]
+        self.weights = default if weights is None else list(weights)
         self.results: dict[str, dict] = {}  # metrics of the last validation by name of the weights
         # A checkpoint is saved before the validation of its epoch, so it lacks those scores.
         self._lacks_scores = bool(runner._resume)
@@ -111,6 +114,7 @@ class EMAValLoop(ValLoop):
         def call_hook(name, **kwargs):
             nonlocal swapped
             if name == 'after_val_epoch':
+                refuse_same_names(kwargs['metrics'], others)
                 swapped = False
                 if kwargs['metrics']:
                     kwargs['metrics'].update(others)
@@ -155,3 +159,13 @@ class EMAValLoop(ValLoop):
         if now == last_of(loop) or getattr(loop, 'stop_training', False):
             unit = 'iter' if isinstance(loop, IterBasedTrainLoop) else 'epoch'
             runner.logger.info(scores.table(unit))
+
+
+def refuse_same_names(main: dict, others: dict) -> None:
+    """Raise RunError if a metric of the main average is called as one of other weights."""
+    for name in main:
+        if name in others:
+            raise RunError(
+                f'the metric {name!r} of the main average and {name.partition("/")[2]!r} of '
+                f'{name.partition("/")[0]!r} have one name. Give that average another name in also.'
+            )

@@ -73,24 +73,31 @@ class Restartable(MomentumAveragedModel):
         Args:
             steps: 0, a hard restart: the next update copies the source, then the schedule begins
                 again. Above 0, a soft one: the counter goes there, and part of the average is
-                kept. None: the counter goes on, only live values change. Defaults to 0.
+                kept; where the next update is to copy, it still does. None: the counter goes on,
+                only live values change. Defaults to 0.
             **changes: New live values by name; None leaves one as it is.
 
         Raises:
             TypeError, ValueError: As `check_restart`.
         """
         self.check_restart(steps, **changes)
+        new = {name: value for name, value in changes.items() if value is not None}
         if steps is not None:
+            # Of an average that is to be begun, no part can be kept: the copy stays due.
+            self.record.copy_is_due |= steps > 0 and int(self.steps) == 0
             self.steps.fill_(steps)
-        self._set_live(**{name: value for name, value in changes.items() if value is not None})
+        self._set_live(**new)
         self.restarts += 1
+        self.record.note('restart', steps=steps, **new)
 
     def rewind(self, state_dict: dict) -> None:
-        """Take the average and the counter from a state; live values and restarts stay."""
-        own = self.state_dict()
-        averaged = {key: state_dict[key] for key in state_keys(self) if key in state_dict}
-        own = {key: value for key, value in own.items() if key not in state_keys(self)}
+        """Take the average, the counter and the record from a state; live values stay."""
+        own, record, keys = self.state_dict(), self.record, [*state_keys(self), 'record']
+        averaged = {key: state_dict[key] for key in keys if key in state_dict}
+        own = {key: value for key, value in own.items() if key not in keys}
         self.load_state_dict({**own, **averaged})
+        self.record.parts, self.record.events = record.parts, record.events
+        self.record.note('rewind', after=record.updates)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -35,6 +35,10 @@ class Schedule:
         """Return the momentum of the update that finds the counter at ``steps``."""
         raise NotImplementedError
 
+    def at(self, steps: int, interval: int) -> float:
+        """Return the momentum of a blend that finds the counter at ``steps``."""
+        return self(steps // interval if self.counts_blends else steps)
+
     @classmethod
     def live_fields(cls) -> tuple:
         """Return the names of the fields that a restart or an assignment can change."""
@@ -299,6 +303,9 @@ class UniformSchedule(Schedule):
 
     def __call__(self, steps: int) -> float:
         return 1 / (1 + steps)
+
+
+BY_NAME = {schedule.name: schedule for schedule in Schedule.__subclasses__()}
 
 
 def power_function_sigma_rel(gamma: float) -> float:

@@ -16,6 +16,8 @@ from .update.sharded import Parts, followed, is_sharded
 
 # The averages that are in a model now. Not an attribute: a deep copy of an average is in none.
 _swapped: WeakSet = WeakSet()
+# The averages that have yet to copy tensors of a source; they must before it gets other numbers.
+_owing: WeakSet = WeakSet()
 
 
 @contextmanager
@@ -73,6 +75,17 @@ def refuse_while_swapped(ema: nn.Module, action: str) -> None:
         )
 
 
+def note_owed(ema: nn.Module) -> None:
+    """Note that an average has yet to copy tensors of its source."""
+    _owing.add(ema)
+
+
+def finish_copies() -> None:
+    """Let all averages copy what they have yet to; call it before a source gets other numbers."""
+    while _owing:
+        _ = _owing.pop().module  # reading finishes it
+
+
 def swap_in(model: nn.Module, ema: nn.Module) -> Swap | ShardedSwap:
     """Give a model its averaged weights, until ``undo`` of what is returned is called."""
     return (ShardedSwap if is_sharded(unwrapped(model)) else Swap)(model, ema)
@@ -83,6 +96,7 @@ class Swap:
 
     def __init__(self, model: nn.Module, ema: nn.Module):
         refuse_while_swapped(ema, 'be given them a second time')
+        finish_copies()
         refuse_pieces(model)
         self.model = unwrapped(model)
         self.ema = ema
@@ -148,6 +162,7 @@ class ShardedSwap:
 
     def __init__(self, model: nn.Module, ema: nn.Module):
         refuse_while_swapped(ema, 'be given them a second time')
+        finish_copies()
         self.model = unwrapped(model)
         self.ema = ema
         parts = Parts(self.model)

@@ -53,9 +53,8 @@ def tensors_of(model):
 
 
 def blended_names(model, update_buffers):
-    """The names that an average of ``model`` blends: frozen parameters are copied."""
-    parameters = model.named_parameters(remove_duplicate=False)
-    names = {name for name, parameter in parameters if parameter.requires_grad}
+    """The names that an average of ``model`` blends, frozen or not."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if update_buffers:
         buffers = model.named_buffers(remove_duplicate=False)
         names |= {name for name, buffer in buffers if buffer.is_floating_point()}

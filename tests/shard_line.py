@@ -146,6 +146,13 @@ def best(folder):
     return train(folder, dict(BEST), strategy=fully_shard())
 
 
+def ladder(folder):
+    """A ladder of averages with a restart, and blends at every second update or fewer."""
+    ema = dict(type='mmema.EMAHook', horizon=[0.2, 0.4, 0.8], also=ALSO, interval=2)
+    hook = dict(type='mmema.EMARestartHook', milestones=[2])
+    return train(folder, hook, ema=ema, strategy=fully_shard())
+
+
 def loaded(folder):
     """Begin from bare weights, which have a layer of another shape."""
     weights = ShardModel().state_dict()

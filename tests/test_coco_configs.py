@@ -8,8 +8,8 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import HOOKS, MODELS, PARAM_SCHEDULERS, init_default_scope
 
-from mmema import EMARestartHook, RestartableExpMomentumEMA
-from mmema.run import switches_of
+from mmema import EMAHook, EMARestartHook, RestartableExpMomentumEMA
+from mmema.run import less_is_better, switches_of
 
 mmyolo = pytest.importorskip('mmyolo')
 FOLDER = Path(__file__).parents[1] / 'configs' / 'coco'
@@ -23,6 +23,13 @@ RECIPES = [
     ('yolov5_s_restart', 300, 285),
     ('yolox_s_restart', 300, 284),  # its hook switches one epoch earlier than its argument says
 ]
+# Name, and whether the stock recipe has a switch that the ladder leaves there.
+LADDERS = [
+    ('rtmdet_s_auto', True),
+    ('yolov8_s_auto', True),
+    ('yolov5_s_auto', False),
+    ('yolox_s_auto', True),
+]
 
 
 def hooks_of(config):
@@ -34,7 +41,8 @@ def hooks_of(config):
 
 
 def test_every_recipe_is_tested():
-    assert {name for name, _, _ in RECIPES} == {file.stem for file in FOLDER.glob('*.py')}
+    tested = {name for name, _, _ in RECIPES} | {name for name, _ in LADDERS}
+    assert tested == {file.stem for file in FOLDER.glob('*.py')}
 
 
 @pytest.mark.parametrize('name, epochs, switch', RECIPES)
@@ -55,6 +63,18 @@ def test_restart_at_the_switch(name, epochs, switch):
     )
     assert isinstance(built, RestartableExpMomentumEMA)
     built.restart(restart.rule.steps, restart.rule.momentum, restart.rule.gamma)
+
+
+@pytest.mark.parametrize('name, switches', LADDERS)
+def test_a_ladder_in_place_of_the_average(name, switches):
+    config = Config.fromfile(FOLDER / f'{name}.py')
+    hooks = hooks_of(config)
+    (hook,) = [hook for hook in hooks if isinstance(hook, EMAHook)]
+    assert list(hook.ladder.rungs) == ['h0_3', 'h1', 'h3', 'h10', 'h30']
+    assert hook.chosen == 'h3'
+    assert not any(isinstance(hook, EMARestartHook) for hook in hooks)
+    assert bool(switches_of(hooks, config.train_cfg.max_epochs)) is switches
+    assert less_is_better('coco/bbox_mAP') is False  # of RTMDet, which saves no best one
 
 
 def test_the_refresh_is_dfines():

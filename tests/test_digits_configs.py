@@ -193,3 +193,16 @@ def test_several_averages_are_in_log_tensorboard_and_table(tiny_set, tmp_path):
     table = log.read_text().split('coco/bbox_mAP of all weights\n')[1].splitlines()
     names = [line.split()[0] for line in table[:6]]
     assert names == ['weights', 'ema', 'raw', 'short', 'restarted', 'swa']
+
+
+def test_a_ladder_trains_with_nothing_chosen(tiny_set, tmp_path):
+    config = short_run('yolov5_n_auto', tiny_set, tmp_path)
+    config.train_cfg.val_interval = 1
+    runner = Runner.from_cfg(config)
+    runner.train()
+    hook = ema_hook_of(runner)
+    assert list(hook.rungs) == ['h30']  # of 6 updates
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    table = log.split('the last score of each of the weights')[1].splitlines()[1:4]
+    assert [line.split()[0] for line in table] == ['weights', 'raw', 'h30']
+    assert sum('<- chosen' in line for line in table) == 1

@@ -3,7 +3,18 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.hooks import Hook
-from runs import Mean, NormModel, Score, ema, log_of, make_runner, plain_runner, points
+from runs import (
+    Mean,
+    NormModel,
+    Score,
+    assert_same,
+    ema,
+    log_of,
+    make_runner,
+    plain_runner,
+    points,
+    state_of,
+)
 
 from mmema.run import ema_hook_of
 
@@ -71,8 +82,8 @@ def test_training_goes_on_as_with_the_stock_loop(tmp_path, hook):
             tmp_path / name, [ema(type=hook)], model=NormModel(dropout=0.5), val_cfg=val_cfg
         )
         runner.train()
-        states.append({**runner.model.state_dict(), **ema_hook_of(runner).ema_model.state_dict()})
-    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values()))
+        states.append(state_of(runner))
+    assert_same(*states)
 
 
 def test_log_and_best_checkpoint(tmp_path):

@@ -1,6 +1,5 @@
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -98,7 +97,6 @@ def test_a_larger_set_begins_with_the_smaller_one(small_set, tmp_path):
 def test_layout_and_coco_fields(small_set):
     assert sorted(path.name for path in small_set.iterdir()) == [
         'annotations',
-        'contact_sheet.png',
         'crops',
         'masks',
         'test',
@@ -257,17 +255,6 @@ def test_render_digit_turns_it():
     assert leaning.shape[1] > 1.5 * upright.shape[1]
 
 
-def test_contact_sheet_shows_the_boxes(small_set):
-    # Four rows of pictures at twice their size, three titles; the test row is half empty.
-    sheet = cv2.imread(str(small_set / 'contact_sheet.png'))[..., ::-1]
-    assert sheet.shape == (3 * 28 + 4 * 256, 8 * 256, 3)
-    first = annotations(small_set, 'train')['annotations'][0]
-    x, y, width, height = (2 * value for value in first['bbox'])
-    bottom = sheet[28 + y + height - 1, x : x + width]
-    assert np.mean(np.all(bottom == (255, 220, 0), axis=1)) > 0.5
-    assert (sheet[-100:, -4 * 256 :] == 255).all()
-
-
 # Calls --------------------------------------------------------------------------------------
 
 
@@ -275,19 +262,6 @@ def test_a_finished_set_is_left_as_it_is(small_set):
     before = {path: path.stat().st_mtime_ns for path in small_set.rglob('*')}
     assert digits.make_digits(small_set, train=TRAIN, val=VAL, test=TEST, seed=3) is False
     assert {path: path.stat().st_mtime_ns for path in small_set.rglob('*')} == before
-
-
-def test_a_set_of_before_gets_masks_and_crops_and_keeps_the_rest(small_set, tmp_path):
-    for lacking in (['masks', 'crops'], ['crops']):
-        older = tmp_path / '-'.join(lacking)
-        shutil.copytree(small_set, older)
-        for name in lacking:
-            shutil.rmtree(older / name)
-        before = {path: path.stat().st_mtime_ns for path in older.rglob('*') if path.is_file()}
-        assert digits.make_digits(older, train=TRAIN, val=VAL, test=TEST, seed=3) is True
-        assert contents(older) == contents(small_set)
-        assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert len(list(tmp_path.iterdir())) == 2  # nothing else is left
 
 
 @pytest.mark.parametrize(
@@ -338,19 +312,12 @@ def test_a_damaged_set_is_named(tmp_path):
         with pytest.raises(digits.UsageError, match='damaged'):
             digits.make_digits(tmp_path / 'set', train=2, val=1, test=1)
         (tmp_path / 'set' / lost).write_bytes(content)
+    (tmp_path / 'set' / 'crops' / 'val').rename(tmp_path / 'crops')
+    with pytest.raises(digits.UsageError, match='damaged'):
+        digits.make_digits(tmp_path / 'set', train=2, val=1, test=1)
     (tmp_path / 'set' / 'annotations' / 'val.json').write_text('{"info": ')
     with pytest.raises(digits.UsageError, match='is not a digits set'):
         digits.make_digits(tmp_path / 'set', train=2, val=1, test=1)
-
-
-def test_a_set_of_an_earlier_version_is_named(tmp_path):
-    digits.make_digits(tmp_path / 'set', train=1, val=1, test=1)
-    file = tmp_path / 'set' / 'annotations' / 'train.json'
-    file.write_text(file.read_text().replace('"generator": 2', '"generator": 1'))
-    shutil.rmtree(tmp_path / 'set' / 'test')
-    (tmp_path / 'set' / 'annotations' / 'test.json').unlink()
-    with pytest.raises(digits.UsageError, match='generator 1 instead of 2.*make it again'):
-        digits.make_digits(tmp_path / 'set', train=1, val=1, test=1)
 
 
 def test_an_empty_folder_is_filled(tmp_path):
@@ -362,7 +329,7 @@ def test_an_error_on_the_way_leaves_nothing(monkeypatch, tmp_path):
     def full(*args):
         raise OSError('disk full')
 
-    monkeypatch.setattr(digits, 'contact_sheet', full)
+    monkeypatch.setattr(digits, 'make_split', full)
     with pytest.raises(OSError, match='disk full'):
         digits.make_digits(tmp_path / 'set', train=1, val=1, test=1)
     assert not any(tmp_path.iterdir())
@@ -371,9 +338,7 @@ def test_an_error_on_the_way_leaves_nothing(monkeypatch, tmp_path):
 def test_command_line(tmp_path):
     result = run_tool('set', '--train', 2, '--val', 1, '--test', 3, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == (
-        'set: 2 training, 1 validation and 3 test pictures, look at set/contact_sheet.png\n'
-    )
+    assert result.stdout == ('set: 2 training, 1 validation and 3 test pictures\n')
     result = run_tool('set', '--train', 2, '--val', 3, '--test', 3, cwd=tmp_path)
     assert result.returncode == 1 and result.stdout == ''
     assert result.stderr.startswith('make_digits: ') and len(result.stderr.splitlines()) == 1

@@ -26,7 +26,7 @@ from tqdm import tqdm
 # Part of the settings: raise it when a scene of the same seed looks different.
 GENERATOR = 2  # 1 had no test set; its training pictures are the same
 SPLITS = ('train', 'val', 'test')
-ADDED = ('masks', 'crops')  # folders that a set of an earlier version lacks; the rest is the same
+SETTINGS = ('generator', *SPLITS, 'seed', 'size')
 CLASSES = tuple(str(digit) for digit in range(10))
 
 HELD_OUT = 5  # one digit in five is kept from training: half for validation, half for the test
@@ -41,9 +41,6 @@ INK = 0.5  # opacity from which a pixel belongs to the digit, and to its box
 ATTEMPTS = 20  # to find a place for a digit
 
 SIZES = (64, 320)
-SHEET_COLUMNS = 8
-SHEET_ROWS = {'train': 2, 'val': 1, 'test': 1}
-SHEET_ZOOM = 2
 
 
 class UsageError(Exception):
@@ -229,50 +226,6 @@ def write_png(path, picture):
         raise OSError(f'could not write {path}')
 
 
-def contact_sheet(folder, annotations):
-    """Return one RGB picture of the first scenes of each split, with boxes and classes."""
-    bands = []
-    for split in SPLITS:
-        coco = annotations[split]
-        tiles = [
-            annotated(folder / split, coco, k) for k in range(len(coco['images']))[: sheet(split)]
-        ]
-        blank = np.full_like(tiles[0], 255)
-        tiles += [blank] * (-len(tiles) % SHEET_COLUMNS)
-        title = np.full((28, SHEET_COLUMNS * blank.shape[1], 3), 255, np.uint8)
-        text = f'{split}: {len(coco["images"])} pictures, {len(coco["annotations"])} digits'
-        cv2.putText(title, text, (8, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
-        bands.append(title)
-        rows = range(0, len(tiles), SHEET_COLUMNS)
-        bands += [np.hstack(tiles[k : k + SHEET_COLUMNS]) for k in rows]
-    return np.vstack(bands)
-
-
-def sheet(split):
-    """Return how many scenes of a split the contact sheet has room for."""
-    return SHEET_ROWS[split] * SHEET_COLUMNS
-
-
-def annotated(folder, coco, index):
-    """Return scene ``index`` enlarged, with its boxes and classes and a white border."""
-    image = coco['images'][index]
-    picture = cv2.imread(str(folder / image['file_name']))[..., ::-1]
-    picture = cv2.resize(picture, None, fx=SHEET_ZOOM, fy=SHEET_ZOOM, interpolation=cv2.INTER_CUBIC)
-    for annotation in coco['annotations']:
-        if annotation['image_id'] != image['id']:
-            continue
-        x, y, width, height = (SHEET_ZOOM * value for value in annotation['bbox'])
-        cv2.rectangle(picture, (x, y), (x + width - 1, y + height - 1), (255, 220, 0), 1)
-        label = CLASSES[annotation['category_id'] - 1]
-        # Above the box, or inside it where the picture ends.
-        corner = (x, y - 3 if y > 14 else y + 12)
-        cv2.putText(
-            picture, label, corner, cv2.FONT_HERSHEY_SIMPLEX, 0.5, (255, 220, 0), 1, cv2.LINE_AA
-        )
-    picture[-2:] = picture[:, -2:] = 255
-    return picture
-
-
 def found_settings(out):
     """Return the settings of the finished set at ``out``, None where there is nothing.
 
@@ -281,29 +234,17 @@ def found_settings(out):
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    foreign = UsageError(f'{out} is there and is not a digits set: move it away, or name another')
     try:
-        info = json.loads(annotation_file(out, 'train').read_text())['info']
-        if info['generator'] != GENERATOR:
-            raise UsageError(
-                f'{out} is a digits set of an earlier version of this tool (generator '
-                f'{info["generator"]} instead of {GENERATOR}): remove it and make it again'
-            )
-        info = [json.loads(annotation_file(out, split).read_text())['info'] for split in SPLITS]
-        settings = [
-            {name: part[name] for name in ('generator', *SPLITS, 'seed', 'size')} for part in info
-        ]
-        folders = [folder for folder in (out, out / 'masks') if folder.exists()]
-        counts = {
-            split: {len(list((folder / split).glob('*.png'))) for folder in folders}
-            for split in SPLITS
-        }
+        infos = [json.loads(annotation_file(out, split).read_text())['info'] for split in SPLITS]
+        settings = [{name: info[name] for name in SETTINGS} for info in infos]
     except (OSError, ValueError, KeyError, TypeError):
-        raise foreign from None
-    if any(other != settings[0] for other in settings) or any(
-        {settings[0][split]} != counts[split] for split in SPLITS
-    ):
-        raise UsageError(f'{out} is a damaged digits set: remove it and make it again')
+        raise UsageError(
+            f'{out} is there and is not a digits set: move it away, or name another'
+        ) from None
+    for split, own in zip(SPLITS, settings):
+        counts = [len(list((out / kind / split).glob('*.png'))) for kind in ('', 'masks')]
+        if counts != [own[split]] * 2 or own != settings[0] or not (out / 'crops' / split).is_dir():
+            raise UsageError(f'{out} is a damaged digits set: remove it and make it again')
     return settings[0]
 
 
@@ -316,8 +257,7 @@ def make_digits(out, train=512, val=128, test=512, seed=0, size=128):
     """Make the set at ``out``, whole or not at all.
 
     Args:
-        out: Folder to make; a finished set of the same settings is left as it is, and one of an
-            earlier version of this tool gets the folders that it lacks.
+        out: Folder to make; a finished set of the same settings is left as it is.
         train: Number of training pictures.
         val: Number of validation pictures.
         test: Number of test pictures.
@@ -337,10 +277,9 @@ def make_digits(out, train=512, val=128, test=512, seed=0, size=128):
     out = Path(out).absolute()
     settings = check_settings(train, val, test, seed, size)
     found = found_settings(out)
-    lacking = [name for name in ADDED if not (out / name).exists()]
-    if found == settings and not lacking:
+    if found == settings:
         return False
-    if found not in (None, settings):
+    if found is not None:
         names = [name for name in settings if settings[name] != found[name]]
         differs = ', '.join(f'{name} {found[name]} instead of {settings[name]}' for name in names)
         raise UsageError(f'{out} is a digits set with {differs}: remove it, or name another folder')
@@ -352,13 +291,8 @@ def make_digits(out, train=512, val=128, test=512, seed=0, size=128):
         raise UsageError(f'cannot make {out}: {error.strerror}') from None
     try:
         write_set(partial, settings)
-        if found:  # its pictures and annotations stay as they are
-            for name in lacking:
-                os.rename(partial / name, out / name)
-            shutil.rmtree(partial)
-        else:
-            partial.chmod(out.parent.stat().st_mode & 0o777)
-            os.rename(partial, out)
+        partial.chmod(out.parent.stat().st_mode & 0o777)
+        os.rename(partial, out)
     except BaseException:  # Ctrl-C too: nothing half made stays behind
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -366,15 +300,13 @@ def make_digits(out, train=512, val=128, test=512, seed=0, size=128):
 
 
 def write_set(folder, settings):
-    """Write pictures, annotations and contact sheet into an empty folder."""
+    """Write pictures and annotations into an empty folder."""
     (folder / 'annotations').mkdir()
-    annotations = {}
     total = sum(settings[split] for split in SPLITS)
     with tqdm(total=total, desc='digits', unit='picture', disable=None) as progress:
         for split in SPLITS:
-            annotations[split] = make_split(split, folder, settings, progress)
-            annotation_file(folder, split).write_text(json.dumps(annotations[split]) + '\n')
-    write_png(folder / 'contact_sheet.png', contact_sheet(folder, annotations))
+            coco = make_split(split, folder, settings, progress)
+            annotation_file(folder, split).write_text(json.dumps(coco) + '\n')
 
 
 def parse_args(argv=None):
@@ -398,7 +330,7 @@ def main(argv=None):
         sys.exit('make_digits: interrupted, nothing was kept')
     if made:
         counts = f'{args.train} training, {args.val} validation and {args.test} test pictures'
-        print(f'{args.out}: {counts}, look at {args.out / "contact_sheet.png"}')
+        print(f'{args.out}: {counts}')
     else:
         print(f'{args.out} is there already')
 

@@ -11,10 +11,15 @@ from ..averaged import MomentumAveragedModel
 from ..messages import listed
 from ..restartable import Restartable
 from ..restarts.rule import RestartRule
-from .units import parsed_horizon
+from ..run.horizons import is_ladder, parsed_horizon, rungs_of
 
 # 'raw' and 'ema' name weights already, and scalars of restarts begin with 'ema_set_'.
 RESERVED = ('raw', 'ema', 'set')
+DEFAULT_TYPE = 'mmema.RestartableExpMomentumEMA'
+RUNG_TYPE = 'mmema.RestartableAnnealingEMA'
+# Blends of the warm-up of a rung, max(1 / horizon, WARM_UP / (WARM_UP + blends)): an average so far
+# remembers about the last half of what there is, however long the run.
+WARM_UP = 2
 
 
 @dataclass(frozen=True)
@@ -25,10 +30,25 @@ class AverageConfig:
     arguments: dict = field(default_factory=dict)
     horizon: str | float | None = None
     rule: RestartRule | None = None  # only of an average in `also`
+    # The warm-up in blends, of a rung of a ladder: gamma follows when the interval is known.
+    blends_of_gamma: float | None = None
+
+    @property
+    def auto_interval(self) -> bool:
+        """Whether the horizon decides the interval."""
+        return self.arguments.get('interval') == 'auto'
+
+    @property
+    def of_model(self) -> dict:
+        """The settings of the averaged model as it can be built before the run is known."""
+        known = {k: v for k, v in self.arguments.items() if k != 'interval' or v != 'auto'}
+        return {**known, 'type': self.ema_type}
 
     def __post_init__(self) -> None:
         if self.horizon is not None:
             parsed_horizon(self.horizon)
+        elif self.auto_interval:
+            raise ValueError("interval='auto' must come with a horizon, got none")
         cls = class_of(self.ema_type)
         if cls is None:
             return  # imported later; building it fails then
@@ -50,6 +70,31 @@ class AverageConfig:
             cls.schedule_type(**{name: self.arguments[name] for name in own})
         if self.rule is not None and not issubclass(cls, Restartable):
             raise ValueError(f'restart needs a restartable average, got {cls.__name__}')
+
+
+def ladder_configs(horizon, ema_type: str | type, given: dict) -> dict[str, AverageConfig]:
+    """Return the configs of the rungs of a ladder, by name; empty where ``horizon`` is none."""
+    if not is_ladder(horizon):
+        return {}
+    if ema_type != DEFAULT_TYPE:
+        raise ValueError(
+            f'a ladder has averages of its own, but horizon={horizon!r} came with '
+            f'ema_type={ema_type!r}. Leave ema_type out.'
+        )
+    fixed = [name for name in ('momentum', 'gamma') if name in given]
+    if fixed:
+        raise ValueError(
+            f'horizon must come in place of momentum and gamma, but horizon={horizon!r} came with '
+            f'{fixed[0]}={given[fixed[0]]!r}. Leave {fixed[0]} out.'
+        )
+    # Statistics of BatchNorm that are copied belong to other weights than those of a long average.
+    arguments = {'interval': 'auto', 'gamma': WARM_UP, 'update_buffers': True, **given}
+    return {
+        rung.name: AverageConfig(
+            RUNG_TYPE, arguments, horizon=rung.horizon, blends_of_gamma=WARM_UP
+        )
+        for rung in rungs_of(horizon)
+    }
 
 
 def also_configs(also: dict | None, main: AverageConfig) -> dict:
@@ -84,6 +129,8 @@ def _beside(main: AverageConfig, settings: dict) -> AverageConfig:
         arguments.pop('momentum', None)
     elif 'momentum' not in given and takes(cls, 'momentum'):
         horizon = main.horizon
+    if horizon is None and main.auto_interval:
+        arguments.pop('interval', None)
     rule = None if restart is None else _rule_beside(restart)
     return AverageConfig(ema_type, {**arguments, **given}, horizon, rule)
 

@@ -9,17 +9,20 @@ from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch import nn
 
+from ..averaged import MomentumAveragedModel
 from ..checkpoints.resume import check_ema_state
 from ..messages import RunError, inform, listed, warn
+from ..record import Record
 from ..restarts.advice import beyond_the_end
 from ..restarts.controller import RestartController
 from ..restarts.progress import RuleProgress
 from ..run import RunFacts, label_of
+from ..run.horizons import updates_of_horizon
 from ..swap import copy_weights
 from ..update.finite import names_of_non_finite
 from ..update.sharded import Parts
 from .config import AverageConfig
-from .units import settle
+from .units import blend_interval, settle, told_least_change
 
 
 class TrackedAverage:
@@ -32,9 +35,12 @@ class TrackedAverage:
     def __init__(self, config: AverageConfig, source: nn.Module, name: str):
         self.config = config
         self.name = name
-        self.label = label_of(name)
-        model = dict(config.arguments, type=config.ema_type)
-        self.ema_model: BaseAveragedModel = MODELS.build(model, default_args=dict(model=source))
+        is_rung = config.blends_of_gamma is not None
+        self.label = f'the average {name!r}' if is_rung else label_of(name)
+        given = dict(model=source)
+        self.ema_model: BaseAveragedModel = MODELS.build(config.of_model, default_args=given)
+        if config.auto_interval and isinstance(self.ema_model, MomentumAveragedModel):
+            self.ema_model.defers_copies = True
         self.has_own_weights = False
         self.progress = None if config.rule is None else RuleProgress(config.rule)
         progresses = [] if self.progress is None else [self.progress]
@@ -47,19 +53,37 @@ class TrackedAverage:
         if self._settled or base is None and self.config.horizon is None:
             return
         self._settled = True
-        text = settle(self.ema_model, self.config.horizon, base, batch, facts)
+        ema, config = self.ema_model, self.config
+        if config.auto_interval:
+            ema.interval = blend_interval(updates_of_horizon(config.horizon, facts))
+        of_gamma = config.blends_of_gamma
+        if of_gamma is not None:  # a rung: all of it is in units of this run
+            base = None
+        text = settle(ema, config.horizon, base, batch, facts, of_gamma)
         inform(f'EMAHook, {self.label}: {text or "no momentum to scale"}')
 
     def copy(self, source: nn.Module) -> None:
         if not self.has_own_weights:
             copy_weights(self.ema_model.module, source)
 
-    def update(self, source: nn.Module, begun: bool) -> None:
-        if not begun:
-            self.ema_model.steps.zero_()  # an update at 0 copies, except for values that it skips
-        self.ema_model.update_parameters(source)
-        if not begun:
-            self.ema_model.steps.zero_()
+    def update(self, source: nn.Module, begun: bool, iteration: int) -> None:
+        """Update the average at the end of an iteration; before it has begun it copies."""
+        ema, record = self.ema_model, self.record
+        record.iteration = iteration
+        if begun:
+            ema.update_parameters(source)
+            return
+        was_restarted = record.copy_is_due
+        counter = int(ema.steps) if was_restarted else 0
+        ema.steps.zero_()  # an update at 0 copies, except for values that it skips
+        ema.update_parameters(source)
+        ema.steps.fill_(counter)
+        record.copy_is_due = was_restarted
+
+    @property
+    def record(self) -> Record:
+        """The record of the average; of a class without one, another that nobody sees."""
+        return getattr(self.ema_model, 'record', None) or Record()
 
     def report(self) -> None:
         """Warn of tensors that were skipped, and of values that are no longer finite."""
@@ -80,19 +104,23 @@ class TrackedAverage:
         return names_of_non_finite(module, module.reduced if isinstance(module, Parts) else None)
 
     def begin(self, facts: RunFacts, evaluated: Collection[str]) -> None:
-        """Check the restart rule at the beginning of a training.
+        """Check momentum and restart rule at the beginning of a training, and tell what is lost.
 
         Args:
             facts: Those of the run.
             evaluated: The averages of which validations give metrics.
         """
         rule = self.config.rule
-        if rule is None:
-            return
         try:
-            self.restarts.begin(self.ema_model, facts)
+            text, is_much = told_least_change(self.ema_model, facts.updates)
+            if rule is not None:
+                self.restarts.begin(self.ema_model, facts)
         except RunError as error:
             raise RunError(f'{self.label}: {error}') from None
+        if text:
+            (warn if is_much else inform)(f'{self.label}: {text}')
+        if rule is None:
+            return
         if rule.plateau and self.name not in evaluated:
             raise RunError(
                 f'{self.label}: on_plateau watches the metrics of this average, but no validation '
@@ -120,3 +148,5 @@ class TrackedAverage:
         """Load the weights in a checkpoint; the average is a copy of the model from now on."""
         _load_checkpoint_to_model(self.ema_model.module, checkpoint, strict, 'current')
         self.has_own_weights = False
+        if self.record.updates:
+            self.ema_model.record = self.record.restarted('weights loaded')

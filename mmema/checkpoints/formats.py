@@ -10,6 +10,10 @@ from typing import Dict
 import torch
 from torch import Tensor, nn
 
+from ..averaged import EXTRA_STATE
+from ..messages import listed
+from ..record import Record
+
 State = Dict[str, Tensor]
 
 # Maker, marks, and the places of average, raw weights and counter (None: not saved). A file with
@@ -53,6 +57,7 @@ class Weights:
     raw_at: str = ''
     steps: int | None = None  # updates of the average; None if the file does not say
     live: dict = field(default_factory=dict)  # beside it in a restartable average's state
+    record: Record | None = None  # of its updates
     also: dict[str, Weights] = field(default_factory=dict)  # the other averages of a run, by name
     meta: dict = field(default_factory=dict)  # of an MMEngine checkpoint
     exported: dict = field(default_factory=dict)  # record of an export, in ``meta``
@@ -118,10 +123,16 @@ def _read_run(values: dict) -> Weights:
     """Read a run's checkpoint: the average in ``state_dict``, raw weights in ``ema_state_dict``."""
     state, meta = _tensors(values['state_dict'], 'state_dict'), _dict_at(values, 'meta')
     found = Weights(_maker_of_run(meta), meta=meta)
+    whole = values['state_dict']
+    items = whole.items() if isinstance(whole, dict) else ()
+    extra = [name for name, value in items if _is_extra_state(name, value)]
+    if extra:
+        found.notes.append(f'extra state that is no tensor is left out: {listed(extra)}')
     if 'ema_state_dict' not in values:
         _set_only_weights(found, state)
         return found
-    found.live = _live_values(_dict_at(values, 'ema_state_dict'))
+    ema = _dict_at(values, 'ema_state_dict')
+    found.live, found.record = _live_values(ema), _record(ema)
     swapped = _tensors(values.get("ema_state_dict['module.*']", {}), 'ema_state_dict')
     found.note_missing(swapped, state, 'ema_state_dict', 'for these the two are the same')
     raw = with_metadata(state, {name: swapped.get(name, state[name]) for name in state})
@@ -141,7 +152,8 @@ def _read_also(found: Weights, name: str, values: dict) -> None:
     state = _dict_at(_dict_at(values, place), 'state_dict')
     own = _tensors(_averaged_model(state, 'module.*').get('module.*', {}), place)
     if not found.note_missing(own, found.average, place, 'it is left out'):
-        other = Weights(found.maker, steps=_counter(state, 'steps'), live=_live_values(state))
+        other = Weights(found.maker, steps=_counter(state, 'steps'))
+        other.live, other.record = _live_values(state), _record(state)
         other.average = with_metadata(found.average, {key: own[key] for key in found.average})
         found.also[name] = other
 
@@ -178,11 +190,22 @@ def _live_values(ema: dict) -> dict:
     """Return the schedule, live values and restarts of a restartable average; else nothing."""
     if 'restarts' not in ema:
         return {}
-    live = {k: v for k, v in ema.items() if k != 'steps' and not str(k).startswith('module.')}
+    apart = ('steps', 'record')
+    live = {k: v for k, v in ema.items() if k not in apart and not str(k).startswith('module.')}
     name = live.get('schedule')
     if name is not None and not _is_text(name):
         raise CheckpointError('schedule must be a name in ASCII, in a uint8 tensor')
     return _tensors(live, 'the EMA state')
+
+
+def _record(ema: dict) -> Record | None:
+    """Return the record of an average; None if its class has none."""
+    if 'record' not in ema:
+        return None
+    try:
+        return Record.decode(ema['record'])
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _is_text(value) -> bool:
@@ -196,7 +219,7 @@ def _read_other(
     """Read the weights and the counter at the places of a format."""
     found.steps = _counter(values, steps)
     if steps == 'steps':
-        found.live = _live_values(values)
+        found.live, found.record = _live_values(values), _record(values)
     if 'YOLOv5' in found.maker and values['ema'] is None:
         average, raw = 'model', None
         found.notes.append('`ema` is empty: the optimizer was stripped, and `model` has the EMA')
@@ -231,12 +254,23 @@ def _read_bare(content: dict) -> Weights:
     raise CheckpointError(f'it is in no format that mmema knows; it holds {keys}')
 
 
+def _is_extra_state(name, value) -> bool:
+    """Return whether a layer keeps something beside its tensors here, and no tensor."""
+    return str(name).endswith(EXTRA_STATE) and not isinstance(value, Tensor)
+
+
 def _tensors(state, place: str) -> State:
-    """Return names and tensors, without the prefixes that wrappers of a model add."""
+    """Return names and tensors, without the prefixes that wrappers of a model add.
+
+    Extra state that is no tensor is left out.
+    """
     if isinstance(state, nn.Module):
         state = state.state_dict()
     if not isinstance(state, dict):
         raise CheckpointError(f'{place} must be names and tensors, got a {type(state).__name__}')
+    extra = [name for name, value in state.items() if _is_extra_state(name, value)]
+    if extra:
+        state = with_metadata(state, {n: value for n, value in state.items() if n not in extra})
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckpointError(

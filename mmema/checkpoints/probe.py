@@ -50,6 +50,26 @@ def is_whole(file: str | Path) -> bool:
         return False
 
 
+def checkpoint_files(folder: str | Path) -> list[Path]:
+    """Return the checkpoints in a folder, in the order of their names, whole or not.
+
+    ``filename_tmpl`` of MMEngine's CheckpointHook gives them any name, so files are known by how
+    torch begins them, in its older format, too.
+    """
+    begins = (b'PK\x03\x04', b'\x80\x02')
+    folder, found = Path(folder), []
+    for path in sorted(folder.iterdir() if folder.is_dir() else ()):
+        if path.suffix == '.part':  # not finished
+            continue
+        if path.suffix == '.pth' or path.is_dir() and is_folder(path):
+            found.append(path)
+        elif path.is_file():
+            with path.open('rb') as file:
+                if file.read(4).startswith(begins):
+                    found.append(path)
+    return found
+
+
 def top_level_keys(file: str | Path) -> set:
     """Return the keys of the dict in a checkpoint; none if the file cannot be read."""
     return set(structure(file))

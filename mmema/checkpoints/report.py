@@ -8,6 +8,7 @@ from typing import Iterator, NamedTuple
 
 from ..averaged import schedule_name
 from ..messages import listed
+from ..record import Record
 from .files import load
 from .formats import State, Weights
 
@@ -31,6 +32,7 @@ class Report(NamedTuple):
         if found.average is not None:
             lines.append(('updates', 'not said' if found.steps is None else f'{found.steps:,}'))
         lines += _live_lines(found.live)
+        lines += [('history', line) for line in history_of(found.record)]
         if 'epoch' in found.meta:
             lines.append(
                 ('trained', f'epoch {found.meta["epoch"]}, iteration {found.meta.get("iter", "?")}')
@@ -43,9 +45,43 @@ class Report(NamedTuple):
             if self.distances[name] is not None:
                 parts.append(f'distance {self.distances[name]:.3g}')
             lines.append((f'also {name}', ', '.join(parts)))
+            lines += [(f'history {name}', line) for line in history_of(other.record)]
         bad = [f'{which}: {listed(names)}' for which, names in self.non_finite.items() if names]
         lines += [('NaN or infinity', text) for text in bad or ['none']]
         return lines + [('note', note) for note in found.notes]
+
+
+def history_of(record: Record | None) -> list[str]:
+    """Return what happened to an average, in the order of time, a line each."""
+    if record is None:
+        return []
+    at = record.iterations_of_updates()
+    lines = []  # (update, order, text)
+    for part in record.parts:
+        unit = part['epoch_length'] and f', epochs of {part["epoch_length"]} iterations'
+        update = int((at < part['iteration']).sum())
+        text = f'{"resumed" if part["iteration"] else "started"} at iteration {part["iteration"]}'
+        batch = f'batch {part["batch"]} on {part["ranks"]} ranks'
+        every = f', an update in {part["accumulation"]}' if part['accumulation'] > 1 else ''
+        lines.append((update, 0, f'{text}{unit or ""}, {batch}{every} (log {part["log"]})'))
+    for event in record.events:
+        apart = ('what', 'update')
+        more = [f'{k} {_shown(v)}' for k, v in event.items() if k not in apart and v is not None]
+        lines.append((event['update'], 1, ', '.join([event['what'], *more])))
+    for first, count in record.copies:
+        lines.append((first, 2, 'copied' if count == 1 else f'copied, {count} updates'))
+    for segment in record.segments:
+        values = [f'{key} {value:g}' for key, value in segment.values.items()]
+        more = [f'interval {segment.interval}'] if segment.interval > 1 else []
+        more += ['blended buffers'] if segment.update_buffers else []
+        more += [f'without {", ".join(segment.exclude)}'] if segment.exclude else []
+        text = ', '.join([segment.schedule, *values, *more])
+        lines.append((segment.update, 3, f'{text}, from counter {segment.steps} on'))
+    return [f'update {update:,}: {text}' for update, _, text in sorted(lines)]
+
+
+def _shown(value) -> str:
+    return ', '.join(map(str, value)) if isinstance(value, list) else f'{value}'
 
 
 def inspect(path: str | Path, trust: bool = False) -> Report:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from mmengine.model import BaseAveragedModel
 
-from ..averaged import state_keys
+from ..averaged import EXTRA_STATE, state_keys
 from ..messages import RunError, listed, warn
 from ..update.pairs import canonical_name
-from .probe import is_whole, top_level_keys
+from .probe import checkpoint_files, is_whole, top_level_keys
 
 # Prefix of the copies of best checkpoints that are kept for restarts.
 KEPT = 'best_before_restart_at_'
@@ -36,7 +36,7 @@ def checkpoint_to_resume(work_dir: str | Path) -> str | None:
         if file.is_dir() or is_whole(file):  # MMEngine's strategies write folders
             return str(file)
     state = 'cut short' if named.is_file() else 'gone'
-    files = {file for folder in (work_dir, named.parent) for file in folder.glob('*.pth')}
+    files = {file for folder in (work_dir, named.parent) for file in checkpoint_files(folder)}
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         kept = file.name.startswith(KEPT)  # for a restart; newer than its content
         if not kept and is_whole(file) and 'optimizer' in top_level_keys(file):
@@ -65,12 +65,27 @@ def check_ema_state(checkpoint: dict, ema: BaseAveragedModel, file: str) -> None
     missing = [key for key in state_keys(ema) if key not in state]
     if missing:
         raise RunError(f'the EMA state in {file} lacks {listed(missing)}. {how}')
-    own = ema.module.state_dict()
-    other = [key for key, tensor in own.items() if state[f'module.{key}'].shape != tensor.shape]
+    # Buffers may change their shape, and extra state is anything.
+    buffers = {name for name, _ in ema.module.named_buffers(remove_duplicate=False)}
+    other = [
+        key
+        for key, tensor in ema.module.state_dict().items()
+        if key not in buffers and not key.endswith(EXTRA_STATE)
+        if state[f'module.{key}'].shape != tensor.shape
+    ]
     if other:
         raise RunError(
             f'the EMA state in {file} has other shapes than the model for {listed(other)}. {how}'
         )
+
+
+def share_extra_state(checkpoint: dict) -> None:
+    """Give the average the extra state of the model's layers, which nothing has averaged."""
+    model = {canonical_name(key): value for key, value in checkpoint['state_dict'].items()}
+    average = checkpoint['ema_state_dict']
+    for key in average:
+        if key.endswith(EXTRA_STATE):
+            average[key] = model[canonical_name(key[7:])]
 
 
 def exchange_weights(checkpoint: dict) -> None:

@@ -156,7 +156,6 @@ class Ablation:
         from . import ablation_run as runs
 
         self.result = runs.RESULT
-        self.steps = runs.steps_of(config)
         name = f'{config.ablation.family} {config.ablation.schedule}'
         self.name = ''.join(letter if letter.isalnum() else '_' for letter in name)
         self.folder = out / 'runs' / self.name
@@ -191,14 +190,15 @@ def run_all(ablation, seeds, jobs):
     """Run the seeds that are not done; return a line about each that failed."""
     failed = []
     running = Running()
-    bar = ProgressBar(ablation.name, len(seeds) * ablation.steps)
+    bar = ProgressBar(ablation.name, len(seeds))
     with bar, ThreadPoolExecutor(jobs) as pool:
         todo = [seed for seed in seeds if not ablation.is_done(seed)]
-        bar.advance((len(seeds) - len(todo)) * ablation.steps)
-        futures = {pool.submit(running.run, ablation, seed, bar): seed for seed in todo}
+        bar.advance(len(seeds) - len(todo))
+        futures = {pool.submit(running.run, ablation, seed): seed for seed in todo}
         try:
             for future in as_completed(futures):
                 reason = future.result()
+                bar.advance()
                 if reason:
                     failed.append(f'{ablation.name}, seed {futures[future]}: {reason}')
                     bar.say(f'failed, left out: {failed[-1]}')
@@ -218,31 +218,23 @@ class Running:
         self.processes = set()
         self.stopped = False
 
-    def run(self, ablation, seed, bar):
+    def run(self, ablation, seed):
         """Run one seed to its end; return why it failed, or None."""
-        folder, done = ablation.run_folder(seed), 0
+        folder = ablation.run_folder(seed)
         folder.mkdir(exist_ok=True)
         with open(folder / 'log.txt', 'a') as log:
             process = subprocess.Popen(
-                [sys.executable, '-m', CHILD, ablation.config, folder, str(seed)],
+                [sys.executable, '-u', '-m', CHILD, ablation.config, folder, str(seed)],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
+                stdout=log,
                 stderr=log,
                 env={**os.environ, **ONE_THREAD},
-                text=True,
             )
             self.processes.add(process)
             if self.stopped:
                 process.terminate()
-            for line in process.stdout:
-                if line.startswith('steps '):
-                    before, done = done, int(line.split()[1])
-                    bar.advance(done - before)
-                else:
-                    print(line, end='', file=log, flush=True)
             process.wait()
             self.processes.discard(process)
-        bar.advance(ablation.steps - done)
         if process.returncode == 0:
             return None
         lines = (folder / 'log.txt').read_text().split('\n')

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from .ablation_data import REPORT, SELECTION, read_settings, write_whole
-from .paired import LEVEL, bootstrap_interval, holm, summary, t_interval
+from .paired import LEVEL, holm, summary, t_interval
 
 # Comparisons ------------------------------------------------------------------------------------
 
@@ -152,9 +152,6 @@ def section(setting):
         'chosen: mean, 95 %',
     )
     lines += table(header, rows)
-    for comparison in found:
-        if all(name in setting.questions.ranges for name in comparison.pair):
-            lines += [ranges_of_means(setting, show, *comparison.pair), '']
     rows = [(comparison.name, *map(show.signed, comparison.last)) for comparison in found]
     lines += ['Each seed:', '', *table(('difference', *map(str, setting.seeds)), rows)]
     return lines
@@ -166,29 +163,6 @@ def adjusted_p(found, summaries):
     rest = np.array([not comparison.primary for comparison in found])
     p[rest] = holm(p[rest])
     return p
-
-
-def ranges_of_means(setting, show, first, second):
-    """Return a sentence about two ranges of the means over seeds: seeds first, then the range."""
-    both = [
-        np.array([setting.last(average) for average in setting.questions.ranges[name].values()])
-        for name in (first, second)
-    ]
-
-    def range_of(values, axis):
-        return np.ptp(values.mean(axis), axis=0)
-
-    def difference(values, axis):
-        halves = values[: len(both[0])], values[len(both[0]) :]
-        return range_of(halves[0], axis) - range_of(halves[1], axis)
-
-    drawn = np.concatenate(both)
-    ranges = [show.plain(range_of(values, -1)) for values in both]
-    interval = show.between(bootstrap_interval(drawn, difference))
-    return (
-        f'Of the means over seeds, the {first} is {ranges[0]} and the {second} {ranges[1]}; the '
-        f'difference is {show.signed(difference(drawn, -1))}, 95 % (BCa) {interval}.'
-    )
 
 
 def table(header, rows):

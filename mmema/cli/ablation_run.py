@@ -23,7 +23,8 @@ from mmengine.runner import Runner, set_random_seed
 
 from ..checkpoints.files import load
 from ..hooks.recalibrate import measure_statistics
-from ..run.config import averages_in, hooks_in, kind_of
+from ..run.checkpoints import checkpoints_in
+from ..run.config import hooks_in, kind_of
 from ..run.metrics import is_score, prefixes_in, watched_metric
 from ..run.switches import use_last_pipeline
 from . import common as cli
@@ -49,37 +50,16 @@ def main(argv=None):
     shutil.rmtree(folder / 'work')
 
 
-def tell(steps):
-    """Tell mmema ablate how much is done."""
-    print(f'steps {steps}', file=sys.__stdout__, flush=True)
-
-
-# What a config says -----------------------------------------------------------------------------
-
-
 def recalibrated(config):
     """Return the averages whose BatchNorm statistics are measured anew, by their new names."""
     return dict(config.ablation.get('recalibrate') or {})
 
 
-def steps_of(config):
-    """Return the length of a run on a progress bar: epochs, and weights to evaluate."""
-    weights = 2 + len(averages_in(config)) + len(recalibrated(config))
-    return config.train_cfg.max_epochs + number_kept(config) * weights
-
-
-def number_kept(config):
-    """Return how many checkpoints are there at the end of a run."""
-    checkpoint = config.default_hooks.checkpoint
-    saved = -(-config.train_cfg.max_epochs // checkpoint.get('interval', 1))  # the last one too
-    most = checkpoint.get('max_keep_ckpts', -1)
-    return min(saved, most) if most > 0 else saved
-
-
 def kept_checkpoints(config, folder):
     """Return the checkpoints to evaluate, by epoch."""
-    files = {int(file.stem[6:]): file for file in folder.glob('epoch_*.pth')}
-    return {epoch: files[epoch] for epoch in sorted(files)[-number_kept(config) :]}
+    files = {saved.epoch: saved.file for saved in checkpoints_in(folder)[0]}
+    most = config.default_hooks.checkpoint.get('max_keep_ckpts', -1)
+    return {epoch: files[epoch] for epoch in sorted(files)[-most if most > 0 else 0 :]}
 
 
 # Training ---------------------------------------------------------------------------------------
@@ -98,17 +78,9 @@ def train(config, folder, seed):
     config.load_from = checkpoint_to_resume(str(folder)) if folder.exists() else None
     config.resume = config.load_from is not None
     runner = cli.build_runner(config)
-    runner.register_hook(TellEpochs())
     runner.register_hook(KeepRandomNumbers())
     runner.train()
     return runner
-
-
-class TellEpochs(Hook):
-    """Progress of the training."""
-
-    def before_train_epoch(self, runner):
-        tell(runner.epoch)
 
 
 class KeepRandomNumbers(Hook):
@@ -142,19 +114,16 @@ def evaluate(model, config, checkpoints, seed):
         split: kind(config[f'{split}_dataloader'], config[f'{split}_evaluator']) for split in SPLITS
     }
     batches = training_batches(config, seed) if recalibrated(config) else []
-    steps = config.train_cfg.max_epochs
     for epoch, file in checkpoints.items():
         states = load(file, trust=True).sets()  # a file of this very run
         again = {name: states[of] for name, of in recalibrated(config).items()}
         for name, state in (*states.items(), *again.items()):
             model.load_state_dict(state)
             if name in again:
-                measure_statistics(model, batches)
+                measure_statistics(model, batches).copy_to(model)
             model.eval()
             for split, data in splits.items():
                 yield name, split, epoch, *measured(config, data.metrics(model), name, epoch)
-            steps += 1
-            tell(steps)
 
 
 def is_coco_map(config):

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..checkpoints.formats import CheckpointError
+from ..posthoc.facts import facts_in
 from ..run import watched_metric
 from ..run.checkpoints import Saved, checkpoints_in
-from ..run.config import hooks_in, read_config
+from ..run.config import hooks_in, is_by_epoch, kind_of, read_config
 from ..run.metrics import is_score, main_names, prefixes_in
+from ..run.record import epochs_until
 from ..run.scalars import read_scalars
 from . import common as cli
 
@@ -20,9 +22,10 @@ class Scored(NamedTuple):
     score: float
     weights: str
     saved: Saved
+    time: tuple[str, int]  # the epoch that it ends, or its iteration: unit and number
 
 
-def find_best(folder, metric=None, rule=None):
+def find_best(folder, metric=None, rule=None, trust=False):
     """Return metric, best :class:`Scored` and the number of those compared; errors are one line."""
     folder = Path(folder)
     cli.check_folder(folder)
@@ -45,9 +48,9 @@ def find_best(folder, metric=None, rule=None):
     watched = metric_to_compare(config, names, prefixes.values(), metric, rule)
     metric = watched.metric
 
-    scored, left = [], []
+    parts, scored, left = parts_of(checkpoints, trust), [], []
     for saved in checkpoints:
-        found = scores_of(saved, validations, metric, prefixes)
+        found = scores_of(saved, validations, parts, metric, prefixes)
         scored += found
         left += [] if found else [saved.file.name]
     if not scored:
@@ -90,14 +93,70 @@ def metric_to_compare(config, names, prefixes, metric, rule):
     return watched
 
 
-def scores_of(saved, validations, metric, prefixes):
+def parts_of(checkpoints, trust=False):
+    """Return the parts of the runs in a folder, a start or a resume each, by the folder of its log.
+
+    They are those of the records in the last files of each part. Where there are none, the first
+    iteration of a part is worked out from its files; a part of which they do not tell is left out.
+    """
+    parts = {}
+    for last in {saved.run: saved for saved in checkpoints}.values():
+        if last.has_record:
+            try:
+                recorded = facts_in(last.file, trust).parts
+            except CheckpointError as error:
+                cli.note(f'note: the record is left out: {error}')
+            else:
+                parts.update(
+                    (part['log'], {'run': recorded[0]['log'], **part}) for part in recorded
+                )
+    for run in {saved.run for saved in checkpoints}:
+        log = '_'.join(run.split('_')[-2:])  # MMEngine's timestamp
+        worked_out = log not in parts and part_of([s for s in checkpoints if s.run == run])
+        if worked_out:
+            parts[log] = {'run': log, **worked_out}
+    return parts
+
+
+def part_of(saved):
+    """Return what checkpoints without a record tell of the part that wrote them; None if nothing.
+
+    Where it was resumed after epochs of another length, or from the middle of one, its epochs begin
+    elsewhere than at the multiples of their length.
+    """
+    config, length = read_config(saved[0].config), saved[0].epoch_length
+    if not is_by_epoch(config):
+        return {'iteration': 0, 'epoch': 0, 'epoch_length': None}
+    hooks = [hook for hook in hooks_in(config) if kind_of(hook) == 'CheckpointHook']
+    first = {one.iteration - one.epoch * length for one in saved}
+    if first == {0} or all(hook.get('by_epoch', True) for hook in hooks):
+        # FlexibleRunner saves a best checkpoint with an epoch that is one too high.
+        return {'iteration': max(first), 'epoch': 0, 'epoch_length': length}
+    return None
+
+
+def scores_of(saved, validations, parts, metric, prefixes):
     """Return all weights of a checkpoint that a validation at its iteration has scored."""
-    scores = {}
+    scores, time = {}, None
     for one in validations:
-        same_run = saved.run.endswith(one.part)  # an older run may have been in the same folder
-        if same_run and one.iteration(saved.epoch_length) == saved.iteration:
-            main = saved.weights[0]
-            for weights, prefix in {**prefixes, main: ''}.items():
-                if is_score(one.point, prefix + metric) and weights in saved.weights:
-                    scores[weights] = one.point[prefix + metric]
-    return [Scored(scores[name], name, saved) for name in saved.weights if name in scores]
+        part = parts.get(one.part)
+        if part is None or one.iteration(part) != saved.iteration:
+            continue
+        # An older run may have been in the same folder. A resumed one may begin with the validation
+        # that the part before was stopped before.
+        own = next((log for log in parts if saved.run.endswith(log)), None)
+        catches_up = part['iteration'] == saved.iteration and own in parts
+        if own != one.part and not (catches_up and parts[own]['run'] == part['run']):
+            continue
+        time = time_of(part, saved.iteration)
+        for weights, prefix in {**prefixes, saved.weights[0]: ''}.items():
+            if is_score(one.point, prefix + metric) and weights in saved.weights:
+                scores[weights] = one.point[prefix + metric]
+    return [Scored(scores[name], name, saved, time) for name in saved.weights if name in scores]
+
+
+def time_of(part, iteration):
+    """Return the epoch of a part that an iteration ends, or the iteration: unit and number."""
+    epoch = part['epoch_length'] and epochs_until([part], iteration)
+    ends_epoch = epoch is not None and epoch == int(epoch)
+    return ('epoch', int(epoch)) if ends_epoch else ('iter', iteration)

@@ -98,8 +98,8 @@ def best(args):
     from ..checkpoints.export import export
     from .best import find_best
 
-    metric, best, compared = find_best(args.folder, args.metric, args.rule)
-    (unit, number), file = best.saved.time, best.saved.file
+    metric, best, compared = find_best(args.folder, args.metric, args.rule, args.trust)
+    (unit, number), file = best.time, best.saved.file
     record = {'metric': metric, 'score': best.score, unit: number}
     exact = args.exact_name
     out = export(file, args.output, best.weights, args.force, args.trust, not exact, record)

@@ -31,7 +31,7 @@ def choose(args, files):
     config = read(args.config, args.cfg_options)
     report_on = args.report_config and read(args.report_config, [])
     test_set = annotation_file(config, 'test')
-    stored, notes = stored_profiles(files)
+    stored, notes = stored_profiles(files, args.trust)
     restarts = args.restart_at
     if restarts is None:
         switches = stored[-1].facts.run.switches.values()

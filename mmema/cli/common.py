@@ -387,7 +387,9 @@ def check_file(path):
     if os.path.isfile(path) or os.path.isdir(path):
         return
     folder = os.path.dirname(path) or '.'
-    there = ', '.join(sorted(file.name for file in Path(folder).glob('*.pth')))
+    from ..checkpoints.probe import checkpoint_files
+
+    there = ', '.join(file.name for file in checkpoint_files(folder))
     die(f'no checkpoint file {path}' + (f'; {folder} holds {there}' if there else ''))
 
 

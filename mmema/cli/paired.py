@@ -47,22 +47,13 @@ def t_interval(values):
     return interval.low, interval.high
 
 
-def bootstrap_interval(values, statistic=np.mean):
-    """Return the BCa bootstrap's 95 % interval of a statistic, the same in each call.
-
-    Args:
-        values: Shape ``(seeds,)`` or ``(columns, seeds)``; whole seeds are drawn.
-        statistic: A function of an array and ``axis``, which is that of the seeds. Defaults to the
-            mean.
-    """
-    values = np.atleast_2d(values)
+def bootstrap_interval(values):
+    """Return the BCa bootstrap's 95 % interval of the mean, the same in each call."""
     if constant(values):
-        value = statistic(values[0] if len(values) == 1 else values, axis=-1)
-        return value, value
+        return values[0], values[0]
     interval = stats.bootstrap(
-        tuple(values),
-        statistic if len(values) == 1 else lambda *drawn, axis: statistic(np.array(drawn), axis),
-        paired=len(values) > 1,
+        (values,),
+        np.mean,
         confidence_level=1 - LEVEL,
         method='BCa',
         rng=np.random.default_rng(0),
@@ -72,7 +63,7 @@ def bootstrap_interval(values, statistic=np.mean):
 
 def constant(values):
     """Return whether all seeds have the same value, but for rounding: nothing to estimate from."""
-    return np.ptp(values, axis=-1).max() < 1e-9
+    return np.ptp(values) < 1e-9
 
 
 def sign_flip(values):

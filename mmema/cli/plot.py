@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import math
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,8 +28,11 @@ from mmengine.runner import Runner
 from ..averaged import MomentumAveragedModel
 from ..averages.config import AverageConfig, class_of
 from ..averages.units import settle
+from ..checkpoints.formats import CheckpointError
 from ..hooks.restart import EMARestartHook
 from ..messages import RunError
+from ..posthoc.facts import facts_in
+from ..posthoc.records import History, history_in
 from ..restartable import STOCK_EQUIVALENTS, Restartable
 from ..restarts import profile
 from ..restarts.controller import check_rule
@@ -36,8 +40,10 @@ from ..restarts.planner import plan
 from ..restarts.rule import RestartRule
 from ..run import MAIN, RunFacts, facts_in_config, the_ema_hook, watched_metric
 from ..run.batch import base_of
+from ..run.checkpoints import checkpoints_in
 from ..run.config import hooks_in, is_by_epoch, kind_of
 from ..run.metrics import main_names, prefixes_in
+from ..run.record import epochs_until, iteration_of_epoch
 from ..run.scalars import read_scalars
 from . import common as cli
 
@@ -179,7 +185,9 @@ def of_config(run):
         lr_at=range(len(rates)),
         lr=rates,
         all_momenta=values,
+        update_at=at,
         restarts=[restart.iteration for restart in restarts],
+        parts=[],
         metric=None,
         metrics={},
     )
@@ -311,16 +319,55 @@ def of_scalars(run, folder):
         if points:
             momenta[name] = tuple(map(np.array, zip(*points)))
     metric, metrics = metric_curves(run.config, scalars)
+    last, parts = last_record(folder), []
+    if last is not None:
+        history, parts, restarts = last
+    else:
+        values = between(updates, momentum, steps, counts)
+        values[left_out(values, updates, steps, run)] = 0
+        history = History(values, iterations_of(run.facts, len(values)))
+        restarts = [at * run.facts.accumulation for at in restarts_of(updates, steps, counts)]
     return SimpleNamespace(
         title=f'{folder}, as it ran to iteration {at[-1]}',
         momenta=momenta,
         lr_at=at,
         lr=[point.get('lr', float('nan')) for point in train],
-        all_momenta=between(updates, momentum, steps, counts),
-        restarts=[at * run.facts.accumulation for at in restarts_of(updates, steps, counts)],
+        all_momenta=history.momenta,
+        update_at=history.at,
+        restarts=restarts,
+        parts=parts,
         metric=metric,
         metrics=metrics,
     )
+
+
+def last_record(folder):
+    """Return the history of the main average in the last checkpoint, parts and restarts of the run.
+
+    None where no file has a record.
+    """
+    saved, _ = checkpoints_in(folder)
+    try:
+        facts = facts_in(saved[-1].file) if saved else None
+        record = facts.averages[MAIN].record if facts and MAIN in facts.averages else None
+        if record is None:
+            return None
+        events = [event for event in record.events if event['what'] == 'restart']
+        restarts = [event['iteration'] for event in events if 'iteration' in event]
+        return history_in(record, facts, MAIN), facts.parts, restarts
+    except CheckpointError as error:
+        cli.note(f'note: the shares are estimated from the scalars: {error}')
+        return None
+
+
+def left_out(values, updates, steps, run):
+    """Return which updates ``interval`` leaves out, by the counters that were logged."""
+    interval = run.averages['ema'].arguments.get('interval', 1)
+    number = np.arange(len(values))
+    after = np.minimum(np.searchsorted(updates, number, side='right'), len(updates) - 1)
+    # The counter logged after an update is that of the next one, which has its index.
+    counters = steps[after] - (updates[after] - number)
+    return (counters % interval != 0) & (values != 1)
 
 
 def between(at, momentum, steps, counts):
@@ -370,21 +417,21 @@ def draw(curves, run, path, begin=0):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    scale = run.facts.epoch_length or 1
+    time = times_of(curves, run.facts)
     rows = 4 if curves.metrics else 3
     figure, axes = plt.subplots(
         rows, 1, figsize=(9, 2.3 * rows + 1.2), sharex=True, layout='constrained'
     )
-    draw_momenta(axes[0], curves, run, scale)
-    axes[1].plot([at / scale for at in curves.lr_at], curves.lr, color='tab:green')
+    draw_momenta(axes[0], curves, run, time)
+    axes[1].plot(time(curves.lr_at), curves.lr, color='tab:green')
     axes[1].set(ylabel='learning rate', ylim=(0, None))
-    draw_shares(axes[2], curves, run, scale)
+    draw_shares(axes[2], curves, run, time)
     if curves.metrics:
         draw_metrics(axes[3], curves, run)
     for axis in axes:
-        mark(axis, curves, run, scale)
+        mark(axis, curves, run, time)
         axis.grid(alpha=0.3)
-    axes[0].set_xlim(begin, run.facts.iterations / scale)
+    axes[0].set_xlim(begin, run.facts.end('epoch' if run.facts.by_epoch else 'iter'))
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_title(curves.title, fontsize=10)
     axes[-1].set_xlabel('epoch' if run.facts.by_epoch else 'iteration')
@@ -410,7 +457,7 @@ def style_of(name, run):
     return dict(label=name, color=f'tab:{COLORS[number]}', linewidth=1.2, linestyle=line)
 
 
-def draw_momenta(axis, curves, run, scale):
+def draw_momenta(axis, curves, run, time):
     interval = run.averages['ema'].arguments.get('interval', 1)
 
     def inverse(values):
@@ -420,7 +467,7 @@ def draw_momenta(axis, curves, run, scale):
     low = 1
     for name, (at, momenta) in curves.momenta.items():
         used = momenta > 0  # 0 is an update that `interval` leaves out
-        axis.plot(at[used] / scale, momenta[used], **style_of(name, run))
+        axis.plot(time(at[used]), momenta[used], **style_of(name, run))
         low = min(low, momenta[used].min())
     axis.set(ylabel='momentum', yscale='log', ylim=(low / 2, 2))
     horizon = axis.secondary_yaxis('right', functions=(inverse, inverse))
@@ -430,13 +477,31 @@ def draw_momenta(axis, curves, run, scale):
     horizon.set_ylabel('horizon of EMA (updates)' if others else 'horizon (updates)')
 
 
-def draw_shares(axis, curves, run, scale):
-    at = iterations_of(run.facts, len(curves.all_momenta))
-    each = np.zeros(at[-1] + 1)
-    each[at] = 100 * profile.shares(curves.all_momenta)
-    share = profile.share_of_blocks(each, run.block)
-    left = np.arange(len(share)) * run.block / scale
-    axis.bar(left, share, width=run.block / scale, align='edge', color='tab:purple', alpha=0.8)
+def times_of(curves, facts):
+    """Return the function from iterations to epochs, whose length may have changed in the run."""
+    parts = curves.parts or [{'iteration': 0, 'epoch': 0, 'epoch_length': facts.epoch_length or 1}]
+    if not facts.by_epoch:
+        return np.asarray
+    return np.vectorize(lambda iteration: epochs_until(parts, iteration), otypes=[float])
+
+
+def shares_of_blocks(curves, run):
+    """Return the first iteration of each bar, and the share of the weights in it, in percent."""
+    each = np.zeros(curves.update_at[-1] + 1)
+    each[curves.update_at] = 100 * profile.shares(curves.all_momenta)
+    if curves.parts and run.facts.by_epoch:
+        epochs = math.ceil(epochs_until(curves.parts, len(each)))
+        first = [iteration_of_epoch(curves.parts, epoch) for epoch in range(epochs)]
+    else:
+        first = np.arange(0, len(each), run.block)
+    return first, np.add.reduceat(each, first)
+
+
+def draw_shares(axis, curves, run, time):
+    first, share = shares_of_blocks(curves, run)
+    left = time(first)
+    width = np.diff(left, append=left[-1] + (1 if run.facts.by_epoch else run.block))
+    axis.bar(left, share, width=width, align='edge', color='tab:purple', alpha=0.8)
     unit = 'epoch' if run.facts.by_epoch else f'{run.block} iterations'
     axis.set(ylabel=f'share of each {unit}\nin the final EMA (%)', ylim=(0, None))
 
@@ -447,11 +512,11 @@ def draw_metrics(axis, curves, run):
     axis.set(ylabel=curves.metric)
 
 
-def mark(axis, curves, run, scale):
+def mark(axis, curves, run, time):
     for number, at in enumerate(curves.restarts):
         label = '' if number else f'EMA restart{"s" if len(curves.restarts) > 1 else ""}'
         axis.axvline(
-            at / scale, color='tab:red', linestyle='--', linewidth=1.2, label=label or None
+            float(time(at)), color='tab:red', linestyle='--', linewidth=1.2, label=label or None
         )
     for name, epochs in run.facts.switches.items():
         for epoch in epochs:

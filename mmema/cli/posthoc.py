@@ -138,12 +138,11 @@ def fit(args):
     from ..posthoc.profiles import blends_of, exponential, stored_profiles, uniform
 
     files = facts_of_run(args.folder, args.trust)
-    stored, notes = stored_profiles(files)
+    stored, notes = stored_profiles(files, args.trust)
     for note in notes:
         cli.note(f'note: {note}')
-    run, total, blends = stored[-1].facts.run, stored[-1].total, blends_of(stored)
-    begins = args.restart_at if args.uniform is None else args.uniform
-    start = run.update_of((begins or 0) * (run.epoch_length or 1))
+    total, blends = stored[-1].total, blends_of(stored)
+    start = files[-1].iteration_of((args.restart_at if args.uniform is None else args.uniform) or 0)
     with cli.one_line('fit', TypeError, ValueError):
         if args.uniform is None:
             wanted = exponential(args.momentum, args.gamma, start, total, blends)
@@ -213,7 +212,7 @@ def plot(path, wanted, found, files):
     import numpy as np
 
     run = files[-1].run
-    at = (np.arange(len(wanted)) + 1) * run.accumulation / (run.epoch_length or 1)
+    at = (np.arange(len(wanted)) + 1) / (run.epoch_length or 1)
     figure, axis = plt.subplots(figsize=(9, 3.6), layout='constrained')
     axis.plot(at, wanted, color='tab:gray', linewidth=4, alpha=0.5, label='wanted')
     label = f'fitted, {found.error:.1%} off'

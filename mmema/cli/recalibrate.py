@@ -96,25 +96,26 @@ def measure(args, config, out):
     if 'Amp' in str(config.optim_wrapper.get('type')) and torch.cuda.is_available():
         context = partial(torch.autocast, 'cuda')  # the weights saw such statistics in training
     batches = training_batches(config, runner.seed, args.batches)
-    number, measured, others = measure_statistics(model, batches, args.mode, context)
-    if not measured:
+    measured = measure_statistics(model, batches, args.mode, context)
+    if not measured.statistics:
         cli.die(
             f'no BatchNorm with running statistics got data in forward(mode={args.mode!r}); '
-            f'{others} were left as they are. Try --mode loss'
+            f'{measured.others} were left as they are. Try --mode loss'
         )
     if not is_main_process():
         return
+    measured.copy_to(model)
     ranks = get_world_size()
     about = {'weights': name, 'steps': found.also.get(name, found).steps, **found.exported}
-    about['recalibrated'] = f'{number} batches, {ranks} rank{"s" if ranks > 1 else ""}'
+    about['recalibrated'] = f'{measured.batches} batches, {ranks} rank{"s" if ranks > 1 else ""}'
     state = compact(with_statistics_of(model, sets[name]))
     out = write_weights(out, state, {**found.meta, 'mmema': about}, args.force)
     print(
-        f'{name} weights of {args.checkpoint}: {measured} BatchNorm layers measured on '
-        f'{about["recalibrated"]}, with {stage}: {out}'
+        f'{name} weights of {args.checkpoint}: {len(measured.statistics)} BatchNorm layers '
+        f'measured on {about["recalibrated"]}, with {stage}: {out}'
     )
-    if others:
+    if measured.others:
         cli.note(
-            f'note: {others} more keep theirs: no data reached them in forward(mode={args.mode!r}),'
-            ' or what came was not finite'
+            f'note: {measured.others} more keep theirs: no data reached them in '
+            f'forward(mode={args.mode!r}), or what came was not finite'
         )

@@ -9,6 +9,7 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import EMAHook
 from mmengine.runner import EpochBasedTrainLoop
 
+from ..restarts.rewind import best_files
 from ..run import watched_metric
 from ..run.metrics import main_names, prefixes_of
 from ..run.scalars import read_scalars
@@ -30,9 +31,9 @@ def report(runner, seconds):
     for label, curve in ((weights, points), ('raw weights', raw)):
         if curve:
             rows.append((f'{name} of the {label}', best_and_last(runner, curve, watched.best)))
-    best = runner.message_hub.runtime_info.get('best_ckpt')
-    if best and os.path.exists(best):  # a folder, of a sharded run
-        rows.append(('best checkpoint', shorten(best)))
+    for best in best_files(runner):
+        if os.path.exists(best):  # a folder, of a sharded run
+            rows.append(('best checkpoint', shorten(best)))
     mark = os.path.join(runner.work_dir, 'last_checkpoint')
     if os.path.isfile(mark):
         rows.append(('last checkpoint', shorten(Path(mark).read_text().strip())))

@@ -98,7 +98,7 @@ class Evaluator:
         model = getattr(self.runner.model, 'module', self.runner.model)
         load_into(model, state, name)
         if batches:
-            measure_statistics(model, batches)
+            measure_statistics(model, batches).copy_to(model)
             state = with_statistics_of(model, state)
         with silence(), cli.run_errors():
             return self.runner.test(), state

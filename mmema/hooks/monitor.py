@@ -62,10 +62,10 @@ class EMAMonitorHook(Hook):
                 check_integer(name, value)
         self.interval = interval
         self.check_ranks = check_ranks
-        self._differing_buffers: set = set()  # those that a warning has named
 
     def before_train(self, runner: Runner) -> None:
         """Find the EMAHook and the LoggerHook of the run."""
+        self._differing_buffers: set = set()  # those that a warning has named
         self._ema_hook = ema_hook_of(runner)
         loggers = [hook for hook in runner.hooks if isinstance(hook, LoggerHook)] or [LoggerHook()]
         self._interval = self.interval or loggers[0].interval
@@ -122,7 +122,7 @@ def counters_of(ema_model: BaseAveragedModel) -> nn.Module:
     """Return the counter and the live values of an averaged model, as parameters of a module."""
     counters = nn.Module()
     for name, value in ema_model.state_dict().items():
-        if not name.startswith('module.'):
+        if not name.startswith('module.') and name != 'record':
             value = nn.Parameter(value, requires_grad=False)
             counters.register_parameter(name.replace('.', ' '), value)
     return counters

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Iterator
+
+from torch.optim import Optimizer
+
 from ..messages import warn
 
 
@@ -9,26 +13,29 @@ class OptimizerSteps:
     """Counter of the optimizer steps in an iteration.
 
     Gradient accumulation and mixed precision skip steps, so the optimizers themselves are watched,
-    with torch's hooks. Where one has no such hooks, MMEngine's ``should_update()`` decides.
+    with torch's hooks; of one that wraps another, such as Lookahead or DeepSpeed's, the inner one
+    where only that calls them. Where none does, MMEngine's ``should_update()`` decides.
     """
 
     def __init__(self):
         self._handles: list = []
         self._steps = 0
-        self._iterations_without: int | None = 0  # None after the first step, or the warning
+        self._iterations = 0
+        self._due = 0  # iterations that should have made a step
+        self._any = False  # whether there has been one
+        self._warned = False
 
     def begin_iteration(self, optim_wrapper) -> None:
         """Count from zero; the optimizers may have been replaced."""
         for handle in self._handles:
             handle.remove()
         optimizers = [getattr(one, 'optimizer', None) for one in _wrappers_in(optim_wrapper)]
-        # DeepSpeed's, which steps where it has accumulated enough, has torch's inside.
-        optimizers = [
-            one if _has_hooks(one) else getattr(one, 'optimizer', one) for one in optimizers
-        ]
-        watchable = all(map(_has_hooks, optimizers))
-        watched = optimizers if watchable else []
-        self._handles = [one.register_step_post_hook(self._count) for one in watched]
+        watched = [[*_watchable(one)] for one in optimizers]
+        self._handles = []
+        if all(watched):
+            self._handles = [
+                one.register_step_post_hook(self._count) for found in watched for one in found
+            ]
         self._steps = 0
 
     def _count(self, optimizer, args, kwargs) -> None:
@@ -42,25 +49,42 @@ class OptimizerSteps:
         wrappers = _wrappers_in(optim_wrapper)
         should = any(getattr(one, 'should_update', lambda: True)() for one in wrappers)
         stepped = self._steps > 0 if self._handles else should
-        if stepped:
-            self._iterations_without = None
-        elif self._iterations_without is not None:  # none was due while gradients accumulate
-            self._iterations_without += should
+        self._iterations += 1
+        self._due += should  # not while gradients accumulate
+        self._any |= stepped
         return stepped
+
+    @property
+    def missed(self) -> int:
+        """How many steps were due, as long as none was made."""
+        return 0 if self._any else self._due
+
+    def epoch_over(self, length: int) -> bool:
+        """Return whether the last iteration was the last of so many."""
+        return self._iterations % length == 0
 
     def report(self) -> None:
         """Warn, once, if there has been no step at all."""
-        if self._iterations_without:
+        if self.missed and not self._warned:
+            self._warned = True
             warn(
-                'the average has not moved: no optimizer told of a step in '
-                f'{self._iterations_without} iterations. per_optimizer_step=False updates it at '
-                'each iteration.'
+                f'the average has not moved: no optimizer told of a step in {self.missed} '
+                'iterations. per_optimizer_step=False updates it at each iteration.'
             )
-            self._iterations_without = None
 
 
-def _has_hooks(optimizer) -> bool:
-    return hasattr(optimizer, 'register_step_post_hook')
+def _watchable(optimizer) -> Iterator[Optimizer]:
+    """Yield an optimizer if it calls torch's hooks, else those that it wraps and that do."""
+    # Optimizer.__init__ makes the dict and wraps the class's step; wrappers often do not call it,
+    # and some make an empty dict themselves.
+    calls_hooks = getattr(getattr(type(optimizer), 'step', None), 'hooked', False)
+    has_hooks = ('register_step_post_hook', '_optimizer_step_post_hooks')
+    if calls_hooks and all(hasattr(optimizer, name) for name in has_hooks):
+        yield optimizer
+        return
+    for inner in getattr(optimizer, '__dict__', {}).values():
+        if isinstance(inner, Optimizer) and inner is not optimizer:
+            yield from _watchable(inner)
 
 
 def _wrappers_in(optim_wrapper) -> list:

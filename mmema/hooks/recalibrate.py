@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from copy import deepcopy
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
-from typing import Callable, Iterable
+from typing import Callable, Dict, Iterable, Iterator, NamedTuple
 
 import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import CheckpointHook, Hook
+from mmengine.model import BaseAveragedModel
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,8 +19,10 @@ from ..arguments import check_integer
 from ..messages import RunError
 from ..registry import HOOKS, register_everywhere
 from ..run import MAIN, averages_of, ema_hook_of, kept_rng, label_of, last_of, validation_follows
-from ..update.pairs import copy_all, unwrapped
+from ..swap import copy_weights
+from ..update.pairs import canonical_name, copy_all, named_tensors, unwrapped
 from ..update.sharded import is_sharded
+from .ema import EMAHook
 
 
 @register_everywhere(HOOKS)
@@ -33,8 +35,10 @@ class EMARecalibrateHook(Hook):
     variance becomes the plain mean of its values over the batches, and over the ranks.
 
     It runs at the end of a training epoch (or iteration) that a validation follows, so the
-    validation, the checkpoint of that epoch and the best one have the new statistics. Nothing else
-    changes: neither the source, gradients and other buffers, nor training data and random numbers.
+    validation, the checkpoint of that epoch and the best one have the new statistics. The model
+    itself computes them, with a copy of the averaged weights, as it computes a validation: what a
+    hook has set in it counts. Nothing else changes: neither its tensors, gradients and attributes,
+    nor training data and random numbers. What its forward writes into a list or dict stays there.
     The next update copies the source's statistics again, or with ``update_buffers=True`` blends
     them into the new ones.
 
@@ -123,14 +127,6 @@ class EMARecalibrateHook(Hook):
                 'the model has no BatchNorm whose running statistics training moves. '
                 'Remove EMARecalibrateHook.'
             )
-        own = {p.device for p in self._source.parameters()}
-        for average in averages_of(ema_hook).values():
-            devices = {p.device for p in average.module.parameters()}
-            if devices != own:
-                raise RunError(
-                    'an average must be on the device of the model to be measured there, but one '
-                    f'is on {devices} and the model on {own}. Leave out device= of EMAHook.'
-                )
         self._build_loader(runner)  # an error of the dataset shows now
 
     def after_train_epoch(self, runner: Runner) -> None:
@@ -147,8 +143,8 @@ class EMARecalibrateHook(Hook):
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Give the model, which has the averaged weights now, their statistics too."""
-        if self._own is not None and not self._ema_hook.ema_model.update_buffers:
-            # With update_buffers EMAHook has swapped them already.
+        swaps_all = isinstance(self._ema_hook, EMAHook) or self._ema_hook.ema_model.update_buffers
+        if self._own is not None and not swaps_all:  # else EMAHook has swapped them already
             copy_all(statistics(self._source), statistics(self._ema_hook.ema_model.module))
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
@@ -162,29 +158,34 @@ class EMARecalibrateHook(Hook):
         loop = runner.train_loop
         if not validation_follows(loop, now):
             return
-        due = now == last_of(loop)
+        due = last = now == last_of(loop)
         if self.interval and not due:
             done = sum(validation_follows(loop, step) for step in range(1, now + 1))
             due = done % self.interval == 0
         if due:
             weights = getattr(runner.val_loop, 'weights', ())  # those that EMAValLoop evaluates
+            rungs = getattr(self._ema_hook, 'rungs', {})  # of a ladder; the main one is a rung
+            wanted = [*weights, *getattr(self._ema_hook, 'candidates', lambda last: ())(last)]
+            wanted += [] if rungs else [MAIN]
             for name, average in averages_of(self._ema_hook).items():
-                if name == MAIN or name in weights:
-                    self._measure(runner, average.module, name)
+                if name in wanted:
+                    label = f'the average {name!r}' if name in rungs else label_of(name)
+                    self._measure(runner, average, label)
             self._own = [tensor.clone() for tensor in statistics(self._source)]
 
-    def _measure(self, runner: Runner, average: nn.Module, name: str) -> None:
+    def _measure(self, runner: Runner, average: BaseAveragedModel, label: str) -> None:
         with kept_rng():
             batches = islice(self._build_loader(runner), self.batches)
-            context = partial(runner.optim_wrapper.optim_context, average)
-            number, measured, others = measure_statistics(average, batches, self.mode, context)
+            context = partial(runner.optim_wrapper.optim_context, self._source)
+            measured = measure_statistics(self._source, batches, self.mode, context, average.module)
+        measured.copy_to(average.module)
         runner.logger.info(
-            f'Measured the statistics of {measured} BatchNorm layers of {label_of(name)} on '
-            f'{number} training batches.'
+            f'Measured the statistics of {len(measured.statistics)} BatchNorm layers of '
+            f'{label} on {measured.batches} training batches.'
         )
-        if others:
+        if measured.others:
             runner.logger.warning(
-                f'{others} more keep theirs: no data reached them in '
+                f'{measured.others} more keep theirs: no data reached them in '
                 f'forward(mode={self.mode!r}), or what came was not finite.'
             )
 
@@ -200,32 +201,75 @@ class EMARecalibrateHook(Hook):
             return runner.build_dataloader(config, seed=runner.seed)
 
 
+class Measured(NamedTuple):
+    """Statistics by the name of the BatchNorm, and how many layers have none."""
+
+    batches: int
+    statistics: Dict[str, Dict[str, Tensor]]
+    others: int
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Give the layers of a model, or of its average, their statistics."""
+        for name, module in model.named_modules():
+            for key, value in self.statistics.get(canonical_name(f'{name}.'), {}).items():
+                getattr(module, key).copy_(value)
+
+
 @torch.no_grad()
 def measure_statistics(
-    model: nn.Module, batches: Iterable, mode: str = 'tensor', context: Callable = nullcontext
-) -> tuple[int, int, int]:
-    """Set the running mean and variance of each BatchNorm to their plain mean over batches.
+    model: nn.Module,
+    batches: Iterable,
+    mode: str = 'tensor',
+    context: Callable = nullcontext,
+    average: nn.Module | None = None,
+) -> Measured:
+    """Measure the plain mean of each running mean and variance of BatchNorm over batches.
 
-    All other buffers, and the layers that no finite data reached on every rank, stay as they are.
-    Returns the number of batches, of layers that were measured, and of those that were not.
+    The model stays as it is. Layers that no finite data reached on every rank get no statistics.
+
+    Args:
+        model: The model that is called, whatever hooks have patched or set in it.
+        batches: Batches of a dataloader.
+        mode: The ``mode`` of its forward.
+        context: A context manager for each call.
+        average: The weights that it has meanwhile. Defaults to None, its own.
     """
-    copied = deepcopy(model).train()  # a forward may change more than the statistics
-    pairs = [(a, b) for a, b in zip(model.modules(), copied.modules()) if is_measured(b)]
-    for _, norm in pairs:
-        norm.reset_running_stats()
-        norm.momentum = None  # torch: the plain mean over all batches
-    number = 0
-    for batch in batches:
-        number += 1
-        batch = copied.data_preprocessor(batch, True)
-        args, kwargs = ((), batch) if isinstance(batch, dict) else (batch, {})
-        with context():
-            copied(*args, **kwargs, mode=mode)
-    measured = [(own, norm) for own, norm in pairs if _finish(norm)]
-    for own, norm in measured:
-        own.running_mean.copy_(norm.running_mean)
-        own.running_var.copy_(norm.running_var)
-    return number, len(measured), len(pairs) - len(measured)
+    with _scratch(model):
+        if average is not None:
+            copy_weights(model, average)
+        norms = {name: norm for name, norm in model.train().named_modules() if is_measured(norm)}
+        for norm in norms.values():
+            norm.reset_running_stats()
+            norm.momentum = None  # torch: the plain mean over all batches
+        number = 0
+        for batch in batches:
+            number += 1
+            batch = model.data_preprocessor(batch, True)
+            args, kwargs = ((), batch) if isinstance(batch, dict) else (batch, {})
+            with context():
+                model(*args, **kwargs, mode=mode)
+        found = {canonical_name(f'{name}.'): _finished(norm) for name, norm in norms.items()}
+    measured = {name: new for name, new in found.items() if new}
+    return Measured(number, measured, len(found) - len(measured))
+
+
+@contextmanager
+def _scratch(model: nn.Module) -> Iterator[None]:
+    """Let a model have copies of its tensors, and give back tensors and attributes at the end."""
+    owned = [d for m in model.modules() for d in (vars(m), m._parameters, m._buffers, m._modules)]
+    before = [(one, dict(one)) for one in owned]
+    tensors = {id(t): (t, t.data) for _, t, _ in named_tensors(model)}
+    for tensor, data in tensors.values():
+        tensor.data = data.clone()
+    try:
+        yield
+    finally:
+        for tensor, data in tensors.values():
+            tensor.data = data
+        for one, content in before:
+            one.clear()
+            one.update(content)
 
 
 def is_measured(module: nn.Module) -> bool:
@@ -239,12 +283,13 @@ def statistics(model: nn.Module) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def _finish(norm: _BatchNorm) -> bool:
+def _finished(norm: _BatchNorm) -> Dict[str, Tensor]:
+    """Return the statistics of a layer over all ranks; nothing if no finite data reached it."""
     reached = (norm.num_batches_tracked > 0).long()
     all_reduce(reached, op='min')  # a layer that one rank left out is left out by all
     if not int(reached):
-        return False
-    tensors = (norm.running_mean, norm.running_var)
-    for tensor in tensors:
+        return {}
+    found = {key: getattr(norm, key).clone() for key in ('running_mean', 'running_var')}
+    for tensor in found.values():
         all_reduce(tensor, op='mean')  # nothing where there is one rank
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+    return found if all(bool(tensor.isfinite().all()) for tensor in found.values()) else {}

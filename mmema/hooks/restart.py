@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Sequence
 
 from mmengine.hooks import Hook
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from mmengine.runner.base_loop import BaseLoop
 
 from ..checkpoints.resume import check_ema_state
@@ -17,7 +18,18 @@ from ..restarts.controller import RestartController
 from ..restarts.planner import plan
 from ..restarts.progress import RuleProgress
 from ..restarts.rule import RestartRule
-from ..run import choose_checkpoint, ema_hook_of, facts_of, traits_of, what_loads
+from ..run import (
+    MAIN,
+    begin_part,
+    choose_checkpoint,
+    ema_hook_of,
+    facts_of,
+    refuse_late_ema_hook,
+    tell_what_is_lost,
+    traits_of,
+    validations_of,
+    what_loads,
+)
 
 
 @register_everywhere(HOOKS)
@@ -79,16 +91,25 @@ class EMARestartHook(Hook):
         self.rule = RestartRule(
             milestones, every, by_epoch, follow, on_plateau, steps, momentum, gamma, source
         )
-        self.progress = RuleProgress(self.rule)
-        # The first of several restart hooks acts for all of them; the others have none.
-        self._controller: RestartController | None = None
+        self._runner: Runner | None = None
+        self._begin(None)
+
+    def _begin(self, runner: Runner | None) -> None:
+        """Forget the run before, if this is another one: an object may serve several."""
+        if runner is None or runner is not self._runner:
+            self._runner = runner
+            self.progress = RuleProgress(self.rule)
+            # The first of several restart hooks acts for all of them; the others have none.
+            self._controller: RestartController | None = None
 
     def before_run(self, runner: Runner) -> None:
         """Choose the file to resume from, before MMEngine opens it."""
+        self._begin(runner)
         choose_checkpoint(runner)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Check the EMA state of a run to be resumed, and take over the state of the rule."""
+        self._begin(runner)  # FlexibleRunner loads before it calls before_run
         file, resumes = what_loads(runner)
         if not resumes:
             return
@@ -97,6 +118,8 @@ class EMARestartHook(Hook):
             check_ema_state(checkpoint, ema, file)
         hooks, states = restart_hooks_of(runner), checkpoint.get('ema_restart', [])
         keys, place = [hook.rule.key for hook in hooks], hooks.index(self)
+        if place == 0:
+            tell_what_is_lost(runner, checkpoint, file)
         own = [state for state in states if state['arguments'] == self.rule.key]
         # Without one, the state in its place, of a config that was changed.
         own += [state for state in states[place : place + 1] if state['arguments'] not in keys]
@@ -116,12 +139,18 @@ class EMARestartHook(Hook):
                 "ema_type='mmema.RestartableExpMomentumEMA' in the EMAHook."
             )
         rules = [hook.rule for hook in hooks]
+        refuse_late_ema_hook(runner)
+        rare = _check_plateaus(rules, runner)
         if traits_of(runner).trains_a_copy:
             refuse_sources(rules, type(runner.strategy).__name__)
         planned = plan(rules, facts)
         self._controller = RestartController([hook.progress for hook in hooks])
-        self._controller.begin(ema, facts)
-        for line in advice(rules, planned, facts, ema):
+        rungs = getattr(ema_hook, 'rungs', {})  # of a ladder
+        self._controller.begin(ema, facts, rungs, lambda: getattr(ema_hook, 'chosen', MAIN))
+        self._tells_iterations = not hasattr(ema_hook, 'also')  # MMEngine's hook does not
+        if self._tells_iterations:
+            begin_part(ema.record, runner, ema_hook)
+        for line in [*rare, *advice(rules, planned, facts, ema)]:
             warn(f'EMARestartHook: {line}')
 
     def before_train_epoch(self, runner: Runner) -> None:
@@ -133,6 +162,8 @@ class EMARestartHook(Hook):
         """Restart if a trigger of any hook is due and not yet done."""
         if self._controller is not None:
             self._controller.restart_if_due(runner)
+            if self._tells_iterations:
+                self._controller.ema.record.iteration = runner.iter
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         """Decide about a plateau, unless the validation is outside of training."""
@@ -154,6 +185,29 @@ def refuse_sources(rules: list, strategy: str) -> None:
                 f"with {strategy} source must be 'model', got {source!r}: it trains a copy of the "
                 'weights that belongs to the optimizer.'
             )
+
+
+def _check_plateaus(rules: list, runner: Runner) -> list:
+    """Return a line for each plateau that too few validations can show.
+
+    Raises:
+        RunError: If there is a plateau to be watched, and no validation at all.
+    """
+    plateaus = [rule.plateau for rule in rules if rule.plateau]
+    if plateaus and runner.val_loop is None:
+        raise RunError(
+            f'on_plateau watches {plateaus[0].metric!r}, a metric of validations, but this run has '
+            'none. Set val_dataloader, val_cfg and val_evaluator, or leave on_plateau out.'
+        )
+    known = isinstance(runner.train_loop, (EpochBasedTrainLoop, IterBasedTrainLoop))
+    number = validations_of(runner.train_loop) if plateaus and known else math.inf
+    return [
+        f'on_plateau of {plateau.metric!r} with patience={plateau.patience} is seen at the '
+        f'{plateau.patience + 1}th validation at the earliest, but this run has {number} before '
+        'its end: no restart will come of it'
+        for plateau in plateaus
+        if number <= plateau.patience
+    ]
 
 
 def restart_hooks_of(runner: Runner) -> list:

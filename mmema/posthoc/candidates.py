@@ -56,8 +56,8 @@ def candidates(stored: Sequence[Stored], restarts: Sequence[int]) -> list[Candid
     run, momentum, blends = last.run, _momentum(stored), blends_of(stored)
     found = [Candidate(one.weights, [one]) for one in stored if one.facts is last]
     for begin in (None, *restarts):
-        start = 0 if begin is None else run.update_of(begin * (run.epoch_length or 1))
-        if not (blends >= start).any():
+        start = 0 if begin is None else last.iteration_of(begin)
+        if not (blends.at >= start).any():
             continue
         unit = 'epoch' if run.by_epoch else 'iteration'
         since = '' if begin is None else f', restarted at {unit} {begin}'

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
@@ -10,12 +12,24 @@ import numpy as np
 from ..checkpoints.export import write_weights
 from ..checkpoints.files import load
 from ..checkpoints.formats import CheckpointError, State
+from ..checkpoints.probe import structure
 from ..run import MAIN
 from .facts import FileFacts, check_same_run, facts_in
-from .history import NOTHING, Given, average_config, momenta_between, repeats_tied
-from .mixture import STATISTICS, Pattern, Term, mix, pattern_of
-from .profiles import Fit, Stored
+from .history import NOTHING, Given, average_config, average_in, momenta_between, repeats_tied
+from .mixture import (
+    STATISTICS,
+    Pattern,
+    Selected,
+    Term,
+    bytes_of,
+    copied_in,
+    mix,
+    pattern_of,
+    weights_in,
+)
+from .profiles import PLAIN, Fit, Kind, Stored
 from .profiles import fit as fit_profiles
+from .records import Passed, copied_by, passed_between
 
 MOST_KEPT = 0.99  # of `restart`: more than this share of the later average is the earlier one's
 MOST_ERROR = 0.1  # of `fit`: relative error of the profile
@@ -60,19 +74,19 @@ def restart(
     """
     one, other = facts_in(before, trust), facts_in(after, trust)
     notes = check_same_run(one, other)
-    momenta = momenta_between(one, other, name, given)
-    if not momenta.any():
+    selected, passed = _selected(other, name, given, trust), _passed(one, other, name, given)
+    kept = passed.kept
+    if kept == 1:
         raise CheckpointError(f'the average {name} was not updated between {before} and {after}')
-    kept = float(np.prod(1 - momenta))
     if kept > MOST_KEPT:
         raise CheckpointError(
             f'{kept:.2%} of the average in {after} is that of {before}, and more than '
-            f'{MOST_KEPT:.0%} leaves too little: take files further apart than {len(momenta)} '
+            f'{MOST_KEPT:.0%} leaves too little: take files further apart than {passed.updates} '
             'updates'
         )
-    pattern = _pattern(other, [name], repeats_tied(other, name, given), trust)
+    pattern = pattern_of(load(other.file, trust), selected, other.recalibrates)
     shares = {}  # W, by how often a tensor is blended at an update
-    for times in {1, *pattern.times.values()}:
+    for times in {1, *pattern.kinds.values()}:
         shares[times] = kept**times
     terms = [
         Term(one.file, name, {times: -w / (1 - w) for times, w in shares.items()}),
@@ -81,7 +95,7 @@ def restart(
     state = mix(terms if kept else terms[1:], pattern, trust)
     lines = [
         ('average', f'{name}, as if restarted hard after {one.time}, at {other.time}'),
-        ('updates', f'{len(momenta):,} between the files'),
+        ('updates', f'{passed.updates:,} between the files'),
         ('W', f'{kept:.4g} of the later average was of before'),
         ('rounding', f'that of the updates between, enlarged {1 / (1 - kept):.3g} times'),
     ]
@@ -94,7 +108,7 @@ def restart(
             )
         ]
     record = {'made': 'restart', 'after': one.time, 'at': other.time, 'kept': kept}
-    meta = _meta(other, name, record, steps=len(momenta))
+    meta = _meta(other, name, record, steps=passed.updates)
     return Made(state, meta, lines + [('note', text) for text in notes + pattern.notes])
 
 
@@ -122,20 +136,19 @@ def fit(
     """
     if not stored:
         raise CheckpointError('there are no averages and no raw weights to mix')
-    found = found or nearest(stored, wanted, 1, force)
+    found = found or nearest(stored, wanted, force=force)
     last = stored[-1].facts
     used = [number for number, c in enumerate(found.coefficients) if abs(c) > 1e-12]
-    names = list(dict.fromkeys(stored[number].weights for number in used))
-    pattern = _pattern(last, names, any(stored[number].repeats for number in used), trust)
-    fits = {1: found}
-    for times in {*pattern.times.values()} - {1}:
-        fits[times] = nearest(stored, wanted, times, force)
+    pattern = _pattern(stored, used, trust)
+    fits: dict = {1: found}
+    for kind in {*pattern.kinds.values()} - {1}:
+        fits[kind] = nearest(stored, wanted, kind, force)
         used = range(len(stored))
     terms = [
         Term(
             stored[number].facts.file,
             stored[number].weights,
-            {times: float(one.coefficients[number]) for times, one in fits.items()},
+            {kind: float(one.coefficients[number]) for kind, one in fits.items()},
         )
         for number in used
     ]
@@ -154,10 +167,10 @@ def fit(
 
 
 def nearest(
-    stored: Sequence[Stored], wanted: np.ndarray, times: int = 1, force: bool = False
+    stored: Sequence[Stored], wanted: np.ndarray, kind: Kind = PLAIN, force: bool = False
 ) -> Fit:
-    """Return the fit for tensors that are blended so often; refuse a bad one unless ``force``."""
-    found = fit_profiles([one.profile(times) for one in stored], wanted, MOST_SIZE)
+    """Return the fit for tensors of a kind; refuse a bad one unless ``force``."""
+    found = fit_profiles([one.profile(kind) for one in stored], wanted, MOST_SIZE)
     if found.error > MOST_ERROR and not force:
         raise CheckpointError(
             f'the nearest mixture is {found.error:.1%} off the wanted profile, more than '
@@ -184,10 +197,12 @@ def mean(files: Sequence[str | Path], weights: str = 'raw', trust: bool = False)
     """Return the plain mean of one set of weights over files.
 
     Floating-point tensors are averaged, BatchNorm's statistics too; all others are those of the
-    last file.
+    last file. A file with the weights of another one at the same iteration, as ``best_*.pth`` may
+    be, counts once.
 
     Args:
-        files: Two or more checkpoints of one model, the last one in time at the end.
+        files: Two or more checkpoints of one model. Those of runs are put in the order of time;
+            else the last one in time stands at the end.
         weights: 'raw', 'ema' or a name in ``also``. Defaults to 'raw'.
         trust: As of :func:`mmema.checkpoints.files.load`.
 
@@ -200,13 +215,47 @@ def mean(files: Sequence[str | Path], weights: str = 'raw', trust: bool = False)
         raise CheckpointError(
             f'a mean is of at least two files, each once, got {", ".join(map(str, paths)) or None}'
         )
+    paths, same = _each_once(paths, weights, trust)
+    if len(paths) < 2:
+        raise CheckpointError(
+            f'a mean is of at least two sets of weights, but {", ".join(same)} have those of '
+            f'{paths[0].name}'
+        )
     state = mix([Term(path, weights, {1: 1 / len(paths)}) for path in paths], trust=trust)
     meta = load(paths[-1], trust).meta
     about = {'weights': f'mean of {weights}', 'made': 'mean', 'of': [p.name for p in paths]}
     lines = [('mean', f'of the {weights} weights in {len(paths)} files')]
+    if same:
+        lines.append(('note', f'with the weights of another file, and left out: {", ".join(same)}'))
     if any(name.endswith(STATISTICS) for name in state):
         lines.append(('note', STATISTICS_NOTE))
     return Made(state, {**meta, 'mmema': about}, lines)
+
+
+def _each_once(paths: Sequence[Path], weights: str, trust: bool) -> tuple[list[Path], list[str]]:
+    """Return files of different weights in the order of time, and the names of those left out.
+
+    Two files are compared where they are of one iteration. BatchNorm's statistics do not count: a
+    checkpoint is saved before EMARecalibrateHook measures them, and the best one after it.
+    """
+    times = {path: structure(path).get('meta', {}).get('iter') for path in paths}
+    known = {}
+    if None not in times.values():
+        paths = sorted(paths, key=lambda path: times[path])
+    at = Counter(times.values())
+    for path in sorted(paths, key=lambda path: path.name.startswith('best_')):
+        weighed = path
+        if at[times[path]] > 1:
+            state = weights_in(load(path, trust), Term(path, weights, {}))
+            floats = [(n, t) for n, t in state.items() if not n.endswith(STATISTICS)]
+            digest = sha256()
+            for name, tensor in sorted(floats):
+                if tensor.is_floating_point():
+                    digest.update(name.encode() + bytes_of(tensor))
+            weighed = (times[path], digest.hexdigest())
+        known.setdefault(weighed, path)
+    kept = set(known.values())
+    return [p for p in paths if p in kept], [p.name for p in paths if p not in kept]
 
 
 STATISTICS_NOTE = (
@@ -215,12 +264,52 @@ STATISTICS_NOTE = (
 )
 
 
-def _pattern(file: FileFacts, names: Sequence[str], repeats: bool, trust: bool) -> Pattern:
-    """Return the pattern of a mixture of a run's averages; ``file`` is the last one."""
-    names = [name for name in names if name in file.averages]
-    blends = [average_config(file, name).get('update_buffers', False) for name in names]
-    known = all(blends) if file.hook else None
-    return pattern_of(load(file.file, trust), names, known, file.recalibrates, repeats)
+def _passed(one: FileFacts, other: FileFacts, name: str, given: Given) -> Passed:
+    """Return what happened to an average between two files, from its record if it has one."""
+    before, after = (average_in(file, name).record for file in (one, other))
+    if before and after:
+        return passed_between(before, after, (one, other), name)
+    if after:
+        raise CheckpointError(
+            f'{one} has no record of the updates of {name}, and {other} has: when the run began '
+            'to keep one is not known. Take two files of the same kind'
+        )
+    momenta = momenta_between(one, other, name, given)
+    return Passed(len(momenta), float(np.prod(1 - momenta)))
+
+
+def _selected(file: FileFacts, name: str, given: Given, trust: bool) -> Selected:
+    """Return what an average of a run blends."""
+    record, config = average_in(file, name).record, average_config(file, name)
+    if record:
+        floats = [n for n, (_, dtype) in file.tensors.items() if dtype.is_floating_point]
+        configured = config.get('update_buffers', False), tuple(config.get('exclude', ()))
+        blends_buffers, copied = copied_by(record, floats, configured)
+        return Selected(name, copied, blends_buffers)
+    blends_buffers = config.get('update_buffers', False) if file.hook else None
+    copied = copied_in(file.file, name, trust)
+    return Selected(name, copied, blends_buffers, repeats_tied(file, name, given))
+
+
+def _pattern(stored: Sequence[Stored], used: Sequence[int], trust: bool) -> Pattern:
+    """Return the pattern of a mixture: that of the main average, else of the first one used."""
+    averages = {one.weights: one for one in stored if one.momenta is not None}
+    names = [name for name in (stored[number].weights for number in used) if name in averages]
+    last, selected = stored[-1].facts, None
+    known = [name for name in (MAIN, *names) if name in averages and name in last.averages]
+    if names and known:
+        like = averages[known[0]]
+        selected = Selected(known[0], like.copied, like.blends_buffers, like.repeats)
+    pattern = pattern_of(load(last.file, trust), selected, last.recalibrates)
+    if not names:
+        return pattern
+    times, kinds = pattern.kinds, {}
+    for tensor in last.tensors:
+        copying = frozenset(name for name, one in averages.items() if tensor in one.copied)
+        kind = Kind(times.get(tensor, 1), copying)
+        if kind != PLAIN and tensor not in pattern.copied:
+            kinds[tensor] = kind
+    return pattern._replace(kinds=kinds)
 
 
 def _meta(file: FileFacts, name: str, record: dict, steps: int | None = None) -> dict:

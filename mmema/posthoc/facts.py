@@ -12,8 +12,10 @@ from ..averaged import schedule_name
 from ..checkpoints.files import content_of, named
 from ..checkpoints.formats import CheckpointError, Weights, read_weights
 from ..messages import listed
+from ..record import Record
 from ..run import MAIN, RunFacts, facts_in_config
 from ..run.config import ema_hook_in, hooks_in, kind_of, read_config
+from ..run.record import epochs_until, iteration_of_epoch, parts_until
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class AverageFacts:
     changed: frozenset = frozenset()  # those that a restart or an assignment has set
     restarts: int = 0
     rules: Sequence[dict] = ()  # states of its restart rules
+    record: Record | None = None  # of its updates; None: of a class or a version without one
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,41 @@ class FileFacts:
 
     @property
     def updates(self) -> int:
-        """Updates of the averages that the run made until this file, unless it skipped any."""
+        """Updates that the run made until this file, where it has no record and skipped none."""
         return self.run.update_of(self.iteration)
+
+    @property
+    def parts(self) -> list[dict]:
+        """The parts of the run so far, a start or a resume each; none where nothing tells them."""
+        records = [average.record for average in self.averages.values() if average.record]
+        parts = max((record.parts for record in records), key=len, default=[])
+        return parts_until(parts, self.iteration)
 
     @property
     def time(self) -> str:
         """The epoch that the file ends, else its iteration, in words."""
-        length = self.run.epoch_length
-        whole = length and self.iteration % length == 0
-        return f'epoch {self.iteration // length}' if whole else f'iteration {self.iteration}'
+        epoch = None
+        if self.run.by_epoch:
+            epoch = epochs_until(self.parts or [self._whole_run()], self.iteration)
+            if not self.parts and epoch != self.meta.get('epoch', epoch):
+                epoch = None  # an epoch had another length before the run was resumed
+        ends = epoch is not None and epoch == int(epoch)
+        return f'epoch {epoch:.0f}' if ends else f'iteration {self.iteration}'
+
+    def iteration_of(self, begin: int) -> int:
+        """Return the iteration at which an epoch begins, or that of a run by iterations."""
+        if not self.run.by_epoch:
+            return begin
+        first = self.parts[0] if self.parts else None
+        if first and begin < first['epoch']:
+            raise CheckpointError(
+                f'{self} does not say where epoch {begin} began: the run has a record from epoch '
+                f'{first["epoch"]} on'
+            )
+        return iteration_of_epoch(self.parts or [self._whole_run()], begin)
+
+    def _whole_run(self) -> dict:
+        return {'iteration': 0, 'epoch': 0, 'epoch_length': self.run.epoch_length}
 
 
 def facts_in(path: str | Path, trust: bool = False) -> FileFacts:
@@ -128,6 +157,7 @@ def _average_facts(weights: Weights, rules) -> AverageFacts:
         frozenset(changed),
         int(values.get('restarts', 0)),
         tuple(rules or ()),
+        weights.record,
     )
 
 
@@ -168,6 +198,11 @@ def check_same_run(one: FileFacts, other: FileFacts) -> list[str]:
     if one.seed != other.seed:
         raise CheckpointError(
             f'{one} and {other} must be of one run, but their seeds are {one.seed} and {other.seed}'
+        )
+    if one.parts and other.parts and one.parts != parts_until(other.parts, one.iteration):
+        raise CheckpointError(
+            f'{one} and {other} must be of one run, but the later one was resumed from before '
+            f'iteration {one.iteration}: the earlier file is of what was done again'
         )
     if one.losses is None or other.losses is None:
         return [f'whether {one} and {other} are of one run is not sure: they lack train/loss']

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -20,16 +20,14 @@ class Term(NamedTuple):
 
     file: Path
     weights: str  # 'ema', 'raw' or the name of an average in also
-    # By how often an average blended a tensor at each update: 1, but for tied tensors of a stock
-    # class; see Pattern.times.
-    coefficients: dict[int, float]
+    coefficients: dict[Any, float]  # by the kind of a tensor; see Pattern.kinds
 
 
 class Pattern(NamedTuple):
     """Treatment of each tensor in a mixture."""
 
     copied: State  # taken as they are; others that are not floating-point are the last file's
-    times: dict[str, int]  # how often the average blended a tensor at each update, where not once
+    kinds: dict[str, Any]  # of tensors with coefficients of their own; of the others it is 1
     notes: list[str]  # for people
 
 
@@ -51,7 +49,7 @@ def mix(terms: Sequence[Term], pattern: Pattern = AS_IT_IS, trust: bool = False)
     by_file: dict = {}
     for term in terms:
         by_file.setdefault(term.file, []).append(term)
-    copied, total = pattern.copied, _Sum(pattern.times)
+    copied, total = pattern.copied, _Sum(pattern.kinds)
     for file, own in by_file.items():
         found = load(file, trust)
         for term in own:
@@ -74,62 +72,81 @@ def weights_in(found: Weights, term: Term) -> State:
     return sets[term.weights]
 
 
-def pattern_of(
-    found: Weights,
-    names: Sequence[str],
-    update_buffers: bool | None,
-    measured: bool = False,
-    repeats: bool = False,
-) -> Pattern:
+class Selected(NamedTuple):
+    """An average of a run, and what it blends."""
+
+    name: str
+    copied: frozenset  # floating-point tensors that are copied
+    blends_buffers: bool | None  # None to find out: then BatchNorm's statistics are not the raw's
+    repeats: bool = False  # whether it blends a tied tensor once for each name, with buffers
+
+
+def copied_in(file: Path, name: str, trust: bool = False) -> frozenset:
+    """Return the floating-point tensors that an average without a record copies.
+
+    That are those which average and source have in common, bit for bit; a constant one can be
+    taken for copied.
+
+    Raises:
+        CheckpointError: If all are, so the average itself is a copy.
+    """
+    found = load(file, trust)
+    average, floats = found.sets()[name], _floats(found.raw or {})
+    copied = frozenset(n for n, tensor in floats.items() if _same(average[n], tensor))
+    if len(copied) == len(floats):
+        raise CheckpointError(
+            f'{name} in {file} is a copy of the raw weights, so what it blends cannot be seen: '
+            'leave the file out'
+        )
+    return copied
+
+
+def pattern_of(found: Weights, selected: Selected | None, measured: bool = False) -> Pattern:
     """Return the pattern of a mixture of a run's averages and raw weights.
 
-    Copied are all tensors that are not floating-point; all that average and source have in common,
-    bit for bit: copied buffers, frozen parameters; and BatchNorm's statistics, unless they were
-    blended. They are taken from the source.
+    Copied are all tensors that are not floating-point; those that the average copies; and
+    BatchNorm's statistics, unless they were blended. They are taken from the source.
 
     Args:
         found: The last checkpoint, with raw weights.
-        names: The averages in the mixture; none for one of raw weights alone.
-        update_buffers: Whether they blended buffers; None to find out: then BatchNorm's statistics
-            differ from the source's.
+        selected: The average that the mixture is to be like; None for one of raw weights alone.
         measured: Whether the run measured the statistics of its averages. Defaults to False.
-        repeats: Whether their class blends a tied tensor once for each of its names, where it
-            blends buffers. Defaults to False.
 
     Raises:
-        CheckpointError: If an average is of sixteen bits.
+        CheckpointError: If the average is of sixteen bits.
     """
-    raw, sets = found.raw, found.sets()
-    averages = [sets[name] for name in names]
-    if not averages:
+    raw = found.raw or {}
+    if selected is None:
         copied = {n: tensor for n, tensor in raw.items() if not tensor.is_floating_point()}
         return Pattern(copied, {}, [])
-    differ = {n for n, t in _floats(raw).items() if any(not _same(a[n], t) for a in averages)}
-    coarse = sorted(n for n in differ if any(a[n].element_size() < 4 for a in averages))
+    average = found.sets()[selected.name]
+    blended = {n for n in _floats(raw) if n not in selected.copied}
+    coarse = sorted(n for n in blended if average[n].element_size() < 4)
     if coarse:
         raise CheckpointError(
-            f'an average must be of 32 bits, got {averages[0][coarse[0]].dtype} for '
+            f'an average must be of 32 bits, got {average[coarse[0]].dtype} for '
             f'{listed(coarse)}: its updates were lost in rounding'
         )
+    notes = []
     statistics = {n for n in raw if n.endswith(STATISTICS)}
-    if update_buffers is None:
-        update_buffers = bool(differ & statistics)
-    blended, notes = differ, []
-    if measured or not update_buffers:
-        blended = differ - statistics
-        if differ & statistics:
+    differ = any(not _same(average[n], raw[n]) for n in statistics)
+    blends_buffers = differ if selected.blends_buffers is None else selected.blends_buffers
+    if measured or not blends_buffers:
+        blended -= statistics
+        if differ:
             notes.append(
                 "BatchNorm's statistics are those of the raw weights, since the average did not "
                 'blend its own: EMARecalibrateHook measured them, or they are of the first update, '
                 "as in MMYOLO's ExpMomentumEMA. mmema recalibrate measures them"
             )
-    times = _numbers_of_names(averages[0], raw, blended) if repeats and update_buffers else {}
+    repeats = selected.repeats and blends_buffers
+    times = _numbers_of_names(average, raw, blended) if repeats else {}
     if times:
         notes.append(
             f'{len(times)} tensors are tied, and the stock class blends them once for each name; '
             'this is taken into account'
         )
-    return Pattern({n: tensor for n, tensor in raw.items() if n not in blended}, times, notes)
+    return Pattern({n: t for n, t in raw.items() if n not in blended}, {**times}, notes)
 
 
 def _numbers_of_names(average: State, raw: State, names: set[str]) -> dict[str, int]:
@@ -139,12 +156,12 @@ def _numbers_of_names(average: State, raw: State, names: set[str]) -> dict[str, 
     """
     groups: dict = {}
     for name in sorted(names):
-        values = tuple(_bytes(state[name]) for state in (average, raw))
+        values = tuple(bytes_of(state[name]) for state in (average, raw))
         groups.setdefault((tuple(raw[name].shape), *map(hash, values)), []).append(name)
     return {name: len(group) for group in groups.values() if len(group) > 1 for name in group}
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def bytes_of(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
@@ -159,8 +176,8 @@ def _floats(state: State) -> State:
 class _Sum:
     """Weighted sums of tensors by name, in float64."""
 
-    def __init__(self, times: dict[str, int]) -> None:
-        self._times = times
+    def __init__(self, kinds: dict[str, Any]) -> None:
+        self._kinds = kinds
         self._sums: dict = {}
         self._dtypes: dict = {}
 
@@ -178,7 +195,7 @@ class _Sum:
                     f'{term.file} must have weights of one model, but {name} is of shape '
                     f'{tuple(tensor.shape)} instead of {tuple(total.shape)}'
                 )
-            coefficient = term.coefficients[self._times.get(name, 1)]
+            coefficient = term.coefficients[self._kinds.get(name, 1)]
             total.add_(tensor.double(), alpha=coefficient)
             self._dtypes[name] = torch.promote_types(dtype, tensor.dtype)
 

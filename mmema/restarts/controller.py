@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Callable, Mapping
+
 from mmengine.runner import Runner
 
+from ..averaged import finish_copies
 from ..messages import RunError
 from ..restartable import Restartable
 from ..run import MAIN, RunFacts, now_of, scalars_of, validation_follows
+from ..run.horizons import RAW
 from ..update.pairs import unwrapped
 from . import rewind
 from .planner import Restart
@@ -28,15 +32,29 @@ class RestartController:
         self.name = name
         self._best_files: list | None = None  # before the last validation or checkpoint
 
-    def begin(self, ema: Restartable, facts: RunFacts) -> None:
+    def begin(
+        self,
+        ema: Restartable,
+        facts: RunFacts,
+        rungs: Mapping[str, Restartable] | None = None,
+        chosen: Callable[[], str] | None = None,
+    ) -> None:
         """Take in the average and the run of a training that begins or goes on.
+
+        Args:
+            ema: The average.
+            facts: Those of the run.
+            rungs: The averages that are restarted instead, by name, where ``ema`` is a ladder's.
+            chosen: Tells which of the rungs' or the raw weights are chosen now.
 
         Raises:
             RunError: If a rule does not fit them.
         """
-        self.ema = ema
+        self.ema, self.rungs, self._chosen = ema, dict(rungs or {}), chosen
         for progress in self.progresses:
             progress.begin(facts)
+            if rungs:
+                refuse_values(progress.rule)
             check_rule(progress.rule, ema)
 
     def catch_up(self, runner: Runner) -> None:
@@ -73,12 +91,18 @@ class RestartController:
         ema, before = self.ema, values_of(self.ema)
         restart = due_restart(due, now, momentum_of(ema))
         weights = self._replace_weights(runner, restart, due)
-        restart.apply(ema)
+        said = {'causes': list(restart.causes), 'iteration': runner.iter}
+        said.update(source=restart.values.get('source', 'model'))
+        for one in self.rungs.values() or [ema]:
+            restart.apply(one)
+            one.record.events[-1].update(said)
         after = values_of(ema)
         changes = ', '.join(f'{key} {before[key]:g} -> {after[key]:g}' for key in after)
         is_main = self.name == MAIN
+        of = f' of {", ".join(self.rungs)}' if self.rungs else ''
+        of = of if is_main else f' of {self.name!r}'
         runner.logger.info(
-            f'EMA restart {ema.restarts}{"" if is_main else f" of {self.name!r}"} at epoch '
+            f'EMA restart {ema.restarts}{of} at epoch '
             f'{runner.epoch}, iter {runner.iter} (due: {", ".join(restart.causes)}): {changes}'
             + (f'; training goes on from {weights}' if is_main else '')
         )
@@ -101,11 +125,13 @@ class RestartController:
         """Give the model the weights that training goes on from; return which, in words."""
         model, source = unwrapped(runner.model), restart.values.get('source')
         best = self._best_copy(runner, restart, due) if source == 'best' else None
-        if source == 'ema' and runner.iter > 0:  # before, the average is of no weights
-            self.ema.copy_to(model)
+        finish_copies()
+        name = MAIN if self._chosen is None else self._chosen()
+        if source == 'ema' and runner.iter > 0 and name != RAW:  # before, it is of no weights
+            self.rungs.get(name, self.ema).copy_to(model)
             weights = 'the averaged weights'
         elif best is not None:
-            rewind.go_back(runner, self.ema, best)
+            rewind.go_back(runner, self.rungs or {MAIN: self.ema}, best)
             weights = f'the best checkpoint ({best})'
         else:
             if source == 'best':
@@ -135,6 +161,17 @@ def check_rule(rule: RestartRule, ema: Restartable) -> None:
             ema.check_restart(momentum=momentum, gamma=rule.gamma)
         except ValueError as error:
             raise RunError(str(error)) from None
+
+
+def refuse_values(rule: RestartRule) -> None:
+    """Raise RunError if a rule would change the horizons of a ladder."""
+    plateau = rule.plateau
+    after_plateau = plateau and plateau.momentum_after(0.5)
+    if any(value is not None for value in (*rule.momenta, rule.gamma, after_plateau)):
+        raise RunError(
+            f'a restart of a ladder must leave the horizons as they are, got {rule}. Leave '
+            'momentum and gamma out.'
+        )
 
 
 def momentum_of(ema: Restartable) -> float:

@@ -29,8 +29,9 @@ def momenta(
             ema.steps.fill_(steps)
             ahead.popleft().apply(ema)
             steps = int(ema.steps)
-        if steps:
+        if steps and not ema.record.copy_is_due:
             values[i] = 0.0 if steps % ema.interval else ema.momentum_at(steps)
+        ema.record.copy_is_due = False
         steps += 1
     ema.steps.fill_(steps)
     return values
@@ -43,8 +44,3 @@ def shares(momenta: np.ndarray) -> np.ndarray:
     """
     kept_by_later = np.cumprod((1 - momenta)[:0:-1])[::-1]
     return momenta * np.append(kept_by_later, 1.0)
-
-
-def share_of_blocks(shares: np.ndarray, length: int) -> np.ndarray:
-    """Return the sums of ``shares`` over blocks of ``length`` updates, such as epochs."""
-    return np.add.reduceat(shares, np.arange(0, len(shares), length))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Mapping
 
 from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook
 from mmengine.model import BaseAveragedModel
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import _load_checkpoint
@@ -17,18 +20,33 @@ from ..checkpoints import folders
 from ..checkpoints.probe import structure
 from ..checkpoints.resume import KEPT, exchange_weights
 from ..messages import RunError, warn
-from ..run import checkpoint_hooks, folders_of, traits_of
+from ..run import MAIN, checkpoint_hooks, folders_of, traits_of
 from ..update.pairs import unwrapped
 from ..update.sharded import own_optimizer_state, own_state
 
 
 def best_files(runner: Runner) -> list:
-    """Return the best checkpoints so far, in the order of the metrics of ``save_best``."""
-    hook = next(iter(checkpoint_hooks(runner)), None)
-    metrics = getattr(hook, 'key_indicators', None) or []
-    keys = ('best_ckpt', *(f'best_ckpt_{metric}' for metric in metrics))
-    known = runner.message_hub.runtime_info
-    return [known[key] for key in keys if known.get(key)]
+    """Return the best checkpoints so far, in the order of the metrics of ``save_best``.
+
+    MMEngine notes them under another key where there is one metric than where there are several,
+    and forgets neither when ``save_best`` changes on a resume. So the file's name has to tell.
+    """
+    known, files = runner.message_hub.runtime_info, []
+    for hook in checkpoint_hooks(runner):
+        for metric in getattr(hook, 'key_indicators', None) or []:
+            own = getattr(hook, 'best_ckpt_path_dict', {}).get(metric)
+            own = own or getattr(hook, 'best_ckpt_path', None)
+            noted = (own, known.get(f'best_ckpt_{metric}'), known.get('best_ckpt'))
+            files += [file for file in noted if file and is_best_of(file, metric, hook)][:1]
+    return files
+
+
+def is_best_of(file: str, metric: str, hook: CheckpointHook) -> bool:
+    """Tell from its name whether a file is the best by a metric; CheckpointHook gave it."""
+    number = re.sub(r'\\\{[^}]*\}', r'\\d+', re.escape(hook.filename_tmpl))
+    metric = re.escape(metric.replace('/', '_'))
+    name = rf'best_{metric}_({number}|(epoch|iter)_\d+\.pth)'
+    return re.fullmatch(name, Path(file).name) is not None
 
 
 def complete(runner: Runner, checkpoint: dict) -> None:
@@ -61,7 +79,9 @@ def keep_best(runner: Runner) -> tuple:
         return None, []
     work_dir = Path(runner.work_dir)
     kept = work_dir / f'{KEPT}iter_{runner.iter}.pth'
-    places = (Path(best), work_dir / Path(best).name, kept)  # the folder may have been moved
+    # The folder may have been moved, or the run resumed into another one.
+    folders = [Path(best).parent, *folders_of(runner)]
+    places = [folder / name for name in (Path(best).name, kept.name) for folder in folders]
     traits_of(runner).finish_saving()
     file = next((file for file in places if file.exists()), None)
     if file is None:
@@ -126,8 +146,11 @@ def _iteration_of(name: str) -> int:
     return int(Path(name).stem.rsplit('_', 1)[-1])
 
 
-def go_back(runner: Runner, ema: BaseAveragedModel, name: str) -> None:
-    """Put back model, average, optimizer and AMP scaler of a copy; time, data and LR go on."""
+def go_back(runner: Runner, averages: Mapping[str, BaseAveragedModel], name: str) -> None:
+    """Put back model, averages, optimizer and AMP scaler of a copy; time, data and LR go on.
+
+    ``averages`` are the main one by its name, or the rungs of a ladder by theirs.
+    """
     files = [folder / name for folder in folders_of(runner)]
     file = next((file for file in files if file.exists()), None)
     if file is None:
@@ -138,10 +161,15 @@ def go_back(runner: Runner, ema: BaseAveragedModel, name: str) -> None:
     read = folders.read if file.is_dir() else partial(_load_checkpoint, map_location='cpu')
     checkpoint = read(str(file))
     exchange_weights(checkpoint)
-    model, average = unwrapped(runner.model), checkpoint['ema_state_dict']
+    model, states = unwrapped(runner.model), {MAIN: checkpoint['ema_state_dict']}
+    states.update({n: one['state_dict'] for n, one in checkpoint.get('ema_also', {}).items()})
     model.load_state_dict(own_state(checkpoint['state_dict'], model))
-    weights = {key: value for key, value in average.items() if key.startswith('module.')}
-    ema.rewind({'steps': average['steps'], **weights})
+    for own, ema in averages.items():
+        if own not in states:
+            raise RunError(f'{file} has no average {own!r} to go back to')
+        average = states[own]
+        keys = [key for key in average if key.startswith('module.') or key in ('steps', 'record')]
+        ema.rewind({key: average[key] for key in keys})
     _put_back_optimizer(runner.optim_wrapper, checkpoint['optimizer'])
 
 

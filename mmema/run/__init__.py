@@ -11,11 +11,15 @@ from .live import (
     kept_rng,
     last_of,
     now_of,
+    refuse_late_ema_hook,
+    tell_what_is_lost,
     the_ema_hook,
     validation_follows,
+    validations_of,
     what_loads,
 )
 from .metrics import less_is_better, watched_metric
 from .names import MAIN, label_of, scalars_of
+from .record import begin_part
 from .strategies import StrategyTraits, checked_source, refuse_unsaved, traits_of
 from .switches import SWITCH_HOOKS, switches_of

@@ -22,10 +22,15 @@ def base_of(scale_lr: dict | None) -> int | None:
     return scale_lr['base_batch_size'] if scale_lr and scale_lr.get('enable') else None
 
 
+def loader_batch(loader) -> int | None:
+    """Return the batch size of a dataloader on one rank; None if its sampler does not tell."""
+    return loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None)
+
+
 def batch_of_update(runner: Runner, facts: RunFacts) -> int:
     """Return the batch size of an update: all ranks, and accumulated iterations."""
     loader = runner.train_dataloader
-    batch = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None)
+    batch = loader_batch(loader)
     if batch is None:
         raise RunError(
             'base_batch_size needs the batch size of the run, but its batch_sampler, a '

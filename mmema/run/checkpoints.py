@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from ..checkpoints.probe import is_whole, structure
+from ..checkpoints.probe import checkpoint_files, is_whole, structure
 
 
 class Saved(NamedTuple):
@@ -17,14 +17,9 @@ class Saved(NamedTuple):
     config: str  # its text
     epoch: int
     iteration: int
-    epoch_length: int
+    epoch_length: int  # in the part of the run that wrote it
     weights: list[str]  # names of the sets of weights in it
-
-    @property
-    def time(self) -> tuple[str, int]:
-        """The epoch that it ends, or its iteration: unit and number."""
-        ends_epoch = self.iteration == self.epoch * self.epoch_length
-        return ('epoch', self.epoch) if ends_epoch else ('iter', self.iteration)
+    has_record: bool  # of its main average
 
 
 def checkpoints_in(folder: str | Path) -> tuple[list[Saved], list[str]]:
@@ -36,7 +31,7 @@ def checkpoints_in(folder: str | Path) -> tuple[list[Saved], list[str]]:
     if not (folder / last.name).is_file():  # they have a folder of their own: out_dir
         folders.setdefault(last.parent.resolve(), last.parent)
     found, notes = [], []
-    for file in sorted(file for place in folders.values() for file in place.glob('*.pth')):
+    for file in sorted(file for place in folders.values() for file in checkpoint_files(place)):
         if not is_whole(file):
             notes.append(f'{file} is cut short and left out')
             continue
@@ -49,5 +44,6 @@ def checkpoints_in(folder: str | Path) -> tuple[list[Saved], list[str]]:
             name, config = meta['experiment_name'], meta.get('cfg', '')
             epoch, iteration = int(meta['epoch']), int(meta['iter'])
             length = info['max_iters'] // info['max_epochs']
-            found.append(Saved(file, name, config, epoch, iteration, length, weights))
+            record = 'record' in content.get('ema_state_dict', {})
+            found.append(Saved(file, name, config, epoch, iteration, length, weights, record))
     return sorted(found, key=lambda saved: saved.iteration), notes

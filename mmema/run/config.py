@@ -18,7 +18,7 @@ def ema_hook_in(config: dict) -> dict:
 
 
 def averages_in(config: dict) -> list[str]:
-    """Return the names of the averages beside the main one."""
+    """Return the names of the averages in ``also``, which stand beside the main one."""
     return list(ema_hook_in(config).get('also') or {})
 
 

@@ -17,7 +17,7 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 
 from ..checkpoints.probe import is_whole
 from ..checkpoints.resume import checkpoint_to_resume
-from ..messages import RunError
+from ..messages import RunError, warn
 from .names import MAIN
 
 
@@ -42,6 +42,18 @@ def the_ema_hook(hooks: Iterable[Hook]) -> StockEMAHook:
 
 def checkpoint_hooks(runner: Runner) -> list[CheckpointHook]:
     return [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
+
+
+def refuse_late_ema_hook(runner: Runner) -> None:
+    """Raise RunError if a checkpoint would be saved before the update that belongs into it."""
+    ema_hook = ema_hook_of(runner)
+    for hook in runner.hooks[: runner.hooks.index(ema_hook)]:
+        if isinstance(hook, CheckpointHook):
+            raise RunError(
+                f'EMAHook must come before CheckpointHook, which would save without the last '
+                f'update, but {type(hook).__name__} ({hook.priority}) comes before it '
+                f'({ema_hook.priority}). Give the hooks their own priorities: leave out priority=.'
+            )
 
 
 def averages_of(ema_hook: StockEMAHook) -> dict:
@@ -92,10 +104,27 @@ def what_loads(runner: Runner) -> tuple[str, bool]:
     return str(call.get('filename', 'the checkpoint')), resumes
 
 
+def tell_what_is_lost(runner: Runner, checkpoint: dict, file: str) -> None:
+    """Warn of a resume from a file without optimizer or schedules: MMEngine says nothing."""
+    wanted = ['optimizer', *(['param_schedulers'] if runner.param_schedulers else [])]
+    lost = [key for key in wanted if key not in checkpoint]
+    if lost and not hasattr(runner, 'strategy'):  # FlexibleRunner's fail by themselves
+        warn(
+            f'{file} has no {" and no ".join(lost)}: the run goes on with fresh ones. A best '
+            'checkpoint has none; resume from one such as epoch_1.pth or iter_1000.pth, or begin '
+            'a new run with load_from alone.'
+        )
+
+
 def validation_follows(loop, now: int) -> bool:
     """Tell whether MMEngine's ``loop`` validates after its epoch or iteration ``now``, from 1."""
     interval = loop.dynamic_intervals[bisect.bisect(loop.dynamic_milestones, now + 1) - 1]
     return now >= loop.val_begin and (now % interval == 0 or now == last_of(loop))
+
+
+def validations_of(loop) -> int:
+    """Return how many validations a loop makes before its last epoch or iteration."""
+    return sum(validation_follows(loop, now) for now in range(1, last_of(loop)))
 
 
 def now_of(runner: Runner) -> int:

@@ -7,14 +7,15 @@ other weights with a prefix: ``coco/bbox_mAP`` and ``raw/coco/bbox_mAP``.
 from __future__ import annotations
 
 import math
-from typing import Iterable, NamedTuple, Sequence
+from typing import Callable, Iterable, NamedTuple, Sequence
 
 from mmengine.hooks import CheckpointHook
 from mmengine.runner.base_loop import BaseLoop
 
 from .config import averages_in, kind_of
+from .horizons import ladder_in
 
-NO_METRICS = ('step', 'time', 'data_time')  # in a logged validation
+NO_METRICS = ('step', 'time', 'data_time', 'ema_chosen')  # in a logged validation
 
 
 class Watched(NamedTuple):
@@ -23,10 +24,11 @@ class Watched(NamedTuple):
     metric: str | None  # None where nothing was measured
     less: bool | None = None  # whether less is better; None where nobody knows
 
-    @property
-    def best(self):
-        """The function that finds the best of several values: ``min`` or ``max``."""
-        return min if self.less else max
+    def best(self, items: Iterable, key: Callable):
+        """Return the item with the best value; one that is not finite only where none is."""
+        items = list(items)
+        finite = [item for item in items if math.isfinite(key(item))]
+        return (min if self.less else max)(finite or items[-1:], key=key)
 
 
 def watched_metric(
@@ -55,6 +57,12 @@ def watched_metric(
             rules.setdefault(known, own)
     metric = metric or next(iter([*rules, *names]), None)
     return Watched(metric, less_is_better(metric, rule or rules.get(metric)) if metric else None)
+
+
+def saved_metrics(hooks: Iterable, prefixes: Iterable[str] = ()) -> list[str]:
+    """Return the metrics that ``save_best`` names, as those of the main average."""
+    names = [without_prefix(name, prefixes) for name, _ in _save_best(hooks) if name != 'auto']
+    return list(dict.fromkeys(names))
 
 
 def less_is_better(metric: str, rule: str | None = None) -> bool | None:
@@ -92,14 +100,14 @@ def prefixes_in(config: dict, averages: Iterable[str] | None = None) -> dict[str
 
     Without a ``val_cfg``, as in a text that is cut short, the loop is taken for an EMAValLoop.
     """
-    loop = config.get('val_cfg')
+    loop, ladder = config.get('val_cfg'), ladder_in(config)
     if loop is not None and kind_of(loop) in ('', 'ValLoop'):
-        return {}  # it evaluates the main average alone
+        return _prefixes(ladder, 'raw')  # it evaluates the main average alone, or a ladder
     loop = loop or {}
     weights = loop.get('weights')
     if weights is None:
         weights = ['raw', *(averages_in(config) if averages is None else averages)]
-    return _prefixes(weights, loop.get('prefix', 'raw').strip('/'))
+    return _prefixes([*weights, *ladder], loop.get('prefix', 'raw').strip('/'))
 
 
 def _prefixes(weights: Iterable[str], prefix: str) -> dict[str, str]:
@@ -114,14 +122,22 @@ def without_prefix(name: str, prefixes: Iterable[str]) -> str:
 def main_names(measured: Iterable[str], prefixes: Iterable[str]) -> list[str]:
     """Return the names that the metrics of a run's validations have for the main average.
 
-    An average may be called 'coco': ``coco/bbox_mAP`` is of the main one where other weights have
-    ``raw/coco/bbox_mAP``.
+    An average may be called 'coco': ``coco/bbox_mAP`` is its metric only where the main one, or
+    other weights, have ``bbox_mAP``. The raw weights' own prefix says enough: the main average may
+    have found nothing yet.
     """
     names, prefixes = list(measured), list(prefixes)
     known, own = set(names), {}
     for name in names:
-        is_mains = any(prefix + name in known for prefix in prefixes)
-        own[name if is_mains else without_prefix(name, prefixes)] = None
+        rests = {prefix: name[len(prefix) :] for prefix in prefixes if name.startswith(prefix)}
+        others = [
+            rest
+            for prefix, rest in rests.items()
+            if prefix == 'raw/'
+            or rest in known
+            or any(other != prefix and other + rest in known for other in prefixes)
+        ]
+        own[others[0] if others else name] = None
     return [name for name in own if name not in NO_METRICS]
 
 

@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+# In the points of the training alone: a validation may have a metric called 'loss'.
+TRAINING = 'iter'
+
 
 class Validation(NamedTuple):
     """The metrics of one validation, and where in the run it was."""
@@ -14,13 +17,18 @@ class Validation(NamedTuple):
     after: int  # the last training iteration that was logged before it
     point: dict  # 'step', which is its epoch or iteration, and the metrics by name
 
-    def iteration(self, epoch_length: int) -> int:
+    def iteration(self, part: dict) -> int:
         """Return the iterations before it.
 
-        In epochs, ``step`` is below the logged iteration; else it is an iteration itself.
+        In epochs, ``step`` is below the iterations that are over; else it is an iteration itself.
+
+        Args:
+            part: The part of the run that logged it, as in a record: see ``run/record.py``.
         """
         step = self.point['step']
-        return step if step >= self.after else step * epoch_length
+        if part['epoch_length'] is None or step >= max(self.after, part['iteration']):
+            return step
+        return part['iteration'] + (step - part['epoch']) * part['epoch_length']
 
 
 class Scalars(NamedTuple):
@@ -54,7 +62,7 @@ def read_scalars(folder: str | Path) -> Scalars:
             except json.JSONDecodeError:
                 notes.append(f'line {number} of {path} is cut short and left out')
                 continue
-            if 'loss' not in point:
+            if TRAINING not in point:
                 part = path.parent.parent.name
                 validations.append(Validation(part, max(train, default=0), point))
                 continue

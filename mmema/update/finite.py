@@ -13,7 +13,8 @@ from .pairs import named_tensors
 
 def is_number(tensor: Tensor) -> bool:
     """Return whether a tensor can hold NaN: a floating-point or complex one."""
-    return tensor.is_floating_point() or tensor.is_complex()
+    packed = 'float4' in str(tensor.dtype)  # two in a byte: no operator reads them
+    return (tensor.is_floating_point() or tensor.is_complex()) and not packed
 
 
 def are_finite(tensors: list[Tensor]) -> Tensor:
@@ -22,8 +23,10 @@ def are_finite(tensors: list[Tensor]) -> Tensor:
     A tensor is finite if its greatest magnitude is: one fused pass, for any floating-point dtype.
 
     Args:
-        tensors: Floating-point or complex tensors of one device, none of them empty.
+        tensors: Floating-point or complex tensors of one device and dtype, none of them empty.
     """
+    if tensors[0].element_size() == 1:  # of eight bits, for which there are few operators
+        tensors = [tensor.float() for tensor in tensors]
     return torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite()
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from .blend_plan import BlendPlan
 from .guard import Guard, SkipCounts
-from .pairs import Pair, memory_of, pairs_of
+from .pairs import Pair, canonical_name, memory_of, named_tensors, pairs_of
 from .refusals import refuse_pieces
-from .selection import Selection
+from .selection import Selected, Selection
 from .sharded import PartsView, is_sharded
 from .staging import is_far, staged
 from .staleness import StalenessCheck
@@ -35,13 +35,16 @@ def follow(
     """
     refuse_pieces(source)
     view = PartsView(source) if is_sharded(source) else LocalView(source)
+    selected = selection.of(view)
     if is_far(average, view.module):
-        view = staged(view, selection)
-    return Follower(average, view, selection, skip_counts)
+        view = staged(view, selected.blended)
+    return Follower(average, view, selected, skip_counts)
 
 
 class Follower:
     """An average that takes in a source, as long as it ``holds`` the tensors of both.
+
+    ``copied`` has the names of floating-point tensors that are never blended.
 
     From a late view an update only fetches the tensors; `finish` blends them.
     """
@@ -50,12 +53,12 @@ class Follower:
         self,
         average: nn.Module,
         view: View,
-        selection: Selection,
+        selected: Selected,
         skip_counts: SkipCounts | None = None,
     ):
         self.average = average
         self.view = view
-        self._selection = selection
+        self._selected = selected
         self._skip_counts = skip_counts
         self._fetched: list = []  # the momentum of the update that is to be finished, if one is
         self._average_changed = False
@@ -65,16 +68,21 @@ class Follower:
         average, source = self.average, self.view.module
         named = [*pairs_of(average, source)]
         pairs, self._aliases = _without_aliases([pair for pair, _ in named])
-        ids = self._selection.blended_in(source)
+        ids = {id(t) for name, t, _ in named_tensors(source) if name in self._selected.blended}
         blended = [pair for pair in pairs if id(pair.source) in ids]
         copied = [pair for pair in pairs if id(pair.source) not in ids]
-        trained = [pair.source for pair, is_buffer in named if not is_buffer]
-        self._check = StalenessCheck(average, pairs, trained)
+        self.copied = [
+            name
+            for name, tensor, _ in named_tensors(source)
+            if tensor.is_floating_point() and id(tensor) not in ids
+        ]
+        self._check = StalenessCheck(average, pairs)
         self._blended, self._copied = BlendPlan(blended), BlendPlan(copied)
         self._guard = None
         if self._skip_counts is not None:
             names = [pair.name for pair, _ in named]
-            self._guard = Guard(blended, copied, names, self._skip_counts, self.view.reduced)
+            masks = {canonical_name(name) for name in self._selected.masks}
+            self._guard = Guard(blended, copied, masks, names, self._skip_counts, self.view.reduced)
 
     def holds(self, average: nn.Module, source: nn.Module) -> bool:
         """Return whether this is the follower of these two, and none of their tensors is stale."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Dict, List, Tuple
+from typing import Callable, Container, Dict, List, Tuple
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ class Guard:
     Args:
         blended: The pairs that the follower blends.
         copied: The pairs that it copies.
+        masks: Names of copied tensors that may be infinite: they are not checked.
         names: All names of tensors; on some ranks a pair may be missing here, or empty.
         skip_counts: Where to count.
         reduced: As of a view: a tensor is left out on all ranks if it is on one, by one small
@@ -67,15 +68,18 @@ class Guard:
         self,
         blended: List[Pair],
         copied: List[Pair],
+        masks: Container[str],
         names: List[str],
         skip_counts: SkipCounts,
         reduced: Callable | None = None,
     ):
         self._reduced = reduced
         self._skip_counts = skip_counts
-        self._groups = _groups(blended, True) + _groups(copied, False)
+        checked = [p for p in copied if _can_be_non_finite(p) and p.name not in masks]
+        unchecked = {p.name for p in copied} - {p.name for p in checked}
+        self._groups = _groups(blended, True) + _groups(checked, False)
         self._places = {name: place for place, name in enumerate(names)}
-        self._exact = BlendPlan([p for p in copied if not _can_be_non_finite(p)])
+        self._exact = BlendPlan([p for p in copied if p.name in unchecked])
         self._in_main_memory = all(group.device.type == 'cpu' for group in self._groups)
 
     def update(self, momentum: float | None) -> bool:
@@ -123,15 +127,15 @@ class _Group:
         self.sizes = torch.tensor(sizes, device=self.averages[0].device)
 
     def update(self, momentum: float, finite: Tensor) -> None:
-        # A tensor that is left out is blended with itself: times zero a NaN would stay one.
         own = _flatten_dense_tensors(self.averages)
         new = _flatten_dense_tensors(self.sources).to(own.device, own.dtype)
         taken = torch.repeat_interleave(finite.to(own.device), self.sizes, output_size=self.total)
-        sources = _unflatten_dense_tensors(torch.where(taken, new, own), self.averages)
-        if momentum == 1:
-            copy_all(self.averages, sources)
-        else:
-            torch._foreach_lerp_(self.averages, sources, momentum)
+        if momentum != 1:
+            new = own.lerp(new, momentum)
+        # A choice, not a weight of zero: times zero a NaN stays one, and blended with itself an
+        # infinity becomes one.
+        taken_in = _unflatten_dense_tensors(torch.where(taken, new, own), self.averages)
+        copy_all(self.averages, taken_in)
 
 
 def _groups(pairs: List[Pair], are_blended: bool) -> List[_Group]:
@@ -146,4 +150,4 @@ def _groups(pairs: List[Pair], are_blended: bool) -> List[_Group]:
 
 
 def _can_be_non_finite(pair: Pair) -> bool:
-    return is_number(pair.source) and pair.source.numel() > 0
+    return is_number(pair.source) and pair.source.numel() > 0 and pair.average.element_size() > 1

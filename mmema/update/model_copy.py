@@ -8,16 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .pairs import named_tensors
-
-_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+from .pairs import copied_buffer, named_tensors
 
 
 def averaged_copy(model: nn.Module, device: torch.device | None) -> nn.Module:
     """Copy a model so that every tensor is its own, on ``device``, and exists there only once.
 
-    Sixteen-bit tensors become float32: at a momentum of 2e-4 a bf16 or fp16 average would round
-    every step away and never move.
+    Sixteen-bit tensors, and parameters of eight bits, become float32: at a momentum of 2e-4 a bf16
+    or fp16 average would round every step away and never move.
     """
     memo = {}
     for name, tensor, is_buffer in named_tensors(model):
@@ -45,11 +43,11 @@ def _own_copy(name: str, tensor: Tensor, is_buffer: bool, device: torch.device |
             'Make it dense, or an attribute that is no buffer.'
         )
     device = tensor.device if device is None else device
-    dtype = torch.float32 if tensor.dtype in _SIXTEEN_BITS else tensor.dtype
-    same = (dtype, device) == (tensor.dtype, tensor.device)
     if is_buffer:
-        return tensor.detach().clone() if same else tensor.detach().to(device, dtype)
-    if same:
+        return copied_buffer(tensor, device)
+    coarse = tensor.is_floating_point() and tensor.element_size() < 4
+    dtype = torch.float32 if coarse else tensor.dtype
+    if (dtype, device) == (tensor.dtype, tensor.device):
         return deepcopy(tensor)  # keeps what a subclass of Parameter adds
     return nn.Parameter(tensor.detach().to(device, dtype), requires_grad=False)
 

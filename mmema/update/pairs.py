@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, Iterator, List, NamedTuple, Tuple
+from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 from mmengine.model import BaseTTAModel, is_model_wrapper
@@ -28,6 +28,9 @@ def named_tensors(model: nn.Module) -> Iterator[Tuple[str, Tensor, bool]]:
         yield name, buffer, True
 
 
+SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+
+
 class Pair(NamedTuple):
     """One tensor of the average and the tensor of the source that it follows."""
 
@@ -39,9 +42,12 @@ class Pair(NamedTuple):
 def pairs_of(average: nn.Module, source: nn.Module) -> Iterator[Tuple[Pair, bool]]:
     """Yield (pair, whether it is a buffer) for each tensor of the average and of the source.
 
+    A buffer of the average whose shape the source's has no longer is made anew first.
+
     Raises:
-        ValueError: If the two do not have the same tensors, by name and shape.
+        ValueError: If the two do not have the same tensors, by name and, of parameters, shape.
     """
+    remake_buffers(average, buffers_of(source))
     sources = {canonical_name(name): tensor for name, tensor, _ in named_tensors(source)}
     names = {canonical_name(name) for name, _, _ in named_tensors(average)}
     _refuse_other_names(names, set(sources))
@@ -66,6 +72,36 @@ def pairs_of(average: nn.Module, source: nn.Module) -> Iterator[Tuple[Pair, bool
         if key not in yielded:
             yielded.add(key)
             yield pair, is_buffer
+
+
+def buffers_of(model: nn.Module) -> Dict[str, Optional[Tensor]]:
+    """Return the buffers of a model by name, those that are None, too."""
+    return {
+        canonical_name(f'{name}.{key}').lstrip('.'): buffer
+        for name, module in model.named_modules()
+        for key, buffer in module._buffers.items()
+    }
+
+
+def remake_buffers(average: nn.Module, sources: Mapping[str, Optional[Tensor]]) -> None:
+    """Give the average new buffers where those of the source have another shape, or are now None.
+
+    Caches and observers change theirs. Of values of two shapes there is no mean: a new one begins
+    as a copy.
+    """
+    for prefix, module in average.named_modules():
+        for key, own in module._buffers.items():
+            name = canonical_name(f'{prefix}.{key}').lstrip('.')
+            new = sources.get(name, own)
+            if getattr(own, 'shape', None) != getattr(new, 'shape', None):
+                device = next(average.parameters(), new).device if own is None else own.device
+                module._buffers[key] = new if new is None else copied_buffer(new, device)
+
+
+def copied_buffer(buffer: Tensor, device: torch.device | None) -> Tensor:
+    """Return the copy of a buffer in an average; one of sixteen bits becomes float32."""
+    dtype = torch.float32 if buffer.dtype in SIXTEEN_BITS else buffer.dtype
+    return buffer.detach().to(device, dtype, copy=True)
 
 
 def memory_of(tensor: Tensor) -> tuple:

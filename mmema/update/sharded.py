@@ -6,13 +6,13 @@ element, so each rank keeps and blends the average of its part: no communication
 
 from __future__ import annotations
 
-from operator import attrgetter, is_
+from operator import is_
 
 import torch
 from torch import Tensor, nn
 
 from .pairs import named_tensors, unwrapped
-from .staleness import Snapshot, Unchanged
+from .staleness import Snapshot
 from .views import View
 
 _MARK = 'set_reshard_after_backward'  # of a module that fully_shard has taken
@@ -202,15 +202,10 @@ class PartsView(View):
         self._objects = Snapshot(source)
         self._tensors = [*{id(t): t for _, t, _ in named_tensors(source) if is_dtensor(t)}.values()]
         self._locals = [*map(_local, self._tensors)]
-        self._trained = Unchanged(attrgetter('requires_grad'), self._tensors)
 
     def holds(self) -> bool:
         reshard(self._groups)
-        return (
-            self._objects.holds()
-            and all(map(is_, map(_local, self._tensors), self._locals))
-            and self._trained.holds()
-        )
+        return self._objects.holds() and all(map(is_, map(_local, self._tensors), self._locals))
 
 
 def own_state(state: dict, model: nn.Module) -> dict:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import Dict, Iterator, List, NamedTuple
+from typing import Dict, FrozenSet, Iterator, List, NamedTuple
 from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from .pairs import named_tensors, pairs_of
-from .selection import Selection
 from .staleness import Unchanged
 from .views import View
 
@@ -35,8 +34,10 @@ class StagedView(View):
 
     is_late = True
 
-    def __init__(self, below: View, blended: set):
-        tensors = [*{id(t): t for _, t, _ in named_tensors(below.module)}.values()]
+    def __init__(self, below: View, names: FrozenSet[str]):
+        named = [*named_tensors(below.module)]
+        tensors = [*{id(t): t for _, t, _ in named}.values()]
+        blended = {id(t) for name, t, _ in named if name in names}
         self.source = below.source
         self.reduced = below.reduced
         self._below = below
@@ -87,15 +88,16 @@ def staged_once() -> Iterator[None]:
         _round = None
 
 
-def staged(below: View, selection: Selection) -> StagedView:
-    """Return a staged view that stands on another one; inside ``staged_once`` a shared one."""
-    blended = selection.blended_in(below.module)
+def staged(below: View, names: FrozenSet[str]) -> StagedView:
+    """Return a staged view that stands on another one; inside ``staged_once`` a shared one.
+
+    ``names`` are those of the blended tensors.
+    """
     if _round is None:
-        return StagedView(below, blended)
-    names = frozenset(name for name, t, _ in named_tensors(below.module) if id(t) in blended)
+        return StagedView(below, names)
     view = _shared.get((id(below.source), names))
     if view is None or not view.holds():
-        view = _shared[id(below.source), names] = StagedView(below, blended)
+        view = _shared[id(below.source), names] = StagedView(below, names)
     return view
 
 
@@ -115,7 +117,7 @@ class Transfer(NamedTuple):
 
 def _kind(tensor: Tensor) -> tuple:
     # With other strides than its target's a source goes through memory that is not pinned.
-    return tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.requires_grad
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
 def _transfers_of(tensors: List[Tensor], blended: set) -> List[Transfer]:

@@ -61,10 +61,9 @@ class StalenessCheck:
     Args:
         average: The average. The objects of the source are checked by its view.
         pairs: All pairs, blended or copied.
-        trained: The parameters of the source; one that is frozen is copied.
     """
 
-    def __init__(self, average: nn.Module, pairs: List[Pair], trained: List[Tensor]):
+    def __init__(self, average: nn.Module, pairs: List[Pair]):
         averages, sources = sides(pairs)
         both = averages + sources
         self.checks = [
@@ -72,7 +71,6 @@ class StalenessCheck:
             Unchanged(Tensor.numel, both),
             Unchanged(attrgetter('dtype'), both),
             Unchanged(Tensor.get_device, both),
-            Unchanged(attrgetter('requires_grad'), trained),
         ]
 
     def holds(self) -> bool:

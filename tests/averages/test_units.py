@@ -2,7 +2,13 @@
 
 import pytest
 from runs import EMA, assert_same, log_of, make_runner, state_of
+from torch import nn
 
+from mmema import (
+    RestartableConstantEMA,
+    RestartableExpMomentumEMA,
+    RestartableUniformAverage,
+)
 from mmema.averages import units
 from mmema.messages import RunError
 from mmema.run import ema_hook_of
@@ -16,6 +22,8 @@ OURS = dict(EMA, type='mmema.EMAHook')
         ('2 epochs', dict(), 1 / 8),  # of 4 iterations
         ('1.5 epochs', dict(), 1 / 6),
         ('20 updates', dict(), 1 / 20),
+        ('20updates', dict(), 1 / 20),  # as --cfg-options gives it
+        ('1.5epochs', dict(), 1 / 6),
         (0.25, dict(), 1 / 6),  # of 24 iterations
         ('2 epochs', dict(accumulative_counts=2), 1 / 4),
         (0.25, dict(accumulative_counts=2), 1 / 3),
@@ -121,3 +129,54 @@ def test_yolox(tmp_path):
     """YOLOX-s is trained with 64 and with 128 pictures in a batch."""
     scaled = units.scaled(dict(momentum=1e-4, gamma=2000), 128 / 64)
     assert scaled == {'momentum': pytest.approx(1.9999e-4, rel=1e-9), 'gamma': 1000}
+
+
+@pytest.mark.parametrize('momentum', [1e-2, 2e-4, 1e-5])
+@pytest.mark.parametrize('kind', [RestartableConstantEMA, RestartableExpMomentumEMA])
+def test_the_least_change_is_the_one_that_float32_follows(momentum, kind):
+    # At a power of two the last place is worth most: half a unit is 2**-24 of the value.
+    model = nn.Linear(1, 1, bias=False)
+    ema = kind(model, momentum)
+    least = units.least_change(ema, 10**9)
+    assert least == pytest.approx(2**-24 / momentum, rel=1e-6)
+    for factor, moves in ((0.95, False), (1.05, True)):
+        nn.init.constant_(ema.module.weight, 1)
+        ema.steps.fill_(10**8)
+        model.weight.data.fill_(1).mul_(1 + factor * least)
+        ema.update_parameters(model)
+        assert (ema.module.weight.item() > 1) == moves
+
+
+def test_the_least_change_of_other_schedules():
+    model = nn.Linear(1, 1)
+    mean = RestartableUniformAverage(model)
+    assert units.least_change(mean, 1000) == pytest.approx(1000 * 2**-24)  # m = 1 / 1000
+    spaced = RestartableConstantEMA(model, 0.01, interval=50)
+    assert units.least_change(spaced, 1000) == pytest.approx(100 * 2**-24)
+    assert units.least_change(nn.Module(), 1000) is None
+
+
+@pytest.mark.parametrize(
+    'momentum, line',
+    [
+        (2e-4, 'INFO - the average: at momentum 0.0002 changes of a weight below 0.03 % may be'),
+        (1e-6, 'below 6 % may be lost; 10 times the interval and the momentum has the same'),
+    ],
+)
+def test_a_run_tells_what_float32_loses(tmp_path, momentum, line):
+    settings = dict(OURS, momentum=momentum, ema_type='mmema.RestartableConstantEMA')
+    del settings['gamma']
+    runner = make_runner(tmp_path, ema=settings, epochs=1)
+    runner.train()
+    assert log_of(runner).count(line) == 1
+
+
+def test_a_momentum_that_float32_cannot_move_is_refused(tmp_path):
+    settings = dict(OURS, momentum=5e-8, ema_type='mmema.RestartableConstantEMA')
+    del settings['gamma']
+    with pytest.raises(RunError, match=r'the average: momentum must be above 2\*\*-24'):
+        make_runner(tmp_path / 'a', ema=settings, epochs=1).train()
+    ours = {key: value for key, value in OURS.items() if key != 'momentum'}
+    for horizon in ('100000000000000000000 epochs', '16777216 updates'):
+        with pytest.raises(RunError, match='must be shorter than 16,777,216 updates'):
+            make_runner(tmp_path / 'b', ema=dict(ours, horizon=horizon), epochs=1).train()

@@ -9,7 +9,8 @@ from mmengine.config import Config
 
 pytest.importorskip('mmyolo')
 from reference import exp_momentum
-from runs import ema, plain_runner
+from runs import LineModel, ema, loader, plain_runner
+from twin import train
 
 from mmema.cli import plot
 from mmema.restarts.profile import shares
@@ -298,3 +299,49 @@ def test_refusals(monkeypatch, tmp_path, capsys, arguments, hooks, message):
         call(monkeypatch, tmp_path, 'const.py', *arguments, **hooks)
     assert exit.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_shares_of_a_run_with_an_interval(tmp_path):
+    """Only every fourth update blends, so an epoch has one in two updates of its own."""
+    hooks = [ema(interval=4, gamma=5, momentum=0.1), MONITOR]
+    settings = dict(train_cfg=dict(by_epoch=True, max_epochs=12))
+    run = plot.run_in(make_config(tmp_path, hooks, **settings), 4)
+    logger = dict(type='LoggerHook', interval=1)
+    checkpoint = dict(type='CheckpointHook', interval=6)
+    data = dict(train_dataloader=loader(6, length=24), model=LineModel())
+    for saved in (None, checkpoint):
+        # First from the scalars alone, then from the record in the last checkpoint.
+        runner = plain_runner(
+            tmp_path,
+            hooks,
+            epochs=12,
+            default_hooks=dict(logger=logger, checkpoint=saved),
+            cfg=Config(dict(custom_hooks=hooks, **settings)),
+            val_dataloader=None,
+            val_cfg=None,
+            val_evaluator=None,
+            **data,
+        )
+        runner.train()
+        first, share = plot.shares_of_blocks(plot.of_scalars(run, tmp_path), run)
+        momenta = [1.0 if i == 0 else exp_momentum(4 * i, 0.1, 5) for i in range(12)]
+        assert list(first) == list(range(0, 48, 4))
+        np.testing.assert_allclose(share, 100 * shares(np.array(momenta)), rtol=1e-6)
+        assert share[0] == pytest.approx(14.4, abs=0.05)
+        assert share[-2:] == pytest.approx([9.0, 10.0], abs=0.05)
+
+
+def test_shares_of_a_run_that_was_resumed_with_epochs_of_another_length(tmp_path):
+    ours = dict(type='mmema.EMAHook', momentum=0.1, gamma=5)
+    parts = [dict(stop=11), dict(batch=12)]
+    train(tmp_path, MONITOR, ema=ours, epochs=6, parts=parts)
+    settings = dict(train_cfg=dict(by_epoch=True, max_epochs=6))
+    run = plot.run_in(make_config(tmp_path, [ours, MONITOR], **settings), 2)
+    curves = plot.of_scalars(run, tmp_path)
+    first, share = plot.shares_of_blocks(curves, run)
+    assert list(first) == [0, 4, 8, 10, 12, 14]
+    momenta = np.array([1.0] + [exp_momentum(n, 0.1, 5) for n in range(1, 16)])
+    np.testing.assert_allclose(share, 100 * np.add.reduceat(shares(momenta), first))
+    time = plot.times_of(curves, run.facts)
+    np.testing.assert_allclose(time(np.array([2, 8, 9, 16])), [0.5, 2, 2.5, 6])
+    plot.draw(curves, run, tmp_path / 'run.png')

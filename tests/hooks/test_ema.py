@@ -4,10 +4,11 @@ The numbers in the names are those of docs/upstream.md.
 """
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
-from marks import HALF_ON_CPU, since_torch_2_1
+from marks import BUFFERS, HALF_ON_CPU, since_torch_2_1
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
@@ -17,6 +18,7 @@ from runs import EMA, LineModel, assert_same, ema_of, loader, log_of, make_runne
 from torch import nn
 
 import mmema
+from mmema.checkpoints.formats import read_weights
 from mmema.messages import RunError
 
 OURS = dict(EMA, type='mmema.EMAHook')
@@ -784,7 +786,7 @@ def test_what_no_checkpoint_holds_begins_as_the_models_after_a_resume(tmp_path):
     assert torch.equal(ema_of(runner).module.cache, torch.full((2,), 3.0))
 
 
-def test_an_average_that_no_step_moves_is_told(tmp_path):
+def test_an_average_that_no_step_moves_is_an_error(tmp_path):
     @OPTIM_WRAPPERS.register_module(force=True)
     class OwnStep(OptimWrapper):
         """Steps in a way of its own, as sharpness-aware minimisation does."""
@@ -796,13 +798,72 @@ def test_an_average_that_no_step_moves_is_told(tmp_path):
 
     wrapper = dict(type='OwnStep', optimizer=dict(type='SGD', lr=0.05))
     runner = make_runner(tmp_path / 'a', ema=OURS, optim_wrapper=wrapper, epochs=2)
-    runner.train()
-    assert log_of(runner).count('the average has not moved: no optimizer told of a step') == 1
+    with pytest.raises(RunError, match='no optimizer told of a step in 4 iterations. Set per_opt'):
+        runner.train()
+    assert not [*(tmp_path / 'a').glob('*.pth')]  # of initial weights
     asked = dict(OURS, per_optimizer_step=False)
     runner = make_runner(tmp_path / 'b', ema=asked, optim_wrapper=wrapper, epochs=2)
     runner.train()
     assert ema_of(runner).steps == 8
     assert 'has not moved' not in log_of(runner)
+
+
+class Wraps(torch.optim.Optimizer):
+    """Wraps another one as Lookahead, SAM and many more do: without super().__init__()."""
+
+    def __init__(self, base):
+        self.base, self.defaults = base, base.defaults
+        self.state, self.param_groups = base.state, base.param_groups
+
+    def step(self, closure=None):
+        self.base.step()
+
+    def zero_grad(self, set_to_none=True):
+        self.base.zero_grad()
+
+    def state_dict(self):
+        return self.base.state_dict()
+
+
+class WrapsWithHooks(Wraps):
+    """The same with the dicts of torch's hooks, which nothing calls (pytorch_optimizer 122)."""
+
+    def __init__(self, base):
+        super().__init__(base)
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+
+
+@pytest.mark.parametrize('kind', [Wraps, WrapsWithHooks])
+@pytest.mark.parametrize('counts', [1, 2])
+def test_9_an_optimizer_that_wraps_another(tmp_path, kind, counts):
+    model = LineModel()
+    optimizer = kind(kind(torch.optim.SGD(model.parameters(), 0.05)))
+    runner = make_runner(
+        tmp_path,
+        ema=OURS,
+        model=model,
+        epochs=1,
+        optim_wrapper=OptimWrapper(optimizer, accumulative_counts=counts),
+        param_scheduler=None,
+    )
+    runner.train()
+    assert int(ema_of(runner).steps) == 4 // counts
+
+
+def test_an_epoch_whose_steps_were_all_skipped_is_no_error(tmp_path):
+    runner = make_runner(tmp_path, ema=OURS, epochs=2)
+
+    class Skips(OptimWrapper):
+        def step(self, **kwargs):
+            if runner.iter >= 4:
+                super().step(**kwargs)
+
+    optimizer = torch.optim.SGD(runner.model.parameters(), lr=0.05)
+    runner.optim_wrapper, runner.param_schedulers = Skips(optimizer), None
+    runner.train()
+    assert int(ema_of(runner).steps) == 4
+    assert log_of(runner).count('the average has not moved: no optimizer told of a step') == 1
 
 
 def test_gradients_that_still_accumulate_are_no_reason_to_warn(tmp_path):
@@ -890,3 +951,115 @@ def test_what_is_not_finite_again_is_told_again(tmp_path):
         hook.ema_model.steps.add_(1)  # MMEngine's logger filters a warning with the same words
         hook.before_save_checkpoint(runner, dict(state_dict=runner.model.state_dict()))
     assert log_of(runner).count("not finite in the average: 'layers.0.weight'") == 2
+
+
+# --- models with more in their state than tensors of one shape -----------------------------------
+
+
+def with_extra_state(of):
+    """Return a model, one layer of which has an extra state: ``of(number of training passes)``."""
+
+    class Layer(nn.Linear):
+        passes, state = 0, None
+
+        def forward(self, x):
+            self.passes += self.training
+            return super().forward(x)
+
+        def get_extra_state(self):
+            return of(self.passes)
+
+        def set_extra_state(self, state):
+            self.state = state
+
+    model = LineModel()
+    model.layers[0] = Layer(3, 4)
+    return model
+
+
+@BOTH
+@pytest.mark.parametrize(
+    'of',
+    [
+        lambda passes: {'passes': passes},
+        lambda passes: None,
+        lambda passes: torch.zeros(passes, dtype=torch.uint8),
+    ],
+    ids=['dict', 'None', 'growing'],
+)
+def test_extra_state_is_resumed(tmp_path, ema, of):
+    # TransformerEngine 458: AttributeError on a resume.
+    make_runner(tmp_path, ema=ema, epochs=1, model=with_extra_state(of)).train()
+    runner = make_runner(tmp_path, ema=ema, epochs=2, model=with_extra_state(of), resume=True)
+    runner.train()
+    assert int(ema_of(runner).steps) == 8
+    saved = torch.load(tmp_path / 'epoch_1.pth', weights_only=False)
+    state = saved['ema_state_dict']['module.layers.0._extra_state']
+    assert str(state) == str(of(4)) == str(runner.model.layers[0].state)
+    if ema is OURS:  # nothing has averaged it: that of the model belongs to both
+        assert str(saved['state_dict']['layers.0._extra_state']) == str(of(4))
+    found = read_weights(saved)  # as export and inspect read it
+    assert 'layers.0.weight' in found.average
+    assert ('extra state that is no tensor' in ' '.join(found.notes)) == (
+        not isinstance(state, torch.Tensor)
+    )
+
+
+def keep_layers_alone(module, state, prefix, metadata):
+    """As MMPretrain's LoRAModel, which drops all keys without 'lora_' in its state_dict hook."""
+    for key in [key for key in state if 'layers' not in key]:
+        del state[key]
+
+
+def model_that_drops_keys():
+    model = LineModel()
+    model._register_state_dict_hook(keep_layers_alone)
+    return model
+
+
+@BOTH
+def test_a_state_dict_hook_that_drops_foreign_keys(tmp_path, ema):
+    # diffusers 9998: `steps` was lost in silence, and the resume refused.
+    settings = dict(ema=ema)
+    if ema is OURS:
+        settings = dict(ema=dict(ema, also=dict(other=dict(momentum=0.3))))
+    whole = make_runner(tmp_path / 'whole', epochs=2, model=model_that_drops_keys(), **settings)
+    whole.train()
+    saved = torch.load(tmp_path / 'whole/epoch_1.pth', weights_only=False)
+    assert int(saved['ema_state_dict']['steps']) == 4
+    assert not [key for key in saved['state_dict'] if 'layers' not in key]
+    file = str(tmp_path / 'whole/epoch_1.pth')
+    settings.update(resume=True, load_from=file)
+    rest = make_runner(tmp_path / 'rest', epochs=2, model=model_that_drops_keys(), **settings)
+    rest.train()
+    assert int(ema_of(rest).steps) == 8
+    # The norm's statistics are not in the file, so the rest of the run sees other numbers.
+    assert set(saved['state_dict']) == set(whole.model.state_dict())
+
+
+class Caches(LineModel):
+    """Has a buffer that grows in training, and one of eight bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('cache', torch.zeros(1))
+        self.register_buffer('table', torch.ones(4).to(torch.float8_e4m3fn))
+
+    def forward(self, x, y=None, mode='tensor'):
+        if self.training:
+            self.cache = torch.ones(len(self.cache) + 1)
+        return super().forward(x, y, mode)
+
+
+@pytest.mark.skipif(not hasattr(torch, 'float8_e4m3fn'), reason='torch has no eight-bit floats')
+@BOTH
+@BUFFERS
+def test_a_cache_that_grows_and_a_table_of_eight_bits(tmp_path, ema, update_buffers):
+    ema = dict(ema, update_buffers=update_buffers)
+    make_runner(tmp_path, ema=ema, epochs=2, model=Caches()).train()
+    runner = make_runner(tmp_path, ema=ema, epochs=3, model=Caches(), resume=True)
+    runner.train()
+    assert torch.equal(ema_of(runner).module.cache, runner.model.cache)
+    assert int(ema_of(runner).steps) == 12
+    saved = torch.load(tmp_path / 'epoch_2.pth', weights_only=False)
+    assert saved['state_dict']['cache'].shape == (9,)

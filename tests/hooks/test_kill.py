@@ -34,6 +34,12 @@ RUNS = {
         hooks=[hook(every=9, by_epoch=False, momentum=0.04, source='ema')],
         checkpoint=dict(interval=3, max_keep_ckpts=2),
     ),
+    'ladder': dict(
+        epochs=12,
+        ema=dict(type='mmema.EMAHook', horizon=[f'{n} updates' for n in (2, 4, 8, 16, 30)]),
+        hooks=[hook(milestones=[5], source='best')],
+        checkpoint=dict(max_keep_ckpts=2),
+    ),
     'also': dict(
         epochs=12,
         ema=dict(

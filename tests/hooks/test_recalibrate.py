@@ -340,3 +340,69 @@ def test_a_real_detector(tmp_path):
         torch.testing.assert_close(variance.double(), variances, rtol=1e-3, atol=1e-6)
     name = next(n for n, m in model.named_modules() if m is norms[-1])
     assert torch.equal(saved[f'{name}.running_mean'], measured[-1][0])
+
+
+class Scaled(NormModel):
+    """Has a plain number that a hook changes, as a warm-up of LoRA does (YOLO-Master 211)."""
+
+    scale = 0.0
+
+    def forward(self, x, y=None, mode='tensor'):
+        self.last = x  # an attribute that a pass changes
+        return super().forward(x + self.scale, y, mode)
+
+
+class WarmUp(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        runner.model.scale = 3.0
+
+
+@pytest.mark.parametrize('ema_hook', ['EMAHook', 'mmema.EMAHook'])
+@pytest.mark.parametrize('device', [None, 'cpu'])
+def test_the_model_as_it_is_now_is_measured(tmp_path, ema_hook, device):
+    before, watch = WatchBefore(), Watch()
+    hooks = [ema(type=ema_hook, device=device), WarmUp(), before, watch, LAST]
+    data = loader(**IN_ORDER)
+    runner = plain_runner(tmp_path, hooks, model=Scaled(), train_dataloader=data)
+    runner.train()
+    average = watch.after[-1][1]
+    samples = Line(8).x + 3
+    mean, variance = by_hand(average, [samples[:4], samples[4:]])
+    torch.testing.assert_close(average['norm.running_mean'], mean)
+    torch.testing.assert_close(average['norm.running_var'], variance)
+    source_before, source = before.after[-1][0], watch.after[-1][0]
+    assert all(torch.equal(source[key], source_before[key]) for key in source)
+
+
+@pytest.mark.parametrize('ema_hook', ['EMAHook', 'mmema.EMAHook'])
+def test_a_forward_that_is_compiled_by_attribute(tmp_path, ema_hook):
+    # The copy of such a model calls the training model, whose counters then changed.
+    model = NormModel()
+    model.forward = torch.compile(model.forward, backend='eager')
+    data = loader(**IN_ORDER)
+    runner, before, watch = run(
+        tmp_path, False, ema_hook=ema_hook, model=model, train_dataloader=data
+    )
+    (source_before, _), (source, average) = before.after[-1], watch.after[-1]
+    samples = Line(8).x
+    mean, _ = by_hand(average, [samples[:4], samples[4:]])
+    torch.testing.assert_close(average['norm.running_mean'], mean)
+    assert all(torch.equal(source[key], source_before[key]) for key in source)
+
+
+def test_a_pass_that_writes_everywhere_leaves_the_model_as_it_was(tmp_path):
+    class Writes(NormModel):
+        def forward(self, x, y=None, mode='tensor'):
+            if mode == 'loss' and not torch.is_grad_enabled():
+                self.linear.weight.add_(1)  # as a momentum encoder
+                self.passes = self.passes + 7
+                self.register_buffer('new', torch.ones(1))
+                self.number = 5
+            return super().forward(x, y, mode)
+
+    hook = dict(LAST, mode='loss')
+    model = Writes()
+    _, before, watch = run(tmp_path, False, hook=hook, model=model)
+    source_before, source = before.after[-1][0], watch.after[-1][0]
+    assert all(torch.equal(source[key], source_before[key]) for key in source)
+    assert set(source) == set(source_before) and not hasattr(model, 'number')

@@ -1063,3 +1063,60 @@ def test_what_the_run_lacks_is_said_before_training(tmp_path):
     constant = dict(type='EMAHook', ema_type='mmema.RestartableConstantEMA')
     refused('can only change what RestartableConstantEMA has, got gamma',
             restart(every=2, gamma=4), ema=constant)  # fmt: skip
+
+
+# --- a run that cannot do what the hook is asked for ---------------------------------------------
+
+TWO_IN_A_ROW = dict(metric='score', patience=2)
+
+
+def test_a_plateau_without_validations_is_refused(tmp_path):
+    runner = make_runner(tmp_path, restart(on_plateau=TWO_IN_A_ROW), epochs=2)
+    runner._val_loop = None
+    with pytest.raises(RunError, match="on_plateau watches 'score'.*this run has none"):
+        runner.train()
+
+
+@pytest.mark.parametrize('epochs, said', [(3, 1), (4, 0)])
+def test_a_plateau_that_too_few_validations_can_show(tmp_path, epochs, said):
+    # The first validation improves; two without an improvement follow, then there must be an epoch.
+    script = dict.fromkeys(range(1, 5), 0.5)
+    runner = make_runner(tmp_path, restart(on_plateau=TWO_IN_A_ROW), epochs=epochs, script=script)
+    runner.train()
+    assert log_of(runner).count('seen at the 3th validation at the earliest') == said
+    assert restarted_at(runner) == ([] if said else [12])
+
+
+@pytest.mark.parametrize('name', ['EMAHook', 'mmema.EMAHook'])
+def test_an_ema_hook_behind_the_checkpoint_hook_is_refused(tmp_path, name):
+    # Files lacked the last update, and a resumed run ended one short.
+    late = dict(EMA, type=name, priority='LOWEST')
+    runner = make_runner(tmp_path, restart(milestones=[1]), ema=late, epochs=2)
+    with pytest.raises(RunError, match=r'must come before CheckpointHook.*leave out priority='):
+        runner.train()
+
+
+def test_a_hook_object_serves_one_run_after_another(tmp_path):
+    # k folds with one config (keras 3000): the second run did not restart.
+    hook = EMARestartHook(milestones=[1])
+    for fold in range(2):
+        runner = make_runner(tmp_path / str(fold), hook, epochs=2)
+        runner.train()
+        assert restarted_at(runner) == [4]
+    resumed = make_runner(tmp_path / '1', hook, epochs=3, resume=True)
+    resumed.train()
+    assert ema_of(resumed).restarts == 1
+
+
+@pytest.mark.parametrize('hooks', [[], [restart(milestones=[1]), restart(milestones=[2])]])
+@pytest.mark.parametrize('name', ['EMAHook', 'mmema.EMAHook'])
+def test_a_resume_without_an_optimizer_is_told(tmp_path, hooks, name):
+    ema = dict(EMA, type=name)
+    make_runner(tmp_path, *hooks, ema=ema, epochs=1).train()
+    told = bool(hooks) or name != 'EMAHook'
+    for file, times in ((next(tmp_path.glob('best_*.pth')), told), (tmp_path / 'epoch_1.pth', 0)):
+        settings = dict(epochs=2, ema=ema, resume=True, load_from=str(file))
+        runner = make_runner(tmp_path / str(times), *hooks, **settings)
+        runner.train()
+        line = f'{file} has no optimizer and no param_schedulers: the run goes on with fresh ones'
+        assert log_of(runner).count(line) == times

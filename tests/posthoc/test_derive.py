@@ -14,7 +14,7 @@ from mmema.checkpoints.formats import CheckpointError
 from mmema.posthoc.derive import fit, mean, restart
 from mmema.posthoc.facts import facts_in
 from mmema.posthoc.history import Given, momenta_between
-from mmema.posthoc.profiles import exponential, stored_profiles, uniform
+from mmema.posthoc.profiles import Kind, exponential, stored_profiles, uniform
 from mmema.posthoc.profiles import fit as fit_profiles
 
 LENGTH = 4  # iterations of an epoch
@@ -32,6 +32,18 @@ def window(momenta, begin):
 
 def raw_state(run, iteration):
     return run.states[iteration - 1]
+
+
+def without_record(file):
+    """Return the file as mmema 0.1.0 wrote it, in a folder beside it."""
+    content = torch.load(file, weights_only=True)
+    for state in (content['ema_state_dict'], *content.get('ema_also', {}).values()):
+        state.pop('record', None)
+        state.get('state_dict', {}).pop('record', None)
+    old = Path(file).parent / 'old' / Path(file).name
+    old.parent.mkdir(exist_ok=True)
+    torch.save(content, old)
+    return old
 
 
 STOCKS = {
@@ -127,7 +139,7 @@ def test_a_fit_of_tied_tensors(tmp_path):
     stored, _ = stored_profiles([facts_in(run.file(epoch)) for epoch in (2, 3, 4, 5, 6)])
     wanted = exponential(0.15, None, 8, 24)
     made, found = fit(stored, wanted, force=True)
-    tied = fit_profiles([one.profile(2) for one in stored], wanted)
+    tied = fit_profiles([one.profile(Kind(2)) for one in stored], wanted)
     assert abs(tied.coefficients - found.coefficients).max() > 0.01
     expected = parameters(run.sum(found.profile))
     for name in ('layers.0.weight', 'layers.2.weight'):
@@ -170,6 +182,9 @@ def test_restart_sees_through_a_soft_restart_of_ours(ours, before, after):
     momenta = our_momenta(after * LENGTH)
     expected = ours.sum(window(momenta, before * LENGTH))
     assert_close(parameters(made.state), parameters(expected))
+    old = restart(without_record(ours.file(before)), without_record(ours.file(after)))
+    assert_close(old.state, {n: t.double() if t.is_floating_point() else t
+                             for n, t in made.state.items()})  # fmt: skip
 
 
 def test_after_a_hard_restart_the_later_average_is_the_result(ours):
@@ -310,7 +325,7 @@ def test_an_average_of_sixteen_bits_is_refused(stock, tmp_path):
         restart(*files)
 
 
-def test_what_a_restart_by_hand_did_is_not_guessed(tmp_path):
+def test_what_a_restart_by_hand_did_is_recorded_and_never_guessed(tmp_path):
     run = record(tmp_path, dict(type='mmema.EMAHook', momentum=0.2, gamma=3), epochs=2)
     runner, ema = run.runner, ema_of(run.runner)
     ema.restart(steps=5)
@@ -318,8 +333,13 @@ def test_what_a_restart_by_hand_did_is_not_guessed(tmp_path):
     content = torch.load(tmp_path / 'restarted.pth', weights_only=True)
     content['message_hub']['log_scalars'] = {}
     torch.save(content, tmp_path / 'restarted.pth')
+    made = restart(run.file(1), tmp_path / 'restarted.pth')  # no update came after it
+    assert_close(parameters(made.state), parameters(run.sum(window(exp_momenta(8, 0.2, 3), 4))))
+    old = [without_record(file) for file in (run.file(1), tmp_path / 'restarted.pth')]
     with refuses(r'changed the average ema that .*restarted.pth does not explain \(updates 9 inst'):
-        restart(run.file(1), tmp_path / 'restarted.pth')
+        restart(*old)
+    with refuses('epoch_1.pth has no record of the updates of ema, and .*restarted.pth has'):
+        restart(old[0], tmp_path / 'restarted.pth')
 
 
 def test_a_restart_that_was_late_is_counted_from_where_it_was_done(tmp_path):
@@ -334,12 +354,14 @@ def test_a_restart_that_was_late_is_counted_from_where_it_was_done(tmp_path):
     assert made.meta['mmema']['kept'] == pytest.approx(kept, rel=1e-12)
     expected = late.sum(window(momenta, LENGTH))
     assert_close(parameters(made.state), parameters(expected), rtol=1e-4, atol=1e-5)
+    old = [without_record(file) for file in (first.file(1), late.file(6))]
+    assert restart(*old).meta['mmema']['kept'] == pytest.approx(kept, rel=1e-12)
     # A state of an earlier version does not say when.
-    content = torch.load(late.file(6), weights_only=True)
+    content = torch.load(old[1], weights_only=True)
     del content['ema_restart'][0]['done_at']
-    torch.save(content, tmp_path / 'old.pth')
-    with refuses(r'old.pth has a restart rule that .*epoch_1.pth lacks, and does not say when'):
-        restart(first.file(1), tmp_path / 'old.pth')
+    torch.save(content, old[1])
+    with refuses(r'epoch_6.pth has a restart rule that .*epoch_1.pth lacks, and does not say when'):
+        restart(*old)
 
 
 def test_a_momentum_scaled_by_the_batch_is_not_the_configs(tmp_path):

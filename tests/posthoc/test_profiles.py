@@ -25,9 +25,11 @@ def test_wanted_profiles_by_hand():
     np.testing.assert_allclose(exponential(0.5, None, 2, 5), [0, 0, 1 / 7, 2 / 7, 4 / 7])
     momenta = [1.0, exp_momentum(1, 0.1, 2), exp_momentum(2, 0.1, 2)]
     np.testing.assert_allclose(exponential(0.1, 2, 1, 4), [0, *shares_of(momenta)])
-    with pytest.raises(ValueError, match='the first update must be below the 4 of the run, got 4'):
+    with pytest.raises(
+        ValueError, match='the first iteration must be below the 4 of the run, got 4'
+    ):
         uniform(4, 4)
-    with pytest.raises(ValueError, match='the first update must be at least 0, got -1'):
+    with pytest.raises(ValueError, match='the first iteration must be at least 0, got -1'):
         exponential(0.1, None, -1, 4)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from mmema import ExpMomentumEMA, RestartableExpMomentumEMA
 from mmema.restarts.planner import Restart
-from mmema.restarts.profile import momenta, share_of_blocks, shares
+from mmema.restarts.profile import momenta, shares
 
 
 def make(cls=RestartableExpMomentumEMA, **kwargs):
@@ -77,11 +77,3 @@ def test_shares_are_those_of_the_averaged_model(updates, restarts):
 def test_nothing_before_a_copy():
     share = shares(momenta(make(), 100, planned({60: dict(steps=0)})))
     assert (share[:60] == 0).all() and share[60] > 0
-
-
-def test_blocks():
-    assert share_of_blocks(np.array([0.1, 0.2, 0.3, 0.4, 0.5]), 2).tolist() == [
-        pytest.approx(0.3),
-        pytest.approx(0.7),
-        pytest.approx(0.5),
-    ]

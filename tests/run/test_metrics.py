@@ -43,7 +43,7 @@ def test_what_a_person_asks_for_comes_first():
 
 
 def test_the_names_of_the_main_average():
-    measured = ['step', 'time', 'data_time', MAP, f'raw/{MAP}', f'short/{MAP}', 'short/error']
+    measured = ['step', 'time', 'data_time', MAP, f'raw/{MAP}', f'short/{MAP}', 'raw/error']
     assert main_names(measured, PREFIXES) == [MAP, 'error']
     assert main_names([f'raw/{MAP}'], PREFIXES) == [MAP]  # the main one has found nothing
 

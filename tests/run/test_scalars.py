@@ -14,7 +14,7 @@ def write(folder, name, points):
 
 def test_parts_of_a_resumed_run(tmp_path):
     def point(step, value):
-        return dict(loss=0.0, step=step, ema_momentum=value)
+        return dict(loss=0.0, iter=step, step=step, ema_momentum=value)
 
     write(tmp_path, '20260101_000000', [point(1, 1), {'coco/mAP': 0.1, 'step': 1}, point(3, 2)])
     second = write(tmp_path, '20260102_000000', [point(2, 5), point(3, 6)])
@@ -30,7 +30,7 @@ def test_parts_of_a_resumed_run(tmp_path):
 def test_a_run_that_was_begun_anew_in_the_same_folder(tmp_path):
     def part(epochs, score):
         for epoch in range(1, epochs + 1):
-            yield dict(loss=0.0, step=4 * epoch)
+            yield dict(loss=0.0, iter=4 * epoch, step=4 * epoch)
             yield {'coco/mAP': score, 'step': epoch}
 
     write(tmp_path, '20260101_000000', part(5, 0.1))

@@ -22,7 +22,7 @@ SCRIPT = Path(__file__).parents[1] / 'shard_line.py'
 HAS_FSDP2 = hasattr(torch.distributed.fsdp, 'fully_shard')
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not HAS_FSDP2, reason='torch 2.7 has FSDP2')]
 
-ALIKE = ['adam', 'sgd', 'best', 'loaded', 'tested']  # in one process and sharded
+ALIKE = ['adam', 'sgd', 'best', 'ladder', 'loaded', 'tested']  # in one process and sharded
 REFUSED = {
     'plain_runner': 'Runner saves on rank 0 alone. Let runner_type=',
     'recalibrate': 'each rank has the average of its part alone. Leave the hook out',
@@ -92,7 +92,7 @@ def assert_same_checkpoint(one, other):
 # --- the proofs -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('case', ['adam', 'sgd', 'best', 'loaded'])
+@pytest.mark.parametrize('case', ['adam', 'sgd', 'best', 'ladder', 'loaded'])
 def test_two_ranks_save_what_one_process_saves(root, case):
     saved = sorted(path.name for path in (root / '1' / case).glob('*.pth'))
     assert saved == sorted(path.name for path in (root / '2' / case).glob('*.pth'))
@@ -101,7 +101,7 @@ def test_two_ranks_save_what_one_process_saves(root, case):
         assert_same_checkpoint(root / '1' / case / name, root / '2' / case / name)
 
 
-@pytest.mark.parametrize('case', ['adam', 'sgd', 'best', 'loaded'])
+@pytest.mark.parametrize('case', ['adam', 'sgd', 'best', 'ladder', 'loaded'])
 def test_two_ranks_log_what_one_process_logs(root, case):
     # Losses, the metrics of all weights, momentum, restarts, and the distance to the average.
     alone, sharded = (torch.load(root / n / f'{case}.pth', weights_only=False) for n in '12')

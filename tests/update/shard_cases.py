@@ -118,7 +118,7 @@ def parts_can_be_staged():
     assert isinstance(ema._follower.view, StagedView)
     assert_same(expected.state_dict(), whole(ema.state_dict()))
     follower = ema._follower
-    model.first.weight.requires_grad_(False)
+    model.body[1].running_mean = torch.full((7,), 3.0)
     assert not follower.holds(ema.module, model)
 
 
@@ -186,9 +186,7 @@ def weights_are_swapped_in_and_out():
 def stale_parts_are_found():
     model, ema, plain, expected = trained()
     changes = [
-        lambda m: m.frozen.requires_grad_(True),
         lambda m: setattr(m.body[1], 'running_mean', torch.full((7,), 3.0)),
-        lambda m: m.first.weight.requires_grad_(False),
     ]
     for change in changes:
         for each in (model, plain):
@@ -199,8 +197,6 @@ def stale_parts_are_found():
     follower = ema._follower
     model.load_state_dict(own_state(Net(5).state_dict(), model), assign=True)
     plain.load_state_dict(Net(5).state_dict())
-    for each in (model, plain):
-        each.first.weight.requires_grad_(True)
     step(model, plain)
     ema.update_parameters(model)
     expected.update_parameters(plain)
