@@ -1,7 +1,7 @@
 """The one step of a build that pyproject.toml cannot name; run by pip and ``python -m build``.
 
 A wheel holds configs/ and tools/ as ``mmema/.mim/configs`` and ``mmema/.mim/tools``: there openmim
-looks for those of every package, and ``python -m mmema`` does. A checkout has them once.
+looks for those of every package. A checkout has them once.
 """
 
 from pathlib import Path
@@ -11,11 +11,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-# These work on a checkout: its set-up, its tests.
-OF_THE_CHECKOUT = (
-    'bootstrap.py',
-    'make_digits.py',
-)
+OF_THE_CHECKOUT = ('bootstrap.py', 'make_digits.py')  # its set-up, and data of its tests
 
 
 class BuildWithTools(build_py):

@@ -1,7 +1,8 @@
 """Processes forked from a parent that has imported the stack, so that each starts in milliseconds.
 
 A fork is a process of its own in all else: it has its arguments, folder, environment and output,
-runs a script from its first line to the orderly end of Python, and can be killed.
+runs a script from its first line to the orderly end of Python, and can be killed. It imports from
+where its parent does, and from this folder.
 """
 
 import atexit
@@ -15,6 +16,7 @@ import sys
 import time
 from contextlib import redirect_stdout
 from datetime import timedelta
+from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -151,9 +153,6 @@ def become(request):
     os.environ.update(request['environment'])
     os.chdir(request['folder'])
     sys.argv = request['argv']
-    path = os.environ.get('PYTHONPATH')
-    # The folder of this file stays, after the two: scripts in other folders import the helpers.
-    sys.path[:0] = [str(Path(sys.argv[0]).parent), *(path.split(os.pathsep) if path else ())]
     import numpy
 
     numpy.random.seed(random.SystemRandom().randrange(2**32))
@@ -166,6 +165,10 @@ if __name__ == '__main__':
         for module in PRELOADED:
             if find_spec(module.partition('.')[0]):  # `make stacks` has some without these
                 import_module(module)
+        import mmengine.runner.runner as runner  # which asks the compilers for each Runner
+
+        runner.collect_env = lru_cache(None)(runner.collect_env)
+        runner.collect_env()
     assert len(os.listdir('/proc/self/task')) == 1, 'a process with threads must not fork'
     gc.freeze()  # a fork then ends in 0.3 seconds instead of 1.2
     become(serve())

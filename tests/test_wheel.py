@@ -67,7 +67,8 @@ def test_its_commands_are_those_of_the_checkout_and_run_without_it(installed, tm
     def run(*arguments):
         return wheels.python(*arguments, folder=tmp_path, PYTHONPATH=str(installed))
 
-    shown = run('-m', 'mmema', 'inspect', file)
+    script = installed / 'bin' / 'mmema'
+    shown = wheels.call(script, 'inspect', file, folder=tmp_path, PYTHONPATH=str(installed))
     assert 'made by          MMEngine' in shown
     out = run('-m', 'mmema', 'export', file, '-o', 'raw.pth', '--weights', 'raw', '--exact-name')
     assert out == f'raw weights of {file}: raw.pth\n'
@@ -108,6 +109,12 @@ def test_a_command_that_is_none_names_those_there_are(monkeypatch, capsys):
     assert end.value.code == 2
     line = 'mmema: no command inspct; there are train, test, plot, inspect, export'
     assert capsys.readouterr().err.startswith(line)
+
+
+@pytest.mark.parametrize('folder', ['tools', 'benchmarks', 'tests'])
+def test_no_script_hides_a_module_of_the_standard_library(folder):
+    """Python finds what lies beside a script first: a statistics.py there broke Debian's Python."""
+    assert not {file.stem for file in (ROOT / folder).glob('*.py')} & sys.stdlib_module_names
 
 
 def test_the_citation_is_of_this_version():

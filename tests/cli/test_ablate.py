@@ -668,13 +668,12 @@ def toy_file(folder, ablation):
 
 
 @pytest.fixture(params=['toy', pytest.param('digits', marks=pytest.mark.extensive)])
-def short(request, tmp_path, monkeypatch):
+def short(request, tmp_path):
     """Arguments of a call of seconds, the number of its averages, and the first question."""
     if request.param == 'digits':
         data = request.getfixturevalue('data')
         # Raw, ema, 15 beside it, 2 recalibrated.
         return [CONFIG, *small_run(data)], 2 + 15 + 2, ['hard_40', 'none_40']
-    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(ROOT), forks.TESTS]))
     asked = dict(family='toy', primary=['long', 'ema'], recalibrate=dict(long_bn='long'))
     file = toy_file(tmp_path, asked)
     file.write_text(
