@@ -115,7 +115,9 @@ def python_block(page, content, folder, request):
     )
     runner.train()
     (ema,) = (hook.ema_model for hook in runner.hooks if isinstance(hook, EMAHook))
-    assert isinstance(ema, mmema.RestartableExpMomentumEMA)
+    is_ladder = "horizon='auto'" in content
+    kind = mmema.RestartableAnnealingEMA if is_ladder else mmema.RestartableExpMomentumEMA
+    assert isinstance(ema, kind)
     expected = 2 if follow and follow not in kinds else 6  # updates since the switch, or in all
     assert int(ema.steps) == expected
 

@@ -17,12 +17,11 @@ from ..restarts.advice import beyond_the_end
 from ..restarts.controller import RestartController
 from ..restarts.progress import RuleProgress
 from ..run import RunFacts, label_of
-from ..run.horizons import updates_of_horizon
 from ..swap import copy_weights
 from ..update.finite import names_of_non_finite
 from ..update.sharded import Parts
 from .config import AverageConfig
-from .units import blend_interval, settle, told_least_change
+from .units import settle_average, told_least_change
 
 
 class TrackedAverage:
@@ -53,13 +52,7 @@ class TrackedAverage:
         if self._settled or base is None and self.config.horizon is None:
             return
         self._settled = True
-        ema, config = self.ema_model, self.config
-        if config.auto_interval:
-            ema.interval = blend_interval(updates_of_horizon(config.horizon, facts))
-        of_gamma = config.blends_of_gamma
-        if of_gamma is not None:  # a rung: all of it is in units of this run
-            base = None
-        text = settle(ema, config.horizon, base, batch, facts, of_gamma)
+        text = settle_average(self.ema_model, self.config, base, batch, facts)
         inform(f'EMAHook, {self.label}: {text or "no momentum to scale"}')
 
     def copy(self, source: nn.Module) -> None:

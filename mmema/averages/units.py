@@ -10,6 +10,7 @@ from mmengine.model import BaseAveragedModel
 from ..messages import RunError
 from ..run import RunFacts
 from ..run.horizons import updates_of_horizon
+from .config import AverageConfig
 
 LEAST_MOMENTUM = 2**-24  # half a unit in the last place of float32, as a share of the value
 MUCH = 0.01  # a change of a weight whose loss deserves a warning
@@ -87,6 +88,24 @@ def scaled(values: dict, k: float) -> dict:
         'gamma': lambda gamma: gamma / k,
     }
     return {name: formula(values[name]) for name, formula in formulas.items() if name in values}
+
+
+def settle_average(
+    ema: BaseAveragedModel,
+    config: AverageConfig,
+    base: int | None,
+    batch: int | None,
+    facts: RunFacts,
+) -> str:
+    """Give an average the interval, momentum and gamma that its config means in a run; see settle.
+
+    All of a rung of a ladder is in units of the run: no batch size changes it.
+    """
+    of_gamma = config.blends_of_gamma
+    if config.auto_interval:
+        ema.interval = blend_interval(updates_of_horizon(config.horizon, facts))
+    base = base if of_gamma is None else None
+    return settle(ema, config.horizon, base, batch, facts, of_gamma)
 
 
 def settle(

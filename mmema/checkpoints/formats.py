@@ -59,6 +59,7 @@ class Weights:
     live: dict = field(default_factory=dict)  # beside it in a restartable average's state
     record: Record | None = None  # of its updates
     also: dict[str, Weights] = field(default_factory=dict)  # the other averages of a run, by name
+    ladder: dict = field(default_factory=dict)  # the state of the choice among several of them
     meta: dict = field(default_factory=dict)  # of an MMEngine checkpoint
     exported: dict = field(default_factory=dict)  # record of an export, in ``meta``
     notes: list[str] = field(default_factory=list)  # for people, a line each
@@ -141,6 +142,7 @@ def _read_run(values: dict) -> Weights:
     found.steps = _counter(values, "ema_state_dict['steps']")
     if found.steps is None:
         found.notes.append('ema_state_dict lacks `steps`: a run cannot be resumed from it')
+    found.ladder = _dict_at(values, 'ema_auto')
     for name in _dict_at(values, 'ema_also'):
         _read_also(found, name, values)
     return found

@@ -39,16 +39,27 @@ class Report(NamedTuple):
             )
         if self.distance is not None:
             lines.append(('distance', f'{self.distance:.3g} = ||EMA - raw|| / ||raw||'))
+        horizons = found.ladder.get('horizons', {})
+        if found.ladder:
+            lines.append(('ladder', ladder_of(found.ladder)))
         for name, other in found.also.items():
             parts = [f'updates {other.steps:,}' if other.steps is not None else 'no `steps`']
             parts += [f'{label} {text}' for label, text in _live_lines(other.live)]
             if self.distances[name] is not None:
                 parts.append(f'distance {self.distances[name]:.3g}')
-            lines.append((f'also {name}', ', '.join(parts)))
+            which = 'rung' if name in horizons else 'also'
+            lines.append((f'{which} {name}', ', '.join(parts)))
             lines += [(f'history {name}', line) for line in history_of(other.record)]
         bad = [f'{which}: {listed(names)}' for which, names in self.non_finite.items() if names]
         lines += [('NaN or infinity', text) for text in bad or ['none']]
         return lines + [('note', note) for note in found.notes]
+
+
+def ladder_of(state: dict) -> str:
+    """Return which weights of a ladder are chosen, and the last score of each."""
+    scores = {name: points[-1] for name, points in state.get('scores', {}).items() if points}
+    last = [f'{name} {score:.4g} (at {at})' for name, (at, score) in scores.items()]
+    return ', '.join([f'{state.get("chosen")} is chosen', *last])
 
 
 def history_of(record: Record | None) -> list[str]:

@@ -27,7 +27,7 @@ from mmengine.runner import Runner
 
 from ..averaged import MomentumAveragedModel
 from ..averages.config import AverageConfig, class_of
-from ..averages.units import settle
+from ..averages.units import blend_interval, settle_average
 from ..checkpoints.formats import CheckpointError
 from ..hooks.restart import EMARestartHook
 from ..messages import RunError
@@ -42,6 +42,7 @@ from ..run import MAIN, RunFacts, facts_in_config, the_ema_hook, watched_metric
 from ..run.batch import base_of
 from ..run.checkpoints import checkpoints_in
 from ..run.config import hooks_in, is_by_epoch, kind_of
+from ..run.horizons import RAW, updates_of_horizon
 from ..run.metrics import main_names, prefixes_in
 from ..run.record import epochs_until, iteration_of_epoch
 from ..run.scalars import read_scalars
@@ -149,6 +150,14 @@ def run_in(config, iters_per_epoch, processes=1):
     averages = getattr(ema_hook, 'configs', stock)
     rules = {name: [one.rule] if one.rule else [] for name, one in averages.items()}
     rules[MAIN] = [hook.rule for hook in hooks if isinstance(hook, EMARestartHook)]
+    ladder = getattr(ema_hook, 'ladder', None)
+    if ladder is not None:  # the main average is one of its rungs, the first one to be chosen
+        with cli.one_line(config.filename, *cli.CONFIG_ERRORS):
+            ladder.fit(facts)
+        others = [n for n, one in averages.items() if one.blends_of_gamma is None]
+        averages = {name: averages[name] for name in (*ladder.rungs, *others)}
+        rules.update(dict.fromkeys(ladder.rungs, rules[MAIN]))
+        averages = {MAIN: averages[ladder.chosen], **averages}
     base = None
     if hasattr(ema_hook, 'base_batch_size'):  # not MMEngine's hook
         strategy = config.get('strategy') or {}
@@ -190,6 +199,7 @@ def of_config(run):
         parts=[],
         metric=None,
         metrics={},
+        chosen=[],
     )
 
 
@@ -222,14 +232,14 @@ def averaged_model(run, name):
         if run.rules[name]:
             cli.die(f'{stock} cannot be restarted, which EMARestartHook wants')
         kind = STOCK_EQUIVALENTS[stock]
-    arguments = dict(config.arguments, type=kind, device=None)
+    arguments = {**config.of_model, 'type': kind, 'device': None}
     ema = MODELS.build(arguments, default_args=dict(model=torch.nn.Linear(1, 1)))
     if run.base and not run.batch:
         raise RunError(
             'base_batch_size needs the batch size of the run, but the config has no '
             'train_dataloader.batch_size. Set it.'
         )
-    text = settle(ema, config.horizon, run.base, run.batch, run.facts)
+    text = settle_average(ema, config, run.base, run.batch, run.facts)
     if text:
         cli.note(f'note: {name}: {text}')
     return ema
@@ -338,6 +348,7 @@ def of_scalars(run, folder):
         parts=parts,
         metric=metric,
         metrics=metrics,
+        chosen=scalars.curve('ema_chosen'),
     )
 
 
@@ -360,9 +371,17 @@ def last_record(folder):
         return None
 
 
+def interval_of(run, name):
+    """Return the interval at which an average is blended in the run."""
+    config = run.averages[name]
+    if config.auto_interval:
+        return blend_interval(updates_of_horizon(config.horizon, run.facts))
+    return config.arguments.get('interval', 1)
+
+
 def left_out(values, updates, steps, run):
     """Return which updates ``interval`` leaves out, by the counters that were logged."""
-    interval = run.averages['ema'].arguments.get('interval', 1)
+    interval = interval_of(run, MAIN)
     number = np.arange(len(values))
     after = np.minimum(np.searchsorted(updates, number, side='right'), len(updates) - 1)
     # The counter logged after an update is that of the next one, which has its index.
@@ -418,7 +437,7 @@ def draw(curves, run, path, begin=0):
     import matplotlib.pyplot as plt
 
     time = times_of(curves, run.facts)
-    rows = 4 if curves.metrics else 3
+    rows = 3 + bool(curves.metrics) + bool(curves.chosen)
     figure, axes = plt.subplots(
         rows, 1, figsize=(9, 2.3 * rows + 1.2), sharex=True, layout='constrained'
     )
@@ -428,6 +447,8 @@ def draw(curves, run, path, begin=0):
     draw_shares(axes[2], curves, run, time)
     if curves.metrics:
         draw_metrics(axes[3], curves, run)
+    if curves.chosen:
+        draw_choice(axes[-1], curves, run)
     for axis in axes:
         mark(axis, curves, run, time)
         axis.grid(alpha=0.3)
@@ -458,7 +479,7 @@ def style_of(name, run):
 
 
 def draw_momenta(axis, curves, run, time):
-    interval = run.averages['ema'].arguments.get('interval', 1)
+    interval = interval_of(run, MAIN)
 
     def inverse(values):
         with np.errstate(divide='ignore'):
@@ -471,9 +492,7 @@ def draw_momenta(axis, curves, run, time):
         low = min(low, momenta[used].min())
     axis.set(ylabel='momentum', yscale='log', ylim=(low / 2, 2))
     horizon = axis.secondary_yaxis('right', functions=(inverse, inverse))
-    others = {average.arguments.get('interval', 1) for average in run.averages.values()} - {
-        interval
-    }
+    others = {interval_of(run, name) for name in run.averages} - {interval}
     horizon.set_ylabel('horizon of EMA (updates)' if others else 'horizon (updates)')
 
 
@@ -510,6 +529,15 @@ def draw_metrics(axis, curves, run):
     for name, curve in curves.metrics.items():
         axis.plot(*zip(*curve), marker='o', markersize=3, **style_of(name, run))
     axis.set(ylabel=curves.metric)
+
+
+def draw_choice(axis, curves, run):
+    """Draw which weights of a ladder were chosen at each validation."""
+    rungs = [name for name, one in run.averages.items() if one.blends_of_gamma is not None]
+    names = [RAW, *(name for name in rungs if name != MAIN)]
+    axis.step(*zip(*curves.chosen), where='post', color='tab:blue', marker='o', markersize=3)
+    axis.set(ylabel='chosen', ylim=(-0.5, len(names) - 0.5))
+    axis.set_yticks(range(len(names)), names)
 
 
 def mark(axis, curves, run, time):

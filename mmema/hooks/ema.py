@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import copy
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Sequence
 
@@ -398,8 +399,10 @@ class EMAHook(StockEMAHook):
         if self.chosen != before:
             self._moved = True
             loop.val_loss.clear()  # the losses of other weights
-        place = ladder.climb.names.index(self.chosen)
-        runner.message_hub.update_scalar('val/ema_chosen', place)
+        scalars, names = runner.message_hub.log_scalars, ladder.climb.names
+        for name, metric in product(names, ladder.measured):
+            scalars.pop(f'val/{name}/{metric}', None)  # LoggerHook would write the last one again
+        runner.message_hub.update_scalar('val/ema_chosen', names.index(self.chosen))
         return metrics
 
     def _save_again(self, runner: Runner) -> None:

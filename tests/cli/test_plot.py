@@ -345,3 +345,28 @@ def test_shares_of_a_run_that_was_resumed_with_epochs_of_another_length(tmp_path
     time = plot.times_of(curves, run.facts)
     np.testing.assert_allclose(time(np.array([2, 8, 9, 16])), [0.5, 2, 2.5, 6])
     plot.draw(curves, run, tmp_path / 'run.png')
+
+
+def test_a_ladder_is_drawn_with_its_choice(monkeypatch, tmp_path):
+    hooks = [dict(type='mmema.EMAHook', horizon='auto'), restart(milestones=[7]), MONITOR]
+    settings = dict(train_cfg=dict(by_epoch=True, max_epochs=12))
+    checkpoint = dict(type='CheckpointHook', interval=12, save_best='toy/mean', rule='less')
+    logger = dict(type='LoggerHook', interval=1)
+    settings['default_hooks'] = dict(checkpoint=checkpoint, logger=logger)
+    run = plot.run_in(make_config(tmp_path, hooks, **settings), 2)
+    plan = plot.of_config(run)
+    assert list(plan.momenta) == ['ema', 'h10', 'h30'] and plan.restarts == [14]
+    # max(1 / horizon, 2 / (2 + steps)): 10 and 30 % of 24 updates
+    by_hand = [1, *(max(1 / 7.2, 2 / (2 + steps)) for steps in range(1, 14))]
+    assert plan.momenta['h30'][1].tolist() == pytest.approx(by_hand + by_hand[:10])
+    settings.pop('train_cfg')
+    plain_runner(tmp_path, hooks, epochs=12, **settings).train()
+    curves = plot.of_scalars(run, tmp_path)
+    assert [at for at, _ in curves.chosen] == list(range(1, 13))
+    drawn = []
+    monkeypatch.setattr(Figure, 'savefig', lambda self, *args, **kwargs: drawn.append(self))
+    plot.draw(curves, run, 'nowhere.png')
+    last = drawn[0].axes[-1]
+    assert [label.get_text() for label in last.get_yticklabels()] == ['raw', 'h10', 'h30']
+    (line,) = last.lines[:1]
+    assert list(line.get_ydata()) == [index for _, index in curves.chosen]

@@ -25,8 +25,11 @@ from runs import (
 )
 
 import mmema
+from mmema.checkpoints.export import export
+from mmema.checkpoints.report import inspect
 from mmema.messages import RunError
 from mmema.run import ema_hook_of
+from mmema.run.metrics import prefixes_in
 
 OWN = ['2 updates', '3 updates', '5 updates', '7 updates']
 LADDER = dict(type='mmema.EMAHook', horizon=OWN)
@@ -266,6 +269,10 @@ def test_it_climbs(tmp_path):
     assert 'the average of 5 updates, 5.0 updates, is ahead: 0.6 against 0.5; chosen from' in log
     assert 'the raw weights are ahead: 0.7 against 0.3; chosen from now on' in log
     validations = [point for point in points(runner) if 'ema_chosen' in point]
+    for point, (table, _, places) in zip(validations, MOVES):
+        # Of weights that were not looked at the log has no score, and not that of before.
+        logged = {name for name in NAMES if f'{name}/score' in point}
+        assert logged == {NAMES[place] for place in places if table[place] is not None}
     assert [p['ema_chosen'] for p in validations] == [NAMES.index(name) for name in keep.chosen]
     rows = [line.split() for line in log.split('the last score of each')[1].splitlines()[1:7]]
     assert rows[0] == ['weights', 'horizon', 'updates', 'score', 'at']
@@ -386,6 +393,21 @@ def test_the_checkpoint_is_plain_and_has_the_chosen_weights_once(tmp_path):
     chosen = saved['ema_also']['h2_updates']['state_dict']
     for name, tensor in saved['state_dict'].items():
         assert chosen[f'module.{name}'].data_ptr() == tensor.data_ptr()
+
+
+@SINCE_TORCH_2_6
+def test_the_commands_show_the_ladder(tmp_path):
+    moving_run(tmp_path)[0].train()
+    lines = dict(inspect(tmp_path / 'epoch_6.pth').lines())
+    assert lines['ladder'].startswith('h2_updates is chosen, ')
+    assert 'h2_updates 0.6 (at 6)' in lines['ladder']
+    assert lines['rung h7_updates'].startswith('updates 24, schedule annealing')
+    out = export(tmp_path / 'epoch_6.pth', tmp_path / 'rung.pth', weights='h7_updates')
+    saved = torch.load(tmp_path / 'epoch_6.pth', weights_only=True)
+    rung = saved['ema_also']['h7_updates']['state_dict']
+    for name, tensor in torch.load(out, weights_only=True)['state_dict'].items():
+        assert torch.equal(tensor, rung[f'module.{name}'])
+    assert prefixes_in(dict(custom_hooks=[LADDER])) == {n: f'{n}/' for n in NAMES}
 
 
 # --- resume ---------------------------------------------------------------------------------------
