@@ -3,6 +3,7 @@ _base_ = './yolov5_n_digits.py'
 
 custom_hooks = [
     dict(type='mmema.EMAHook', horizon='auto'),
+    dict(type='mmema.EMAMonitorHook'),
     dict(
         type='mmdet.PipelineSwitchHook',
         switch_epoch=_base_.digits_switch_epoch,

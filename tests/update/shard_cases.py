@@ -231,7 +231,8 @@ def a_state_of_whole_tensors_is_loaded_and_a_wrong_one_is_not():
     wrong['module.body.0.weight'] = ema.module.body._modules['0'].weight.detach().clone()
     with pytest.raises(RuntimeError, match=r'module.body.0.weight must be \(7, 3\)'):
         ema.load_state_dict(wrong)
-    ema.rewind(expected.state_dict())
+    for average in (ema, expected):  # which both records tell
+        average.rewind(expected.state_dict())
     with pytest.raises(RuntimeError, match='has only the part of this rank'):
         ema.module(torch.ones(1, 4))
     copied = copy.deepcopy(ema)
