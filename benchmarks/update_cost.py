@@ -49,10 +49,15 @@ from model_shapes import CONFIGS, LARGE, build, has_mmyolo
 from torch import nn
 
 import mmema
+from mmema.averages.config import WARM_UP
+from mmema.averages.units import blend_interval
+from mmema.run.horizons import AUTO
 from mmema.update.staging import staged_once
 
 YOLO = tuple(CONFIGS)
 SEVERAL = (1, 2, 4, 8, 16)  # averages in one run
+LADDER = 'ladder'
+LENGTHS = (1_000, 20_000, 100_000, 277_000)  # updates of a run with a ladder
 
 
 def measure_models(names, rounds, device):
@@ -229,6 +234,48 @@ def measure_several(name, rounds, device):
         return {count: (seconds[count], size) for count, size in zip(SEVERAL, taken)}
 
 
+def update_of_ladder(model, updates):
+    """Return an update of the ladder of a run of so many updates, and after how many all blend."""
+    rungs = [rung_of(model, share * updates) for share in AUTO]
+    for rung in rungs:
+        rung.update_parameters(model)  # copies
+
+    def update():
+        with staged_once():
+            for rung in rungs:
+                rung.update_parameters(model)
+
+    return update, max(rung.interval for rung in rungs)
+
+
+def rung_of(model, horizon):
+    interval = blend_interval(horizon)
+    rung = mmema.RestartableAnnealingEMA(
+        model, interval / horizon, WARM_UP * interval, interval, update_buffers=True
+    )
+    rung.defers_copies = True
+    return rung
+
+
+def measure_ladder(name, rounds, device):
+    """Return {updates of the run: mean seconds of an update, by contender}."""
+    model, found = build(name, device), {}
+    singles = {k: CONTENDERS[k] for k in (OURS[0], 'mmyolo')}
+    for length in LENGTHS:
+        update, many = update_of_ladder(model, length)
+        many = max(many, 30)
+        works = {**checked(model, singles), LADDER: update}
+        works = {name: partial(repeat, work, many) for name, work in works.items()}
+        seconds = seconds_of(works, rounds, on_cpu if device == 'cpu' else on_both)
+        found[length] = {name: [each / many for each in own] for name, own in seconds.items()}
+    return found
+
+
+def repeat(work, times):
+    for _ in range(times):
+        work()
+
+
 def memory_of_several(name, count, device):
     """Return the bytes that a process needs for several averages and their updates."""
     model = build(name, device)
@@ -301,6 +348,20 @@ def several_table(name, found):
         for count, (own, size) in found.items()
     ]
     return table([f'averages of {name}', 'ms of an update of all', 'x one', 'MB'], *rows)
+
+
+def ladder_table(name, found):
+    rows = [
+        [
+            f'{length:,}',
+            *(in_ms(own) for own in seconds.values()),
+            *(f'{ratio(seconds, LADDER, who):.2f}' for who in seconds if who != LADDER),
+        ]
+        for length, seconds in found.items()
+    ]
+    names = list(next(iter(found.values())))
+    heads = [f'ms, {who}' for who in names] + [f'x {who}' for who in names if who != LADDER]
+    return table([f'updates of a run of {name}', *heads], *rows)
 
 
 def growth_table(found):
@@ -408,6 +469,8 @@ def main():
             text.append(parts_table(measure_parts(yolos, args.rounds)))
         figures['several'] = measure_several('YOLOv5-s', args.rounds, args.device)
         text.append(several_table('YOLOv5-s', figures['several']))
+        figures['ladder'] = measure_ladder('YOLOv5-s', 5, args.device)
+        text.append(ladder_table('YOLOv5-s', figures['ladder']))
         if has_mmyolo():
             figures['iteration'] = measure_iteration(args.rounds, args.device)
             text.append(iteration_table(figures['iteration'], args.device))
