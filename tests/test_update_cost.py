@@ -9,6 +9,8 @@ import torch
 import update_cost
 from torch import nn
 
+from mmema.update.follower import Follower
+
 FOLDER = Path(__file__).resolve().parent.parent / 'benchmarks'
 
 
@@ -85,4 +87,25 @@ def test_the_table_of_several_averages():
     assert update_cost.several_table('X', found).splitlines()[2:] == [
         '| 1 | 2.00 ± 0.50 | 1.00 |',
         '| 2 | 4.00 ± 0.25 | 2.00 |',
+    ]
+
+
+def test_the_ladder_is_blended_as_in_a_run(monkeypatch):
+    model = torch.nn.Linear(3, 3)
+    update, many = update_cost.update_of_ladder(model, 100_000)
+    assert many == 300  # 1/100 of the longest horizon, 30 % of the run
+    blends = []
+    monkeypatch.setattr(
+        Follower, 'update', lambda self, momentum: blends.append(momentum is not None)
+    )
+    update_cost.repeat(update, 2 * 3000)
+    assert all(blends) and len(blends) / 6000 == pytest.approx(0.48, abs=0.005)
+
+
+def test_the_table_of_the_ladder():
+    found = {1000: {'mmyolo': [0.002, 0.002], 'ladder': [0.001, 0.003]}}
+    assert update_cost.ladder_table('X', found).splitlines() == [
+        '| updates of a run of X | ms, mmyolo | ms, ladder | x mmyolo |',
+        '| --- | --- | --- | --- |',
+        '| 1,000 | 2.00 | 2.00 | 1.00 |',
     ]
