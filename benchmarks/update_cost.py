@@ -177,15 +177,7 @@ def measure_several(name, rounds, device):
     works = {count: update_of_several(model, count) for count in SEVERAL}
     for work in works.values():
         work()  # copies
-<<<<<<< HEAD
     return seconds_of(works, rounds, on_cpu if device == 'cpu' else on_device)
-=======
-    seconds = seconds_of(works, rounds, on_cpu if device == 'cpu' else on_device)
-    # In new processes: memory that was freed in this one would be used again.
-    spawn = multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
-        taken = pool.map(partial(memory_of_several, name, device=device), SEVERAL)
-        return {count: (seconds[count], size) for count, size in zip(SEVERAL, taken)}
 
 
 def update_of_ladder(model, updates):
@@ -228,25 +220,6 @@ def measure_ladder(name, rounds, device):
 def repeat(work, times):
     for _ in range(times):
         work()
-
-
-def memory_of_several(name, count, device):
-    """Return the bytes that a process needs for several averages and their updates."""
-    model = build(name, device)
-    before = memory_used(device)
-    update = update_of_several(model, count)
-    for _ in range(3):
-        update()
-    gc.collect()
-    return memory_used(device) - before
-
-
-def memory_used(device):
-    """Return the bytes in use: of a GPU by torch, else all that this process has."""
-    if device != 'cpu':
-        return torch.cuda.memory_allocated()
-    return 1024 * int(re.search(r'VmRSS:\s+(\d+)', Path('/proc/self/status').read_text())[1])
->>>>>>> auto
 
 
 # --- tables and picture -------------------------------------------------------------------------
@@ -294,10 +267,7 @@ def several_table(name, found):
     rows = [
         [count, with_spread(own), f'{ratio(found, count, 1):.2f}'] for count, own in found.items()
     ]
-<<<<<<< HEAD
     return table([f'averages of {name}', 'ms of an update of all', 'x one'], *rows)
-=======
-    return table([f'averages of {name}', 'ms of an update of all', 'x one', 'MB'], *rows)
 
 
 def ladder_table(name, found):
@@ -312,57 +282,6 @@ def ladder_table(name, found):
     names = list(next(iter(found.values())))
     heads = [f'ms, {who}' for who in names] + [f'x {who}' for who in names if who != LADDER]
     return table([f'updates of a run of {name}', *heads], *rows)
-
-
-def growth_table(found):
-    names = list(next(iter(found.values())))
-    rows = [
-        [tensors, f'{weights / 1e6:g} M', *(in_ms(seconds[name]) for name in names)]
-        for (tensors, weights), seconds in found.items()
-    ]
-    return table(['tensors', 'weights', *names], *rows)
-
-
-def draw(found, growth, path):
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout='constrained')
-    right.set_visible(bool(growth))
-    warm = {name: s for (name, state), s in found.items() if state in ('warm', 'device')}
-    names = [
-        n for n in dict.fromkeys(n for s in warm.values() for n in s) if n not in (LIMIT, COPY)
-    ]
-    colours = {name: plt.cm.tab20(i) for i, name in enumerate(names)}
-    colours[LIMIT] = 'black'
-    for i, name in enumerate(names):
-        at = [(k, ratio(s, name, LIMIT)) for k, s in enumerate(warm.values()) if name in s]
-        width = 0.8 / len(names)
-        places = [k - 0.4 + (i + 0.5) * width for k, _ in at]
-        left.bar(places, [r for _, r in at], width, label=name, color=colours[name])
-    left.axhline(1, color='black', linewidth=1)
-    left.set_xticks(range(len(warm)), list(warm))
-    left.set_yscale('log')
-    left.set_yticks([1, 2, 3, 5, 10, 20, 30], [1, 2, 3, 5, 10, 20, 30])
-    left.minorticks_off()
-    left.set_ylabel('time of an update / limit')
-    left.set_title('Cost of one update (1 = one flat lerp_)')
-    left.legend(fontsize=8)
-    tensors = [key for key in growth if key[1] == 4_000_000]
-    for name in next(iter(growth.values()), {}):
-        values = [median(growth[key][name]) * 1e3 for key in tensors]
-        right.plot(
-            [key[0] for key in tensors], values, marker='o', label=name, color=colours.get(name)
-        )
-    right.set(xscale='log', yscale='log', xlabel='tensors', ylabel='ms')
-    right.set_yticks([1, 2, 5, 10, 20, 50], [1, 2, 5, 10, 20, 50])
-    right.minorticks_off()
-    right.set_title('4 M weights in more and more tensors')
-    right.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
->>>>>>> auto
 
 
 def driver():
