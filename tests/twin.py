@@ -123,7 +123,7 @@ def train(folder, *hooks, ema, parts=({},), frozen=range(0), **settings):
 
 
 def twin(rows, *, ema, restarts=(), begin=0, best=None, changed=None):
-    """Yield the average after each row: its counter, and the share of each row in it.
+    """Yield the average after each row: its counter, the share of each row, its last update.
 
     Args:
         rows: Of a whole run, in the order of time.
@@ -134,7 +134,7 @@ def twin(rows, *, ema, restarts=(), begin=0, best=None, changed=None):
         changed: Iteration at which settings change, and the changes.
     """
     values, steps, done, states = dict(ema), 0, set(), []
-    shares, copy_is_due = np.zeros(len(rows)), False
+    shares, copy_is_due, last = np.zeros(len(rows)), False, None
     for number, row in enumerate(rows):
         if changed and row.iter >= changed[0]:
             values.update(changed[1])
@@ -143,8 +143,8 @@ def twin(rows, *, ema, restarts=(), begin=0, best=None, changed=None):
             if which in done or getattr(row, unit) < moment:
                 continue
             done.add(which)
-            if new.get('source') == 'best' and best is not None:
-                steps, shares, copy_is_due = states[best(row) - 1]
+            if new.get('source') == 'best' and best(row):
+                steps, shares, copy_is_due, last = states[best(row) - 1]
             if new.get('steps') is not None:
                 copy_is_due |= steps == 0 and new['steps'] > 0
                 steps = new['steps']
@@ -159,12 +159,13 @@ def twin(rows, *, ema, restarts=(), begin=0, best=None, changed=None):
                 momentum = exp_momentum(steps, values['momentum'], values['gamma'])
             shares = shares * (1 - momentum)
             shares[number] += momentum
+            last = number
             if begun:
                 steps, copy_is_due = steps + 1, False
             elif not copy_is_due:
                 steps = 0
-        states.append((steps, shares, copy_is_due))
-        yield steps, shares
+        states.append((steps, shares, copy_is_due, last))
+        yield steps, shares, last
 
 
 def copies(name, update_buffers=False, exclude=()):

@@ -61,7 +61,9 @@ def history_of(record: Record | None) -> list[str]:
         unit = part['epoch_length'] and f', epochs of {part["epoch_length"]} iterations'
         update = int((at < part['iteration']).sum())
         text = f'{"resumed" if part["iteration"] else "started"} at iteration {part["iteration"]}'
-        batch = f'batch {part["batch"]} on {part["ranks"]} ranks'
+        batch = f'batch {part["batch"]}' + (
+            f' on each of {part["ranks"]} ranks' if part['ranks'] > 1 else ''
+        )
         every = f', an update in {part["accumulation"]}' if part['accumulation'] > 1 else ''
         lines.append((update, 0, f'{text}{unit or ""}, {batch}{every} (log {part["log"]})'))
     for event in record.events:

@@ -46,7 +46,7 @@ class RuleProgress:
             if now[moment.unit] >= moment.at and moment not in self.done:
                 due[moment] = momentum
         if rule.every:
-            last = min(now[rule.unit], self._facts.end(rule.unit) - 1) // rule.every * rule.every
+            last = now[rule.unit] // rule.every * rule.every
             if last > 0 and Moment(rule.unit, last) not in self.done:
                 due[Moment(rule.unit, last)] = rule.momentum
         return due

@@ -25,7 +25,7 @@ def restart_hook(**arguments):
 
 
 def averages_of(rows, **settings):
-    return [(steps, shares.copy()) for steps, shares in twin(rows, **settings)]
+    return [(steps, shares.copy()) for steps, shares, _ in twin(rows, **settings)]
 
 
 def files_of(run, *names):
