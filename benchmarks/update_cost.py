@@ -21,6 +21,7 @@ import json
 import platform
 import random
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -206,7 +207,7 @@ def rung_of(model, horizon):
 def measure_ladder(name, rounds, device):
     """Return {updates of the run: mean seconds of an update, by contender}."""
     model, found = build(name, device), {}
-    singles = {k: CONTENDERS[k] for k in (OURS[0], 'mmyolo')}
+    singles = {k: CONTENDERS[k] for k in (OURS, 'mmyolo')}
     for length in LENGTHS:
         update, many = update_of_ladder(model, length)
         many = max(many, 30)
@@ -274,7 +275,7 @@ def ladder_table(name, found):
     rows = [
         [
             f'{length:,}',
-            *(in_ms(own) for own in seconds.values()),
+            *(with_spread(own) for own in seconds.values()),
             *(f'{ratio(seconds, LADDER, who):.2f}' for who in seconds if who != LADDER),
         ]
         for length, seconds in found.items()
