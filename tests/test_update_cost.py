@@ -107,5 +107,5 @@ def test_the_table_of_the_ladder():
     assert update_cost.ladder_table('X', found).splitlines() == [
         '| updates of a run of X | ms, mmyolo | ms, ladder | x mmyolo |',
         '| --- | --- | --- | --- |',
-        '| 1,000 | 2.00 | 2.00 | 1.00 |',
+        '| 1,000 | 2.00 ± 0.00 | 2.00 ± 0.50 | 1.00 |',
     ]
