@@ -114,7 +114,8 @@ class EMAValLoop(ValLoop):
         def call_hook(name, **kwargs):
             nonlocal swapped
             if name == 'after_val_epoch':
-                refuse_same_names(kwargs['metrics'], others)
+                if not getattr(ema_hook_of(runner), 'rungs', {}):  # a ladder adds such names itself
+                    refuse_same_names(kwargs['metrics'], others)
                 swapped = False
                 if kwargs['metrics']:
                     kwargs['metrics'].update(others)

@@ -136,7 +136,14 @@ class Clock(Hook):
         by_iter = type(runner.train_loop).__name__ == 'IterBasedTrainLoop'
         Score.now = runner.iter if by_iter else runner.epoch
 
+    def after_train_epoch(self, runner):
+        # An evaluation without hooks can come before that with them.
+        if type(runner.train_loop).__name__ != 'IterBasedTrainLoop':
+            Score.now = runner.epoch + 1
+
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if type(runner.train_loop).__name__ == 'IterBasedTrainLoop':
+            Score.now = runner.iter + 1
         ema = ema_of(runner)
         restarts = getattr(ema, 'restarts', 0)
         self.seen.append((runner.iter, int(ema.steps), getattr(ema, 'momentum', None), restarts))

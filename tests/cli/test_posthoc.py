@@ -74,7 +74,10 @@ def test_a_bad_fit_is_taken_by_force_alone(run, tmp_path, capsys):
         ('fit none --momentum 0.1', 'no folder none'),
         ('fit . --momentum 0.1', 'no checkpoint of a run in .'),
         ('fit {w} --momentum 2', 'fit: momentum must be in (0, 1), got 2.0'),
-        ('fit {w} --momentum 0.1 --restart-at 6', 'first update must be below the 24 of the run'),
+        (
+            'fit {w} --momentum 0.1 --restart-at 6',
+            'first iteration must be below the 24 of the run',
+        ),
         ('fit {w} --momentum 0.1 --uniform 1', 'fit takes either --momentum M or --uniform FROM'),
         ('fit {w}', 'fit takes either --momentum M or --uniform FROM'),
         ('fit {w} --uniform 1 --gamma 3', 'it takes neither --gamma nor --restart-at'),
