@@ -11,7 +11,7 @@ ABLATE := $(RUN) -m mmema ablate --out $(EVIDENCE)
 ARGS ?=
 DEVICE ?= cuda
 JOBS ?= 2
-PYTEST := $(RUN) -m pytest -n $(JOBS) --dist loadfile
+PYTEST := $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 SEED ?= $(shell date +%s)
 
 .DEFAULT_GOAL := help

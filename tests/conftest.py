@@ -29,6 +29,26 @@ else:
 mmengine.runner.runner.collect_env = lru_cache(None)(mmengine.runner.runner.collect_env)
 
 
+# A worker of pytest-xdist takes a whole file: these first, so that none of them is left at the end.
+LONGEST = [
+    'test_strategy.py',
+    'test_digits_configs.py',
+    'test_kill.py',
+    'test_models.py',
+    'test_docs.py',
+    'test_train.py',
+    'test_auto.py',
+    'test_restart.py',
+    'test_ema.py',
+    'test_ablate.py',
+]
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
+
+
 def pytest_report_header():
     return f'MMEngine of {Path(mmengine.__file__).parents[1]}, torch {torch.__version__}'
 

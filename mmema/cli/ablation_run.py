@@ -72,6 +72,8 @@ def train(config, folder, seed):
     config = deepcopy(config)
     config.work_dir = str(folder)
     config.randomness = dict(seed=seed)
+    # MMEngine has one visualizer for each name, which else is that of the second.
+    config.experiment_name = f'seed_{seed}'
     for split in SPLITS:  # evaluated after the training, with all averages
         for part in ('dataloader', 'cfg', 'evaluator'):
             config.pop(f'{split}_{part}', None)

@@ -97,7 +97,7 @@ def kill_in_training(process, work_dir, chance):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'kills, seed', [(6, 0), (6, 1), *extensive((40, SEED + i) for i in range(4))]
+    'kills, seed', [(6, 0), *extensive([(6, 1), *((40, SEED + i) for i in range(4))])]
 )
 @pytest.mark.parametrize('name', RUNS)
 def test_killed_at_random_moments(tmp_path, name, seed, kills):
