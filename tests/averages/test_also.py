@@ -8,7 +8,7 @@ import pytest
 import torch
 from marks import SINCE_TORCH_2_6
 from mmengine.hooks import Hook
-from runs import EMA, Crash, LineModel, assert_same, log_of, make_runner, state_of
+from runs import EMA, Crash, assert_same, log_of, make_runner, predicted, state_of
 
 import mmema
 from mmema.averages import config
@@ -319,16 +319,6 @@ def test_what_is_not_given_is_the_main_ones(tmp_path):
 
 
 # --- evaluation -----------------------------------------------------------------------------------
-
-
-def predicted(state, runner):
-    """The score worked out by hand with the given weights."""
-    model = LineModel()
-    model.load_state_dict(state)
-    model.eval()
-    data = runner.val_dataloader.dataset
-    with torch.no_grad():
-        return -(model(data.x) - data.y).square().mean().item()
 
 
 class Keep(Hook):

@@ -21,6 +21,7 @@ from runs import (
     log_of,
     make_runner,
     points,
+    predicted,
     state_of,
 )
 
@@ -80,16 +81,6 @@ class Keep(Hook):
         self.chosen.append(hook.chosen)
         model = runner.model if hook.chosen == 'raw' else hook.rungs[hook.chosen].module
         self.weights.append({k: t.clone() for k, t in model.state_dict().items()})
-
-
-def predicted(state, runner):
-    """The score worked out by hand with the given weights."""
-    model = LineModel()
-    model.load_state_dict(state)
-    model.eval()
-    data = runner.val_dataloader.dataset
-    with torch.no_grad():
-        return -(model(data.x) - data.y).square().mean().item()
 
 
 # --- the averages ---------------------------------------------------------------------------------
