@@ -40,7 +40,7 @@ evidence: $(READY)  ## run the experiment of docs/evidence.md: 30 trainings, hou
 gpu:  ## test and measure on a GPU, without set-up: PYTHON is one that has torch and MMEngine
 	$(PYTHON) benchmarks/gpu_report.py --device $(DEVICE) $(ARGS)
 
-test: $(READY)  ## check style and types and run the tests: 8 minutes on 2 cores (more cores: JOBS=4)
+test: $(READY)  ## check style and types and run the tests: about 10 minutes on 2 cores (more cores: JOBS=4)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
