@@ -87,7 +87,7 @@ def others(session):
     install_pinned(session, bootstrap.OPENMMLAB[0], *WITH_VISION)
     session.install('einops', 'ftfy', 'importlib-metadata', 'mat4py', 'modelindex', 'regex')
     session.install('--no-deps', 'mmpretrain==1.2.0', 'mmsegmentation==1.2.2')
-    names = ('test_other_libraries', 'test_examples', 'hooks/test_ema', 'restarts/test_facts')
+    names = ('test_other_libraries', 'test_examples', 'hooks/test_ema', 'run/test_facts')
     test(session, which=[f'tests/{name}.py' for name in names])
 
 
