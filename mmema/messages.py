@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Iterable
+from typing import Iterable, Sequence
 
 from mmengine.logging import print_log
 
@@ -20,6 +20,14 @@ def warn(message: str) -> None:
 def inform(message: str) -> None:
     """Write a line into the log of the current run."""
     print_log(message, logger='current', level=logging.INFO)
+
+
+def aligned(rows: Iterable[Sequence[str]]) -> str:
+    """Return rows of cells as lines of text, each column as wide as its widest cell."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ('  '.join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows)
+    return '\n'.join(line.rstrip() for line in lines)
 
 
 def listed(names: Iterable[str]) -> str:

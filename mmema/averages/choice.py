@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Callable, Iterable, Mapping, Sequence
 
-from ..messages import RunError, inform, listed, warn
+from ..messages import RunError, aligned, inform, listed, warn
 from ..run import RunFacts
 from ..run.horizons import AUTO, RAW, Rung, updates_of_horizon
 from ..run.metrics import Watched, saved_metrics, watched_metric
@@ -190,10 +190,8 @@ class LadderChoice:
                     '<- chosen' if name == self.chosen else '',
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows]
         head = 'the last score of each of the weights, and when it was measured'
-        return '\n'.join([head, *(line.rstrip() for line in lines)])
+        return f'{head}\n{aligned(rows)}'
 
     # --- state ------------------------------------------------------------------------------------
 

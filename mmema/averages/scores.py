@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Iterable, Mapping
 
+from ..messages import aligned
 from ..run import MAIN
 from ..run.metrics import Watched
 from ..run.scalars import read_scalars
@@ -57,10 +58,7 @@ class Scores:
             rows.append((name, f'{best:.4f}', str(at), f'{points[-1][1]:.4f}'))
         if self.watched.less is None:  # what would be the best is not known
             rows = [(row[0], row[-1]) for row in rows]
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows]
-        head = f'{self.watched.metric} of all weights'
-        return '\n'.join([head, *(line.rstrip() for line in lines)])
+        return f'{self.watched.metric} of all weights\n{aligned(rows)}'
 
 
 def logged_scores(folder: Path, names: Mapping[str, str], saved: Iterable[int]) -> dict[str, list]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from ..messages import aligned
 from ..run.metrics import is_score, prefixes_in
 from ..run.switches import use_last_pipeline
 from . import common as cli
@@ -132,10 +133,7 @@ def table(metric, rows, best):
     lines += [
         (f'* {row.label}' if row.label == best else f'  {row.label}', *row[1:]) for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return '\n'.join(
-        '  '.join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines
-    )
+    return aligned(lines)
 
 
 def report(config, states, metric):

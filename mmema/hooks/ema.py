@@ -35,12 +35,12 @@ from ..run import (
     ema_hook_of,
     facts_of,
     last_of,
+    make_up_validation,
     now_of,
     refuse_late_ema_hook,
     refuse_unsaved,
     tell_what_is_lost,
     traits_of,
-    validation_follows,
     what_loads,
 )
 from ..run.horizons import RAW, rungs_of
@@ -267,7 +267,7 @@ class EMAHook(StockEMAHook):
         source = self._source(runner)
         for average in self._averages.values():
             average.copy(source)
-            begin_part(average.record, runner, self)
+        begin_part([average.record for average in self._averages.values()], runner, self)
         if self.ladder is not None and self._never_validates(runner):
             runner.logger.warning(
                 'EMAHook: this run has no validation, so nothing is chosen: the average of '
@@ -302,11 +302,7 @@ class EMAHook(StockEMAHook):
         if ladder is None or not ladder.just_resumed:
             return
         ladder.just_resumed = False
-        now = now_of(runner)
-        missed = ladder.validated != now and not self._never_validates(runner)
-        if missed and validation_follows(runner.train_loop, now):
-            runner.logger.info('EMAHook: the validation before the resume comes first')
-            runner.val_loop.run()
+        make_up_validation(runner, [ladder.validated], 'EMAHook')
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         """Copy weights that were loaded meanwhile; begin to count the optimizer's steps."""
@@ -324,11 +320,12 @@ class EMAHook(StockEMAHook):
         """Update the averages, if an optimizer has made a step."""
         steps, source = self._optimizer_steps, self._source(runner)
         stepped = not self.per_optimizer_step or steps.end_iteration(runner.optim_wrapper)
+        begun = self._ema_started(runner)
         with staged_once():
             for average in self._averages.values():
                 average.has_own_weights = True
                 if stepped:
-                    average.update(source, self._ema_started(runner), runner.iter)
+                    average.update(source, begun, runner.iter)
         if steps.missed and steps.epoch_over(epoch_length(runner)):
             self._refuse_standstill(source)
 

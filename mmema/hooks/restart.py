@@ -149,7 +149,7 @@ class EMARestartHook(Hook):
         self._controller.begin(ema, facts, rungs, lambda: getattr(ema_hook, 'chosen', MAIN))
         self._tells_iterations = not hasattr(ema_hook, 'also')  # MMEngine's hook does not
         if self._tells_iterations:
-            begin_part(ema.record, runner, ema_hook)
+            begin_part([ema.record], runner, ema_hook)
         for line in [*rare, *advice(rules, planned, facts, ema)]:
             warn(f'EMARestartHook: {line}')
 

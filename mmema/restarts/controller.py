@@ -9,7 +9,7 @@ from mmengine.runner import Runner
 from ..averaged import finish_copies
 from ..messages import RunError
 from ..restartable import Restartable
-from ..run import MAIN, RunFacts, now_of, scalars_of, validation_follows
+from ..run import MAIN, RunFacts, make_up_validation, now_of, scalars_of
 from ..run.horizons import RAW
 from ..update.pairs import unwrapped
 from . import rewind
@@ -60,19 +60,13 @@ class RestartController:
     def catch_up(self, runner: Runner) -> None:
         """Make the validation that the resumed checkpoint was saved before, if a rule needs it.
 
-        Its result decides about a plateau and the best checkpoint; MMEngine would leave it out.
+        Its result decides about a plateau and the best checkpoint.
         """
         resumed = [progress for progress in self.progresses if progress.just_resumed]
         for progress in resumed:
             progress.just_resumed = False
         needing = [one for one in resumed if one.rule.plateau or one.rule.uses_best]
-        if not needing or runner.val_loop is None:
-            return
-        now = now_of(runner)
-        missed = any(progress.validated != now for progress in needing)
-        if missed and validation_follows(runner.train_loop, now):
-            runner.logger.info('EMARestartHook: the validation before the resume comes first')
-            runner.val_loop.run()
+        make_up_validation(runner, [one.validated for one in needing], 'EMARestartHook')
 
     def see_validation(self, runner: Runner, metrics: dict) -> None:
         """Take in the metrics of a validation, which may make a restart due."""

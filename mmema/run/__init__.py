@@ -10,6 +10,7 @@ from .live import (
     folders_of,
     kept_rng,
     last_of,
+    make_up_validation,
     now_of,
     refuse_late_ema_hook,
     tell_what_is_lost,

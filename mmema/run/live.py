@@ -127,6 +127,21 @@ def validations_of(loop) -> int:
     return sum(validation_follows(loop, now) for now in range(1, last_of(loop)))
 
 
+def make_up_validation(runner: Runner, validated: Iterable[int | None], who: str) -> None:
+    """Make the validation that a resumed checkpoint was saved before; MMEngine would leave it out.
+
+    Args:
+        runner: The run that goes on.
+        validated: The times of the last validations that were seen; one of now needs no other.
+        who: The hook that asks, for the log.
+    """
+    now = now_of(runner)
+    missed = runner.val_loop is not None and any(at != now for at in validated)
+    if missed and validation_follows(runner.train_loop, now):
+        runner.logger.info(f'{who}: the validation before the resume comes first')
+        runner.val_loop.run()
+
+
 def now_of(runner: Runner) -> int:
     """Return the number of epochs, or iterations, that are over: the time of the run's loop."""
     loop = runner.train_loop

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Iterable, Sequence
 
 from mmengine.dist import get_world_size
 from mmengine.hooks import EMAHook as StockEMAHook
@@ -13,8 +13,8 @@ from .batch import loader_batch
 from .facts import facts_of
 
 
-def begin_part(record: Record, runner: Runner, ema_hook: StockEMAHook) -> None:
-    """Add the part of a run that begins now to the record of an average."""
+def begin_part(records: Iterable[Record], runner: Runner, ema_hook: StockEMAHook) -> None:
+    """Add the part of a run that begins now to the records of its averages."""
     facts = facts_of(runner, ema_hook)
     part = {
         'iteration': runner.iter,
@@ -26,7 +26,8 @@ def begin_part(record: Record, runner: Runner, ema_hook: StockEMAHook) -> None:
         'begin': facts.begin,
         'log': runner.timestamp,  # the folder of its log
     }
-    record.parts.append(part)
+    for record in records:
+        record.parts.append(dict(part))
 
 
 def iteration_of_epoch(parts: Sequence[dict], epoch: int) -> int:
